@@ -1,0 +1,189 @@
+"""Reading teachers and students, and writing checkpoint folders that are whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import models
+from .report import Report
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "compression.json"
+"""Beside the weights: what was lost in compression, bound to these weights by their SHA-256."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+
+
+def load_teacher(
+    source: str | os.PathLike[str], classes: Mapping[str, type[PreTrainedModel]]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A dense teacher and its tokenizer, from a folder or the Hub.
+
+    Args:
+        classes: supported stock classes by name.
+
+    Raises:
+        ValueError: another family or another head.
+        OSError: nothing there, or unreadable weights.
+    """
+    config = _load_config(source)
+    families = sorted({cls.config_class.model_type for cls in classes.values() if cls.config_class})
+    if config.model_type not in families:
+        raise ValueError(
+            f"teacher {str(source)!r} is of the family {config.model_type!r}; supported are {' and '.join(families)}"
+        )
+    architecture = (config.architectures or ["none"])[0]
+    if architecture not in classes:
+        raise ValueError(
+            f"teacher {str(source)!r} has the architecture {architecture!r}; supported: {', '.join(sorted(classes))}"
+        )
+    return _load_weights(classes[architecture], source), _load_tokenizer(source)
+
+
+def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A factored model and its tokenizer, from a folder or the Hub, with the classes of this package.
+
+    Raises:
+        ValueError: not a factored checkpoint, or weights that do not fit its plan.
+        OSError: nothing there, or unreadable weights.
+    """
+    config = _load_config(folder)
+    architecture = (config.architectures or ["none"])[0]
+    model_class = getattr(models, architecture, None)
+    if model_class is None or not config.model_type.startswith("kronecker_"):
+        raise ValueError(
+            f"{str(folder)!r} holds a {config.model_type!r} model of class {architecture}, not a factored one; "
+            "compress it first"
+        )
+    return _load_weights(model_class, folder), _load_tokenizer(folder)
+
+
+def _load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
+    source = os.fspath(source)
+    if not os.path.isdir(source) and (os.path.isabs(source) or source.startswith(".") or source.count("/") > 1):
+        raise FileNotFoundError(f"folder {source!r} does not exist; give an existing folder or a model name of the Hub")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise OSError(
+            f"{source!r} is neither a folder with a model nor a model on the Hub that can be reached: {error}"
+        ) from error
+
+
+def _load_weights(model_class: type[PreTrainedModel], source: str | os.PathLike[str]) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = model_class.from_pretrained(source, dtype="auto", use_safetensors=True)
+    except SafetensorError as error:
+        raise OSError(
+            f"the weights in {str(source)!r} are truncated or corrupted ({error}); copy or download them again"
+        ) from error
+    return model.eval()
+
+
+def _load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
+    if os.path.isdir(source) and not any((Path(source) / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        logger.warning("%s comes without a tokenizer that can be loaded: %s", source, error)
+        return None
+    return tokenizer
+
+
+def save_folder(
+    folder: str | os.PathLike[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    report: Report | None = None,
+) -> Path:
+    """Save a model, its tokenizer and its report; the folder appears complete or not at all.
+
+    Raises:
+        FileExistsError: the folder holds something already.
+        OSError: it cannot be written.
+    """
+    with new_folder(folder) as draft:
+        model.save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        if report is not None:
+            record = {"weights_sha256": _weights_sha256(draft), **report.to_dict()}
+            (draft / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def check_new_folder(folder: str | os.PathLike[str]) -> Path:
+    """Refuse a folder that holds something, before long work begins.
+
+    Raises:
+        FileExistsError: it exists and is not an empty folder.
+        OSError: its parent cannot be written.
+    """
+    target = Path(folder).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"output {str(folder)!r} already holds something; choose another folder or remove it first"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"output {str(folder)!r} cannot be written: no permission in {str(target.parent)!r}; choose another folder"
+        )
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A draft beside `folder` that takes its name when the block ends well, and vanishes when it does not."""
+    target = check_new_folder(folder)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield draft
+        draft.chmod(0o777 & ~_umask())
+        draft.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"output {str(folder)!r} could not be written and nothing was left behind: {error}; "
+            "free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def recorded_errors(folder: str | os.PathLike[str]) -> dict[str, float]:
+    """Relative error by layer as recorded at compression; empty without a record or if the weights changed since."""
+    path = Path(folder) / REPORT_FILE
+    if not path.is_file():
+        return {}
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if record["weights_sha256"] != _weights_sha256(Path(folder)):
+        return {}
+    return {layer["name"]: layer["relative_error"] for layer in record["layers"]}
+
+
+def _weights_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""The command line: compress, inspect, expand."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from . import __version__
+from .checkpoint import check_new_folder, load_student, recorded_errors, save_folder
+from .compress import compress, to_dense
+from .plan_file import read_plan
+from .report import Report, describe
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kronecker-transformers",
+        description="Make BERT and GPT-2 models smaller and faster: layers become Kronecker products.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "compress",
+        help="factor a dense model and save the result",
+        description="Factor a dense BERT or GPT-2 and save the result.",
+    )
+    command.add_argument("teacher", metavar="TEACHER", help="name on the Hub, or folder, of the dense model")
+    command.add_argument(
+        "--plan",
+        default="7.7x",
+        help="7.7x or 21x (BERT), kngpt2 (GPT-2), or a YAML or JSON file (default: %(default)s)",
+    )
+    command.add_argument("--output", required=True, metavar="DIR", help="new folder for the factored model")
+    command.set_defaults(run=_compress)
+
+    command = commands.add_parser(
+        "inspect",
+        help="show the layers and totals of a factored model",
+        description="Show the layers and totals of a factored model.",
+    )
+    command.add_argument("model", metavar="DIR", help="folder of the factored model")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser(
+        "expand",
+        help="multiply the factors out: a stock dense model",
+        description="Multiply the factors out: a stock dense model with the same outputs.",
+    )
+    command.add_argument("model", metavar="DIR", help="folder of the factored model")
+    command.add_argument("--output", required=True, metavar="DIR", help="new folder for the dense model")
+    command.set_defaults(run=_expand)
+    return parser
+
+
+def _compress(arguments: argparse.Namespace, console: Console) -> None:
+    check_new_folder(arguments.output)
+    result = compress(arguments.teacher, read_plan(arguments.plan), progress=True)
+    result.save(arguments.output)
+    _show(result.report, console)
+    console.print(f"Saved in {arguments.output}. Distil it before use: an undistilled student is poor.")
+
+
+def _inspect(arguments: argparse.Namespace, console: Console) -> None:
+    model, _ = load_student(arguments.model)
+    errors = recorded_errors(arguments.model)
+    _show(describe(model, errors), console)
+    if not errors:
+        console.print(
+            "No errors are shown: these weights have been trained since, or came without a record of their compression."
+        )
+
+
+def _expand(arguments: argparse.Namespace, console: Console) -> None:
+    check_new_folder(arguments.output)
+    model, tokenizer = load_student(arguments.model)
+    save_folder(arguments.output, to_dense(model), tokenizer)
+    console.print(f"Dense twin saved in {arguments.output}.")
+
+
+def _show(report: Report, console: Console) -> None:
+    console.print(report.table())
+    console.print(report.totals())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments, Console())
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"kronecker-transformers {arguments.command}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+"""Linear, embedding and output layers whose weight is a sum of Kronecker products.
+
+    W = sum over r of A_r (x) B_r,   W (m, n),   A_r (m1, n1),   B_r (m2, n2),   m = m1 m2,   n = n1 n2
+
+Block (i, j) of A (x) B is A[i, j] * B, so row i1 * m2 + i2 and column j1 * n2 + j2 of W hold
+sum over r of A_r[i1, j1] B_r[i2, j2]. With x reshaped to X (n1, n2),
+
+    (A (x) B) x = vec(A X B^T)
+
+(KroneckerBERT, Tahaei et al., NAACL 2022, section 3; KnGPT2, Edalati et al., ACL 2022, section 2).
+W itself is never formed, neither forward nor backward.
+
+Layout. The factors are parameters `A` of shape (m1, R, n1) and `B` of shape (m2, R, n2), in memory and
+on disk; A_r is `A[:, r, :]`. So A is, without a copy, the matrix (m1, R n1) that consumes all terms and
+the matrix (m1 R, n1) that produces them, and likewise B; and an embedding with m2 = 1 has one
+contiguous row of A for each word.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
+
+
+def multiplications(m1: int, n1: int, m2: int, n2: int, terms: int) -> tuple[int, int]:
+    """Multiplications per token of both contraction orders: X B^T first, and A X first."""
+    return terms * n1 * n2 * m2 + terms * m2 * n1 * m1, terms * n2 * n1 * m1 + terms * m1 * n2 * m2
+
+
+def _left_multiply(M: Tensor, X: Tensor) -> Tensor:
+    """M X[t] for every t: M (p, k) shared, X (T, k, q), result (T, p, q)."""
+    p, k = M.shape
+    tokens, _, q = X.shape
+    if q == 1:
+        return F.linear(X.squeeze(-1), M).unsqueeze(-1)
+    if min(p, k) <= q:  # else the gradient of M, (T, p, k) before the sum over T, would be larger than the activations
+        # bmm, not matmul: matmul folds this into one very thin GEMM when M needs a gradient, ten times slower on a CPU
+        return torch.bmm(M.expand(tokens, p, k), X)
+    return F.linear(X.transpose(1, 2), M).transpose(1, 2)
+
+
+def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute y = W x + bias, W = sum over r of A_r (x) B_r, in the cheaper of the two orders.
+
+    The larger factor is always one contiguous GEMM over all tokens. The smaller one goes over it as a batch of
+    small products; the obvious code, with the larger factor in the batch, is slower than the dense layer.
+
+    Args:
+        x: (..., n), any leading dimensions, also empty.
+        A: (m1, R, n1).
+        B: (m2, R, n2).
+        bias: (m,) or None.
+
+    Returns:
+        (..., m), in the dtype of x (under autocast, in the autocast dtype, as for a dense layer).
+    """
+    m1, R, n1 = A.shape
+    m2, _, n2 = B.shape
+    X = x.reshape(-1, n1, n2)
+    b_first, a_first = multiplications(m1, n1, m2, n2, R)
+    if b_first <= a_first:
+        if n1 == 1 or A.numel() >= B.numel():
+            Z = _left_multiply(B.reshape(m2 * R, n2), X.transpose(1, 2)).reshape(-1, m2, R * n1)  # (T, m2, R n1)
+            Y = F.linear(Z, A.reshape(m1, R * n1)).transpose(1, 2)  # (T, m1, m2)
+        else:
+            Z = F.linear(X, B.reshape(m2 * R, n2)).unflatten(-1, (m2, R))  # (T, n1, m2, R)
+            Z = Z.permute(0, 3, 1, 2).reshape(-1, R * n1, m2)  # (T, R n1, m2)
+            Y = _left_multiply(A.reshape(m1, R * n1), Z)  # (T, m1, m2)
+    elif n2 == 1 or B.numel() >= A.numel():
+        Z = _left_multiply(A.reshape(m1 * R, n1), X).reshape(-1, m1, R * n2)  # (T, m1, R n2)
+        Y = Z * B.reshape(m2).to(Z.dtype) if R * n2 == 1 else F.linear(Z, B.reshape(m2, R * n2))  # (T, m1, m2)
+    else:
+        Z = F.linear(X.transpose(1, 2), A.reshape(m1 * R, n1)).unflatten(-1, (m1, R))  # (T, n2, m1, R)
+        Z = Z.permute(0, 3, 1, 2).reshape(-1, R * n2, m1)  # (T, R n2, m1)
+        Y = _left_multiply(B.reshape(m2, R * n2), Z).transpose(1, 2)  # (T, m1, m2)
+    y = Y.reshape(*x.shape[:-1], m1 * m2)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def kronecker_embedding(indices: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Rows of W = sum over r of A_r (x) B_r, from the rows of the factors.
+
+    Row i of W is sum over r of A_r[i // m2] (x) B_r[i % m2]; with m2 = 1 every word has its own row of A
+    (KroneckerBERT, section 3.3).
+
+    Args:
+        indices: integers (...), each in [0, m1 m2).
+        A: (m1, R, n1).
+        B: (m2, R, n2).
+
+    Returns:
+        (..., n1 n2), in the dtype of the factors.
+    """
+    m1, R, n1 = A.shape
+    m2, _, n2 = B.shape
+    a = F.embedding(indices if m2 == 1 else indices.div(m2, rounding_mode="floor"), A.reshape(m1, R * n1)).unflatten(
+        -1, (R, n1)
+    )
+    b = B.reshape(R, n2) if m2 == 1 else F.embedding(indices % m2, B.reshape(m2, R * n2)).unflatten(-1, (R, n2))
+    rows = a.transpose(-1, -2) * b if R == 1 else a.transpose(-1, -2) @ b  # (..., n1, n2)
+    return rows.flatten(-2)
+
+
+class _KroneckerLayer(nn.Module):
+    """Holds the factors of an (m, n) weight."""
+
+    def __init__(self, m: int, n: int, m1: int, n1: int, terms: int, device: Any, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        for name, value, size in (("m1", m1, m), ("n1", n1, n)):
+            if value < 1 or size % value:
+                raise ValueError(
+                    f"{name}={value} in {type(self).__name__} must be a positive divisor of {size}; choose one"
+                )
+        if terms < 1:
+            raise ValueError(f"terms={terms} must be >= 1 in {type(self).__name__}; use terms=1 for a single product")
+        self.A = nn.Parameter(torch.empty(m1, terms, n1, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(m // m1, terms, n // n1, device=device, dtype=dtype))
+
+    @property
+    def terms(self) -> int:
+        """Number R of Kronecker products in the sum."""
+        return self.A.shape[1]
+
+    def init_factors(self, std: float) -> None:
+        """Draw A and B so that the entries of W have mean 0 and standard deviation `std`.
+
+        An entry is a sum of R products of independent entries, so both factors get (std / sqrt(R)) ** 0.5. Parameters
+        that were loaded from a checkpoint are left alone.
+        """
+        factor_std = math.sqrt(std / math.sqrt(self.terms))
+        init.normal_(self.A, mean=0.0, std=factor_std)
+        init.normal_(self.B, mean=0.0, std=factor_std)
+
+    def to_dense(self) -> Tensor:
+        """The product W (m, n), for tests and export."""
+        m1, _, n1 = self.A.shape
+        m2, _, n2 = self.B.shape
+        return torch.einsum("irj,krl->ikjl", self.A, self.B).reshape(m1 * m2, n1 * n2)
+
+    def _factors_repr(self) -> str:
+        m1, terms, n1 = self.A.shape
+        m2, _, n2 = self.B.shape
+        return f"A=({m1}, {n1}), B=({m2}, {n2}), terms={terms}"
+
+    def _set_nearest(self, weight: Tensor) -> None:
+        """Set the factors to the nearest sum of Kronecker products of `weight` (m, n)."""
+        try:
+            nearest = importlib.import_module("kronecker_transformers.factorization.nearest")
+        except ImportError as error:
+            raise ImportError(
+                "factoring a dense layer needs the package; pip install kronecker-transformers"
+            ) from error
+        m1, terms, n1 = self.A.shape
+        result = nearest.nearest_kronecker(weight, m1, n1, terms)
+        with torch.no_grad():
+            self.A.copy_(result.A)
+            self.B.copy_(result.B)
+
+
+class KroneckerLinear(_KroneckerLayer):
+    """y = (sum over r of A_r (x) B_r) x + bias; takes the place of `nn.Linear` and of GPT-2's `Conv1D`.
+
+    Args:
+        in_features: n, size of the last dimension of the input.
+        out_features: m, size of the last dimension of the output.
+        m1, n1: shape of A_r; B_r is (m / m1, n / n1). (m1, n1) = (m, 1) is the low-rank product of rank `terms`.
+        terms: number R of products in the sum.
+        bias: learn an additive bias (m,).
+
+    Raises:
+        ValueError: m1 or n1 does not divide, or terms < 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        m1: int,
+        n1: int,
+        terms: int = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, m1, n1, terms, device, dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.init_factors(std=1 / math.sqrt(3 * in_features))  # as nn.Linear initialises itself
+
+    def init_factors(self, std: float) -> None:
+        """As in the base class; the bias becomes 0."""
+        super().init_factors(std)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., n) to (..., m)."""
+        return kronecker_linear(x, self.A, self.B, self.bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, m1: int, n1: int, terms: int = 1) -> KroneckerLinear:
+        """The nearest factored layer, in the Frobenius norm of the weight; bias, device and dtype come along."""
+        return cls._from_weight(linear.weight, linear.bias, m1, n1, terms)
+
+    @classmethod
+    def from_conv1d(cls, conv: Conv1D, m1: int, n1: int, terms: int = 1) -> KroneckerLinear:
+        """As `from_linear`, for GPT-2's Conv1D, which stores its weight as (n, m); m1 divides the outputs m."""
+        return cls._from_weight(conv.weight.t(), conv.bias, m1, n1, terms)
+
+    @classmethod
+    def _from_weight(cls, weight: Tensor, bias: Tensor | None, m1: int, n1: int, terms: int) -> KroneckerLinear:
+        m, n = weight.shape
+        layer = cls(n, m, m1, n1, terms, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+        layer._set_nearest(weight)
+        if layer.bias is not None and bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
+        return layer
+
+    @classmethod
+    def tied_to(cls, embedding: KroneckerEmbedding, bias: bool = False) -> KroneckerLinear:
+        """The output head of a language model: its factors are the embedding's own parameters.
+
+        The logits of h are the sum over r of A_r H B_r^T with H = h reshaped to (n1, n2): times B, then times A, never
+        the (vocabulary, hidden) matrix.
+        """
+        m1, terms, n1 = embedding.A.shape
+        with torch.device("meta"):
+            head = cls(embedding.embedding_dim, embedding.num_embeddings, m1, n1, terms, bias=bias)
+        head.A, head.B = embedding.A, embedding.B
+        if bias:
+            head.bias = nn.Parameter(
+                torch.zeros(embedding.num_embeddings, device=embedding.A.device, dtype=embedding.A.dtype)
+            )
+        return head
+
+    def extra_repr(self) -> str:
+        """The sizes of the layer and of its factors."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {self._factors_repr()}, bias={self.bias is not None}"
+
+
+class KroneckerEmbedding(_KroneckerLayer):
+    """Row i of W = sum over r of A_r (x) B_r for each index i; takes the place of `nn.Embedding`.
+
+    With m1 = num_embeddings every word keeps its own row of A and B is shared: a look-up and a product of
+    embedding_dim multiplications for each term.
+
+    Args:
+        num_embeddings: m, number of words.
+        embedding_dim: n, size of a row.
+        m1, n1: shape of A_r; B_r is (m / m1, n / n1).
+        terms: number R of products in the sum.
+        padding_idx: the output at this index gives no gradient; a row of its own (m2 = 1) starts at 0.
+
+    Raises:
+        ValueError: m1 or n1 does not divide, terms < 1, or padding_idx is not an index.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        m1: int,
+        n1: int,
+        terms: int = 1,
+        padding_idx: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, m1, n1, terms, device, dtype)
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(
+                f"padding_idx={padding_idx} must be an index into {num_embeddings} embeddings; use None for no padding"
+            )
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
+        self.init_factors(std=1.0)  # as nn.Embedding initialises itself
+
+    def init_factors(self, std: float) -> None:
+        """As in the base class; the row of the padding word becomes 0 where it has one of its own."""
+        super().init_factors(std)
+        # A slice does not carry the mark that protects loaded parameters, so look for it on the parameter.
+        if self.padding_idx is not None and self.B.shape[0] == 1 and not getattr(self.A, "_is_hf_initialized", False):
+            init.zeros_(self.A[self.padding_idx])
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Map integers (...) to rows (..., embedding_dim)."""
+        rows = kronecker_embedding(indices, self.A, self.B)
+        if self.padding_idx is not None and torch.is_grad_enabled():
+            rows = torch.where((indices == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
+        return rows
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, m1: int, n1: int, terms: int = 1) -> KroneckerEmbedding:
+        """The nearest factored embedding, in the Frobenius norm; padding_idx, device and dtype come along.
+
+        Raises:
+            ValueError: the embedding uses max_norm, scale_grad_by_freq or sparse gradients.
+        """
+        for name in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if value := getattr(embedding, name):
+                raise ValueError(
+                    f"{name}={value!r} is not supported by {cls.__name__}; switch it off on the embedding first"
+                )
+        m, n = embedding.weight.shape
+        layer = cls(
+            m, n, m1, n1, terms, embedding.padding_idx, device=embedding.weight.device, dtype=embedding.weight.dtype
+        )
+        layer._set_nearest(embedding.weight)
+        return layer
+
+    def extra_repr(self) -> str:
+        """The sizes of the layer and of its factors."""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        sizes = f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}"
+        return f"{sizes}, {self._factors_repr()}{padding}"

@@ -1,0 +1,183 @@
+"""What the models of both families share: building from the plan, tying, resizing, initialising, loading."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .factor_plan import FactorPlan
+from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
+
+
+def factor_module(module: nn.Module, m1: int, n1: int, terms: int) -> KroneckerLinear | KroneckerEmbedding:
+    """An uninitialised factored layer with the sizes of a dense one (`nn.Linear`, `Conv1D` or `nn.Embedding`)."""
+    if isinstance(module, nn.Embedding):
+        return KroneckerEmbedding(module.num_embeddings, module.embedding_dim, m1, n1, terms, module.padding_idx)
+    if isinstance(module, Conv1D):
+        return KroneckerLinear(module.nx, module.nf, m1, n1, terms, bias=True)
+    if isinstance(module, nn.Linear):
+        return KroneckerLinear(module.in_features, module.out_features, m1, n1, terms, bias=module.bias is not None)
+    raise TypeError(
+        f"module of type {type(module).__name__} cannot be factored; supported are nn.Linear, Conv1D and nn.Embedding"
+    )
+
+
+class KroneckerPreTrainedModel(PreTrainedModel):
+    """To stand before a stock class: builds its model with factored layers in the places of `config.factor_plan`."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        device = torch.empty(0).device  # honours torch.device contexts and torch.set_default_device
+        with torch.device("meta"):  # the dense skeleton costs no memory
+            super().__init__(config, *args, **kwargs)
+            if self.base_model is self:
+                self._factor_layers()
+            else:
+                setattr(self, self.base_model_prefix, self._make_base_model())
+                self._tie_head()
+            self.post_init()
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights()
+
+    def _make_base_model(self) -> PreTrainedModel:
+        """The factored base model that takes the place of the stock one, `self.base_model`."""
+        raise NotImplementedError
+
+    def _factor_layers(self) -> None:
+        modules = dict(self.named_modules())
+        for name, entry in self.config.factored_modules().items():
+            parent, _, leaf = name.rpartition(".")
+            if name in modules:  # a model may have been built without its pooler
+                setattr(modules[parent], leaf, factor_module(modules[name], entry.m1, entry.n1, entry.terms))
+
+    def _tie_head(self) -> None:
+        """Let the output head use the factors of a factored embedding."""
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if head is None or not self.config.tie_word_embeddings or not isinstance(embedding, KroneckerEmbedding):
+            return
+        names = {module: name for name, module in self.named_modules()}
+        source, target = names[embedding], names[head]
+        ties = {key: value for key, value in self._tied_weights_keys.items() if key != f"{target}.weight"}
+        self._tied_weights_keys = {**ties, **{f"{target}.{factor}": f"{source}.{factor}" for factor in "AB"}}
+        self.set_output_embeddings(KroneckerLinear.tied_to(embedding, bias=head.bias is not None))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (KroneckerLinear, KroneckerEmbedding)):
+            module.init_factors(self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
+        """As the stock method, also for a factored embedding and the head that is tied to it; the plan follows.
+
+        Every row of A stands for m2 words, so the new size must be a multiple of m2. New rows of A are drawn as the
+        stock method draws new words: the words are linear in them.
+
+        Raises:
+            ValueError: the new size is not a multiple of m2.
+        """
+        embedding = self.get_input_embeddings()
+        if not isinstance(embedding, KroneckerEmbedding):
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return embedding
+        size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        m2 = embedding.B.shape[0]
+        if size < 1 or size % m2:
+            raise ValueError(
+                f"new_num_tokens={size} must be a positive multiple of m2={m2}, the words per row of A; "
+                f"pass pad_to_multiple_of={m2}"
+            )
+
+        old_rows, new_rows = embedding.A.shape[0], size // m2
+        rows = self._get_resized_embeddings(_rows_of_a(embedding), new_rows, None, mean_resizing).weight.detach()
+        if not mean_resizing:  # drawn with the standard deviation of a word; turn it into that of a row of A
+            rows[old_rows:] *= (
+                embedding.B.shape[0] ** 0.5
+                * embedding.B.shape[2] ** 0.5
+                / torch.linalg.vector_norm(embedding.B.detach())
+            )
+        embedding.A = nn.Parameter(rows.unflatten(-1, embedding.A.shape[1:]), requires_grad=embedding.A.requires_grad)
+        embedding.num_embeddings = size
+        if embedding.padding_idx is not None and embedding.padding_idx >= size:
+            embedding.padding_idx = None
+        self._resize_head(embedding, mean_resizing)
+
+        name = next(name for name, module in self.base_model.named_modules() if module is embedding)
+        plan, modules = FactorPlan(self.config.factor_plan), self.config.factorable_modules()
+        entry = replace(self.config.factored_modules()[name], m1=new_rows)
+        self.config.factor_plan = plan.with_entry(name, entry, modules).to_dict()
+        self.config.vocab_size = size
+        self.tie_weights()
+        return embedding
+
+    def _resize_head(self, embedding: KroneckerEmbedding, mean_resizing: bool) -> None:
+        head, size = self.get_output_embeddings(), embedding.num_embeddings
+        if isinstance(head, KroneckerLinear):
+            resized = KroneckerLinear.tied_to(embedding, bias=head.bias is not None)
+            if head.bias is not None and resized.bias is not None:
+                kept = min(size, head.out_features)
+                resized.bias.data[:kept] = head.bias.data[:kept]
+                resized.bias.requires_grad_(head.bias.requires_grad)
+            self.set_output_embeddings(resized)
+        elif head is not None:
+            self.set_output_embeddings(self._get_resized_lm_head(head, size, mean_resizing=mean_resizing))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the stock method, but a checkpoint whose weights do not fit its plan is an error.
+
+        The stock method would draw the weights that are missing at random and only warn.
+
+        Raises:
+            ValueError: weights of the base model are missing, left over, or of another shape.
+            OSError: a weights file is truncated or corrupted.
+        """
+        load: Any = super().from_pretrained
+        try:
+            model, info = load(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        except Exception as error:
+            if type(error).__name__ == "SafetensorError":
+                raise OSError(
+                    f"the weights in {str(pretrained_model_name_or_path)!r} are truncated or corrupted ({error}); "
+                    "copy or download them again"
+                ) from error
+            raise
+        if not kwargs.get("ignore_mismatched_sizes"):
+            _check_factors(info, pretrained_model_name_or_path)
+        return (model, info) if output_loading_info else model
+
+
+def _check_factors(info: dict[str, Any], source: Any) -> None:
+    """Refuse a checkpoint in which a factored layer found a dense weight, or the other way round.
+
+    A pooler may be missing or left over as a whole: models without one share checkpoints with models that have one.
+    """
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    missing_from, left_over_from = ({key.rpartition(".")[0] for key in keys} for keys in (missing, unexpected))
+    for key in sorted(missing | unexpected):
+        module, _, leaf = key.rpartition(".")
+        swapped = module in missing_from and module in left_over_from
+        if swapped or (leaf in ("A", "B") and not module.endswith("pooler.dense")):
+            state = "missing" if key in missing else "left over"
+            raise ValueError(
+                f"the weights in {str(source)!r} do not fit the factor plan in its config: {key!r} is {state}; "
+                "restore the config.json that was saved with them"
+            )
+
+
+def _rows_of_a(embedding: KroneckerEmbedding) -> nn.Embedding:
+    """The rows of A, (m1, R n1), as a stock embedding of their own."""
+    return nn.Embedding.from_pretrained(embedding.A.detach().flatten(1))

@@ -1,0 +1,64 @@
+"""BERT with Kronecker-factored layers (KroneckerBERT, Tahaei et al., NAACL 2022): every head, one plan."""
+
+from __future__ import annotations
+
+from transformers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertPreTrainedModel,
+)
+
+from .configuration_kronecker_bert import KroneckerBertConfig
+from .modeling_kronecker import KroneckerPreTrainedModel
+
+
+class KroneckerBertPreTrainedModel(KroneckerPreTrainedModel, BertPreTrainedModel):
+    """Base class of the factored BERT models."""
+
+    config: KroneckerBertConfig
+    config_class = KroneckerBertConfig
+
+    def _make_base_model(self) -> KroneckerBertModel:
+        return KroneckerBertModel(self.config, add_pooling_layer=getattr(self.bert, "pooler", None) is not None)
+
+
+class KroneckerBertModel(KroneckerBertPreTrainedModel, BertModel):
+    """`BertModel` with the factored layers of its plan."""
+
+
+class KroneckerBertForPreTraining(KroneckerBertPreTrainedModel, BertForPreTraining):
+    """`BertForPreTraining` (masked language model and next-sentence prediction) on a factored BERT."""
+
+
+class KroneckerBertForMaskedLM(KroneckerBertPreTrainedModel, BertForMaskedLM):
+    """`BertForMaskedLM` on a factored BERT; a tied head uses the embedding's factors."""
+
+
+class KroneckerBertForSequenceClassification(KroneckerBertPreTrainedModel, BertForSequenceClassification):
+    """`BertForSequenceClassification` on a factored BERT."""
+
+
+class KroneckerBertForTokenClassification(KroneckerBertPreTrainedModel, BertForTokenClassification):
+    """`BertForTokenClassification` on a factored BERT."""
+
+
+class KroneckerBertForQuestionAnswering(KroneckerBertPreTrainedModel, BertForQuestionAnswering):
+    """`BertForQuestionAnswering` on a factored BERT."""
+
+
+class KroneckerBertForMultipleChoice(KroneckerBertPreTrainedModel, BertForMultipleChoice):
+    """`BertForMultipleChoice` on a factored BERT."""
+
+
+KroneckerBertModel.register_for_auto_class("AutoModel")
+KroneckerBertForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+KroneckerBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+KroneckerBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+KroneckerBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+KroneckerBertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+KroneckerBertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")

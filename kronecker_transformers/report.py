@@ -1,0 +1,156 @@
+"""What a factored model costs and what was lost, layer by layer, beside its dense twin."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear, multiplications
+
+REPORT_LENGTH = 128
+"""Tokens of the sequence for which FLOPs are reported, as in KroneckerBERT, Table 1."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One factored layer: shapes of W, A_r and B_r, number of terms, relative Frobenius error if known."""
+
+    name: str
+    weight: tuple[int, int]
+    A: tuple[int, int]
+    B: tuple[int, int]
+    terms: int
+    relative_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a model.
+
+    A FLOP is an addition or a multiplication. `linear_flops` counts the linear layers only, as KroneckerBERT does;
+    `total_flops` adds the products Q K^T and (attention) V. Softmax, activations, norms and look-ups are not counted.
+    """
+
+    parameters: int
+    """Parameters; a tied one counts once."""
+    bytes: int
+    """Bytes of parameters and saved buffers."""
+    linear_flops: int
+    """FLOPs of the linear layers for one sequence."""
+    total_flops: int
+    """FLOPs of linear layers and attention products for one sequence."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A factored model beside its dense twin."""
+
+    layers: tuple[LayerReport, ...]
+    dense: Cost
+    factored: Cost
+    length: int
+    """Tokens in the sequence for which FLOPs are counted."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """The layers, for a terminal."""
+        table = Table(title="Factored layers", box=SIMPLE_HEAD)
+        table.add_column("layer", overflow="fold")
+        for heading in ("weight", "A", "B", "terms", "parameters", "error"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for layer in self.layers:
+            (m, n), (m1, n1), (m2, n2) = layer.weight, layer.A, layer.B
+            parameters = layer.terms * (m1 * n1 + m2 * n2)
+            error = "-" if layer.relative_error is None else f"{layer.relative_error:.4f}"
+            table.add_row(
+                layer.name, f"{m}x{n}", f"{m1}x{n1}", f"{m2}x{n2}", str(layer.terms), f"{parameters:,}", error
+            )
+        return table
+
+    def totals(self) -> Table:
+        """The totals, for a terminal."""
+        table = Table(title="Totals", box=SIMPLE_HEAD)
+        table.add_column("")
+        for heading in ("dense", "factored", "ratio"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for label, name, unit, form in (
+            ("parameters", "parameters", 1, "{:,.0f}"),
+            ("megabytes", "bytes", 1e6, "{:,.1f}"),
+            (f"GFLOPs at length {self.length}, linear layers", "linear_flops", 1e9, "{:,.2f}"),
+            (f"GFLOPs at length {self.length}, with attention products", "total_flops", 1e9, "{:,.2f}"),
+        ):
+            dense, factored = getattr(self.dense, name), getattr(self.factored, name)
+            table.add_row(label, form.format(dense / unit), form.format(factored / unit), f"{dense / factored:.2f}x")
+        return table
+
+
+def describe(model: PreTrainedModel, errors: dict[str, float] | None = None, length: int = REPORT_LENGTH) -> Report:
+    """Count the costs of a BERT or GPT-2, factored or dense, and of its dense twin.
+
+    FLOPs come from one forward pass over `length` tokens that records what each linear layer is applied to.
+
+    Args:
+        errors: relative error by module name, where known.
+        length: tokens in the sequence; cut to what the model can take.
+    """
+    length = min(length, model.config.max_position_embeddings)
+    layers, dense_extra, seen = [], 0, set()
+    for name, module in model.named_modules():
+        if isinstance(module, (KroneckerLinear, KroneckerEmbedding)) and id(module.A) not in seen:
+            seen.add(id(module.A))  # a tied head is no layer of its own
+            (m1, terms, n1), (m2, _, n2) = module.A.shape, module.B.shape
+            layers.append(LayerReport(name, (m1 * m2, n1 * n2), (m1, n1), (m2, n2), terms, (errors or {}).get(name)))
+            dense_extra += m1 * m2 * n1 * n2 - module.A.numel() - module.B.numel()
+
+    parameters = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    linear, dense_linear = _linear_flops(model, length)
+    attention = model.config.num_hidden_layers * 4 * length**2 * model.config.hidden_size
+    dense_size = size + dense_extra * model.dtype.itemsize
+    return Report(
+        tuple(layers),
+        Cost(parameters + dense_extra, dense_size, dense_linear, dense_linear + attention),
+        Cost(parameters, size, linear, linear + attention),
+        length,
+    )
+
+
+@torch.no_grad()
+def _linear_flops(model: PreTrainedModel, length: int) -> tuple[int, int]:
+    """FLOPs of all linear layers for one sequence: as they are, and as if they were dense."""
+    counts = [0, 0]
+
+    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        n, m = inputs[0].shape[-1], output.shape[-1]
+        tokens = output.numel() // m
+        per_token = m * n
+        if isinstance(module, KroneckerLinear):
+            (m1, terms, n1), (m2, _, n2) = module.A.shape, module.B.shape
+            per_token = min(multiplications(m1, n1, m2, n2, terms))
+        counts[0] += 2 * tokens * per_token
+        counts[1] += 2 * tokens * m * n
+
+    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D, KroneckerLinear))]
+    handles = [module.register_forward_hook(record) for module in linear]
+    training = model.training
+    try:
+        shape = (1, 1, length) if "MultipleChoice" in type(model).__name__ else (1, length)
+        model.eval()(
+            torch.ones(shape, dtype=torch.long, device=model.device),
+            attention_mask=torch.ones(shape, device=model.device),
+        )
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return counts[0], counts[1]

@@ -125,32 +125,40 @@ def save_folder(
     return Path(folder)
 
 
-def check_new_folder(folder: str | os.PathLike[str]) -> Path:
-    """Refuse a folder that holds something, before long work begins.
+def check_new_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuse an output folder before long work begins.
 
     Raises:
         FileExistsError: it exists and is not an empty folder.
-        OSError: its parent cannot be written.
+        PermissionError: it could not be made where it should be.
     """
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(
             f"output {str(folder)!r} already holds something; choose another folder or remove it first"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(target.parent, os.W_OK | os.X_OK):
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"output {str(folder)!r} cannot be written: no permission in {str(target.parent)!r}; choose another folder"
+            f"output {str(folder)!r} could not be written: {str(existing)!r} is not a folder that may be written; "
+            "choose another folder"
         )
-    return target
 
 
 @contextlib.contextmanager
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A draft beside `folder` that takes its name when the block ends well, and vanishes when it does not."""
-    target = check_new_folder(folder)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    """A draft beside `folder` that takes its name when the block ends well, and vanishes when it does not.
+
+    Raises:
+        FileExistsError: the folder holds something already.
+        OSError: it cannot be written.
+    """
+    check_new_folder(folder)
+    target = Path(folder).absolute()
+    draft = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield draft
         draft.chmod(0o777 & ~_umask())
         draft.replace(target)
@@ -160,7 +168,8 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
             "free some space or choose another folder"
         ) from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -90,9 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments, Console())
+        # into a file or a pipe, lines are as long as the longest module names need
+        arguments.run(arguments, Console(width=None if sys.stdout.isatty() else 110))
     except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"kronecker-transformers {arguments.command}: error: {error}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        print(f"kronecker-transformers {arguments.command}: error: {message}", file=sys.stderr)
         return 1
     return 0
 

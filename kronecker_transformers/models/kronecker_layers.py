@@ -131,12 +131,14 @@ class _KroneckerLayer(nn.Module):
     def init_factors(self, std: float) -> None:
         """Draw A and B so that the entries of W have mean 0 and standard deviation `std`.
 
-        An entry is a sum of R products of independent entries, so both factors get (std / sqrt(R)) ** 0.5. Parameters
+        An entry is a sum of R products of independent entries, so both factors get (std / sqrt(R)) ** 0.5. Each A_r and
+        B_r is scaled to this root mean square: a small one has too few entries to come near it by chance. Parameters
         that were loaded from a checkpoint are left alone.
         """
-        factor_std = math.sqrt(std / math.sqrt(self.terms))
-        init.normal_(self.A, mean=0.0, std=factor_std)
-        init.normal_(self.B, mean=0.0, std=factor_std)
+        target = math.sqrt(std / math.sqrt(self.terms))
+        for factor in (self.A, self.B):
+            values = torch.randn_like(factor, dtype=torch.float32)
+            init.copy_(factor, values * (target / values.square().mean((0, 2), keepdim=True).sqrt()))
 
     def to_dense(self) -> Tensor:
         """The product W (m, n), for tests and export."""

@@ -135,33 +135,50 @@ class KroneckerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """As the stock method, but a checkpoint whose weights do not fit its plan is an error.
+        """As the stock method, but factors that do not fit the plan are one clear error.
 
-        The stock method would draw the weights that are missing at random and only warn.
+        The stock method would draw factors that are missing at random, with a warning.
 
         Raises:
-            ValueError: weights of the base model are missing, left over, or of another shape.
+            ValueError: factors are missing, left over, or of another shape.
+            RuntimeError: another weight has another shape, unless `ignore_mismatched_sizes`.
             OSError: a weights file is truncated or corrupted.
         """
+        source = str(pretrained_model_name_or_path)
         load: Any = super().from_pretrained
         try:
-            model, info = load(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+            model, info = load(
+                pretrained_model_name_or_path, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
         except Exception as error:
             if type(error).__name__ == "SafetensorError":
                 raise OSError(
-                    f"the weights in {str(pretrained_model_name_or_path)!r} are truncated or corrupted ({error}); "
-                    "copy or download them again"
+                    f"the weights in {source!r} are truncated or corrupted ({error}); copy or download them again"
                 ) from error
             raise
-        if not kwargs.get("ignore_mismatched_sizes"):
-            _check_factors(info, pretrained_model_name_or_path)
+        if problem := _misfit(info):
+            raise ValueError(
+                f"the weights in {source!r} do not fit the factor plan in its config: {problem}; "
+                "restore the config.json that was saved with them"
+            )
+        for key, found, wanted in info["mismatched_keys"]:
+            if not ignore_mismatched_sizes:
+                raise RuntimeError(
+                    f"{key!r} in {source!r} has shape {tuple(found)}, not {tuple(wanted)}; "
+                    "pass ignore_mismatched_sizes=True to draw it anew"
+                )
         return (model, info) if output_loading_info else model
 
 
-def _check_factors(info: dict[str, Any], source: Any) -> None:
-    """Refuse a checkpoint in which a factored layer found a dense weight, or the other way round.
+def _misfit(info: dict[str, Any]) -> str | None:
+    """What is wrong with the factors of a checkpoint, from the loading info; None if nothing is.
 
     A pooler may be missing or left over as a whole: models without one share checkpoints with models that have one.
     """
@@ -171,11 +188,11 @@ def _check_factors(info: dict[str, Any], source: Any) -> None:
         module, _, leaf = key.rpartition(".")
         swapped = module in missing_from and module in left_over_from
         if swapped or (leaf in ("A", "B") and not module.endswith("pooler.dense")):
-            state = "missing" if key in missing else "left over"
-            raise ValueError(
-                f"the weights in {str(source)!r} do not fit the factor plan in its config: {key!r} is {state}; "
-                "restore the config.json that was saved with them"
-            )
+            return f"{key!r} is {'missing' if key in missing else 'left over'}"
+    for key, found, wanted in sorted(info["mismatched_keys"]):
+        if key.endswith((".A", ".B")):
+            return f"{key!r} has shape {tuple(found)}, not {tuple(wanted)}"
+    return None
 
 
 def _rows_of_a(embedding: KroneckerEmbedding) -> nn.Embedding:

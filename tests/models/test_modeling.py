@@ -1,0 +1,336 @@
+import copy
+
+import pytest
+import torch
+import transformers
+from oracles import kronecker_sum
+from tiny import BERT_SIZES, bert_config, gpt2_config, inputs, perturb
+from transformers import AutoModel, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+import kronecker_transformers as kt
+from kronecker_transformers import to_dense
+from kronecker_transformers.compress import DENSE_CLASSES
+
+# terms > 1 and low rank beside the presets, so that no path is left out
+BERT_PLAN = {
+    "embeddings.word_embeddings": (64, 8, 2),
+    "encoder.layer.0.attention.self.*": (16, 8, 3),
+    "encoder.layer.1.intermediate.dense": (96, 1, 6),
+    "encoder.layer.1.output.dense": (2, 8),
+    "encoder.layer.2.attention.output.dense": (4, 4, 2),
+    "pooler.dense": (16, 16),
+}
+GPT2_PLAN = {"wte": (72, 16, 2), "h.1.attn.c_attn": (48, 32), "h.1.mlp.*": (4, 2, 3), "h.2.attn.c_proj": (32, 1, 5)}
+MODELS = [getattr(kt, name) for name in DENSE_CLASSES]
+ALL_MODELS = pytest.mark.parametrize("model_class", MODELS, ids=lambda c: c.__name__)
+
+
+def student(model_class, plan=None, dtype=torch.float32, **changes):
+    dense, default = (bert_config, BERT_PLAN) if "Bert" in model_class.__name__ else (gpt2_config, GPT2_PLAN)
+    if "QuestionAnswering" in model_class.__name__:
+        changes = {"id2label": None, "label2id": None, **changes}
+    config = model_class.config_class.from_dense(dense(**changes), default if plan is None else plan)
+    return perturb(model_class(config)).to(dtype).eval()
+
+
+def first_output(output):
+    return next(value for key, value in output.items() if key not in ("loss", "past_key_values"))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "dense_config", "plan", "parameters"),
+    [
+        (kt.KroneckerBertModel, BertConfig(), {}, 109_482_240),
+        (kt.KroneckerBertModel, BertConfig(), "7.7x", 14_211_852),
+        (kt.KroneckerBertModel, BertConfig(), "21x", 5_228_272),
+        (kt.KroneckerGPT2LMHeadModel, GPT2Config(), {}, 124_439_808),
+        (kt.KroneckerGPT2LMHeadModel, GPT2Config(), "kngpt2", 83_907_506),
+    ],
+)
+def test_sizes_of_the_papers(model_class, dense_config, plan, parameters):
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_dense(dense_config, plan))
+    assert all(p.is_meta for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_shapes_of_kngpt2():
+    with torch.device("meta"):
+        model = kt.KroneckerGPT2LMHeadModel(kt.KroneckerGPT2Config.from_dense(GPT2Config(), "kngpt2"))
+    shapes = {name: tuple(p.shape) for name, p in model.transformer.h[1].named_parameters() if name[-1] in "AB"}
+    assert shapes == {
+        "attn.c_attn.A": (1152, 1, 768), "attn.c_attn.B": (2, 1, 1),
+        "attn.c_proj.A": (384, 1, 768), "attn.c_proj.B": (2, 1, 1),
+        "mlp.c_fc.A": (1536, 1, 768), "mlp.c_fc.B": (2, 1, 1),
+        "mlp.c_proj.A": (384, 1, 3072), "mlp.c_proj.B": (2, 1, 1),
+    }  # fmt: skip
+    assert tuple(model.transformer.wte.A.shape) == (50257, 1, 384)
+    assert tuple(model.transformer.wte.B.shape) == (1, 1, 2)
+    assert model.lm_head.A is model.transformer.wte.A
+
+
+@ALL_MODELS
+def test_equals_its_dense_twin(model_class):
+    model = student(model_class, dtype=torch.float64)
+    twin = to_dense(model)
+    assert type(twin).__module__.startswith("transformers.models.")
+    batch = inputs(model)
+    ours, theirs = model(**batch), twin(**batch)
+    assert ours.keys() == theirs.keys()
+    for key in ours.keys() - {"past_key_values"}:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-9, atol=1e-9)
+
+
+@ALL_MODELS
+def test_is_what_it_says(model_class):
+    model = student(model_class)
+    assert isinstance(model.base_model, (kt.KroneckerBertModel, kt.KroneckerGPT2Model))
+    assert isinstance(model, DENSE_CLASSES[model_class.__name__])
+    planned = set(model.config.factored_modules())
+    built = {
+        n for n, m in model.base_model.named_modules() if isinstance(m, (kt.KroneckerLinear, kt.KroneckerEmbedding))
+    }
+    assert built == planned - (set() if getattr(model.base_model, "pooler", None) else {"pooler.dense"})
+
+
+@ALL_MODELS
+def test_padding_does_not_change_the_rest(model_class):
+    model = student(model_class, dtype=torch.float64)
+    batch = inputs(model)
+    alone = {key: value[1:2, ..., :7] for key, value in batch.items()}
+    padded, short = first_output(model(**batch))[1:2], first_output(model(**alone))
+    if padded.shape != short.shape:
+        padded = padded[:, :7]
+    torch.testing.assert_close(padded, short, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("model_class", [kt.KroneckerBertForMaskedLM, kt.KroneckerGPT2LMHeadModel])
+def test_hidden_states_attentions_and_both_attention_paths(model_class):
+    model = student(model_class, dtype=torch.float64)
+    twin = to_dense(model)
+    batch = inputs(model)
+    fast = model(**batch).logits
+    model.set_attn_implementation("eager")
+    twin.set_attn_implementation("eager")
+    ours = model(**batch, output_hidden_states=True, output_attentions=True)
+    theirs = twin(**batch, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(ours.logits, fast, rtol=1e-9, atol=1e-9)
+    assert len(ours.hidden_states) == 4
+    assert len(ours.attentions) == 3
+    torch.testing.assert_close(ours.hidden_states, theirs.hidden_states, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.attentions, theirs.attentions, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("model_class", [kt.KroneckerBertForMaskedLM, kt.KroneckerGPT2LMHeadModel])
+def test_gradient_checkpointing_gives_the_same_gradients(model_class):
+    model = student(model_class, dtype=torch.float64, **(
+        {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        if "Bert" in model_class.__name__ else {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    )).train()  # fmt: skip
+    batch = inputs(model)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable = "activation_checkpointing_enable"  # not yet there in transformers 5.17
+            getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")()
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert any(name.endswith(".A") for name in gradients[0])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": True, "top_k": 20, "temperature": 0.9},
+        {"num_beams": 3},
+        {"num_beams": 2, "do_sample": True, "num_return_sequences": 2},
+    ],
+    ids=str,
+)
+def test_generation_equals_the_dense_twin(settings):
+    model = student(kt.KroneckerGPT2LMHeadModel, dtype=torch.float64)
+    twin = to_dense(model)
+    ids = torch.randint(2, 72, (2, 5))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    ids[mask == 0] = 0
+    outputs = []
+    for candidate in (model, twin):
+        torch.manual_seed(3)
+        outputs.append(candidate.generate(ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=8, **settings))
+    assert torch.equal(*outputs)
+    assert outputs[0].shape[1] >= 13
+
+
+@pytest.mark.parametrize("model_class", [kt.KroneckerBertForPreTraining, kt.KroneckerGPT2LMHeadModel])
+def test_losses_equal_the_dense_twin(model_class):
+    model = student(model_class, dtype=torch.float64)
+    batch = inputs(model)
+    labels = {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    if model_class is kt.KroneckerBertForPreTraining:
+        labels["next_sentence_label"] = torch.tensor([0, 1, 1])
+    torch.testing.assert_close(model(**batch, **labels).loss, to_dense(model)(**batch, **labels).loss)
+
+
+class TestInitialisation:
+    def test_products_have_the_stock_variance(self):
+        config = kt.KroneckerGPT2Config.from_dense(gpt2_config(n_embd=256, n_inner=512, vocab_size=512, n_layer=2), {
+            "wte": (512, 32, 2), "h.0.attn.c_proj": (32, 16, 3),
+            "h.0.mlp.c_fc": (64, 32, 2), "h.0.mlp.c_proj": (256, 1, 40),
+        })  # fmt: skip
+        h = (model := kt.KroneckerGPT2LMHeadModel(config)).transformer.h
+        residual = 0.02 / 2  # 0.02 / sqrt(2 n_layer)
+        for layer, std in (
+            (model.transformer.wte.to_dense(), 0.02), (h[0].mlp.c_fc.to_dense(), 0.02),
+            (h[0].attn.c_proj.to_dense(), residual), (h[0].mlp.c_proj.to_dense(), residual),
+            (h[1].attn.c_proj.weight, residual), (h[1].mlp.c_proj.weight, residual), (h[1].mlp.c_fc.weight, 0.02),
+        ):  # fmt: skip
+            assert layer.std().item() == pytest.approx(std, rel=0.15)
+
+    def test_everything_is_initialised(self):
+        # The model is built without memory and then filled: whatever is missed would hold arbitrary bytes.
+        for model_class in MODELS:
+            model = model_class(student(model_class).config)
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                assert not tensor.is_meta, name
+                assert tensor.abs().max() <= max(1, BERT_SIZES["max_position_embeddings"]), name
+        position_ids = kt.KroneckerBertModel(student(kt.KroneckerBertModel).config).embeddings.position_ids
+        assert torch.equal(position_ids, torch.arange(40).unsqueeze(0))
+
+    def test_padding_word_starts_at_zero(self):
+        model = kt.KroneckerBertModel(kt.KroneckerBertConfig.from_dense(bert_config(pad_token_id=7), BERT_PLAN))
+        table = model.get_input_embeddings()
+        assert table.padding_idx == 7
+        assert not table(torch.tensor(7)).any()
+
+    def test_seeded_and_in_the_asked_dtype(self):
+        config = student(kt.KroneckerBertModel).config
+        states = []
+        for _ in range(2):
+            torch.manual_seed(5)
+            states.append(AutoModel.from_config(config, dtype=torch.bfloat16).state_dict())
+        assert states[0]["embeddings.word_embeddings.A"].dtype == torch.bfloat16
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_class", [kt.KroneckerBertForMaskedLM, kt.KroneckerGPT2LMHeadModel])
+class TestResize:
+    @pytest.mark.parametrize("size", [64 + 21, 50])
+    def test_old_words_stay_and_new_ones_work(self, model_class, size, tmp_path):
+        model = student(model_class, dtype=torch.float64)
+        before = model.get_input_embeddings()(torch.arange(50)).detach().clone()
+        batch = {"input_ids": torch.randint(2, 50, (2, 6))}
+        logits = model(**batch).logits[..., :50]
+        model.resize_token_embeddings(size)
+
+        table = model.get_input_embeddings()
+        assert torch.equal(table(torch.arange(50)), before)
+        assert table.num_embeddings == model.config.vocab_size == size
+        output = model(**batch).logits
+        assert output.shape[-1] == size
+        torch.testing.assert_close(output[..., :50], logits, rtol=1e-10, atol=1e-10)
+        assert model.get_output_embeddings().A is table.A
+        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in {*model.parameters()})
+
+        model.save_pretrained(tmp_path)
+        again = model_class.from_pretrained(tmp_path, dtype="auto")
+        assert torch.equal(again(**batch).logits, output)
+        torch.testing.assert_close(to_dense(model)(**batch).logits, output, rtol=1e-9, atol=1e-9)
+
+    def test_new_words_look_like_the_old_ones(self, model_class):
+        model = student(model_class)
+        old = model.get_input_embeddings().to_dense().detach()
+        model.resize_token_embeddings(4000)
+        new = model.get_input_embeddings()(torch.arange(old.shape[0], 4000)).detach()
+        torch.testing.assert_close(new.mean(0), old.mean(0), rtol=0, atol=0.15 * old.std().item())
+
+    def test_without_mean_resizing_new_words_have_the_initial_variance(self, model_class):
+        model = student(model_class)
+        size = model.config.vocab_size
+        model.resize_token_embeddings(4000, mean_resizing=False)
+        new = model.get_input_embeddings()(torch.arange(size, 4000))
+        assert new.std().item() == pytest.approx(0.02, rel=0.1)
+
+    def test_pad_to_multiple_and_no_change(self, model_class):
+        model = student(model_class)
+        assert model.resize_token_embeddings() is model.get_input_embeddings()
+        model.resize_token_embeddings(pad_to_multiple_of=100)
+        assert model.config.vocab_size == 100
+
+    def test_rows_of_several_words(self, model_class):
+        name = "wte" if "GPT2" in model_class.__name__ else "embeddings.word_embeddings"
+        model = student(model_class, plan={name: (8, 4, 3)})
+        words = model.get_input_embeddings().B.shape[0]
+        with pytest.raises(ValueError, match=f"must be a positive multiple of m2={words}"):
+            model.resize_token_embeddings(10 * words + 1)
+        before = model.get_input_embeddings().to_dense()
+        model.resize_token_embeddings(10 * words)
+        assert torch.equal(model.get_input_embeddings().to_dense()[: len(before)], before)
+
+    def test_training_goes_on(self, model_class):
+        model = student(model_class)
+        model.resize_token_embeddings(90)
+        model(input_ids=torch.tensor([[88, 3]]), labels=torch.tensor([[2, 88]])).loss.backward()
+        assert model.get_input_embeddings().A.grad[88].any()
+
+
+def test_resizing_an_untied_model_resizes_its_dense_head():
+    model = student(kt.KroneckerGPT2LMHeadModel, tie_word_embeddings=False)
+    assert type(model.lm_head) is torch.nn.Linear
+    model.resize_token_embeddings(80)
+    assert model(torch.tensor([[79, 2]])).logits.shape[-1] == 80
+
+
+def test_a_dense_embedding_resizes_as_in_the_stock_model():
+    model = student(kt.KroneckerBertForMaskedLM, plan={"pooler.dense": (16, 16)})
+    model.resize_token_embeddings(70)
+    assert model.config.vocab_size == 70
+    assert model(torch.tensor([[69, 2]])).logits.shape[-1] == 70
+
+
+def test_padding_row_is_dropped_when_it_is_cut_off():
+    model = student(kt.KroneckerBertModel, pad_token_id=60)
+    model.resize_token_embeddings(50)
+    assert model.get_input_embeddings().padding_idx is None
+
+
+def test_tied_head_never_forms_the_embedding_matrix():
+    with torch.device("meta"):
+        model = kt.KroneckerGPT2LMHeadModel(kt.KroneckerGPT2Config.from_dense(GPT2Config(n_layer=2), "kngpt2"))
+    W = kronecker_sum(*(p[:4] for p in student(kt.KroneckerGPT2LMHeadModel).transformer.wte.parameters()))
+    assert W.shape[1] == 32
+    assert model.lm_head.A.shape == (50257, 1, 384)
+
+
+def test_deepcopy_keeps_the_tie():
+    model = copy.deepcopy(student(kt.KroneckerGPT2LMHeadModel))
+    assert model.lm_head.A is model.transformer.wte.A
+
+
+def test_compiles_as_a_whole():
+    model = student(kt.KroneckerBertForSequenceClassification)
+    batch = inputs(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+
+
+def test_dense_twin_of_a_dense_model_is_refused():
+    with pytest.raises(ValueError, match="class GPT2LMHeadModel has no dense twin"):
+        to_dense(GPT2LMHeadModel(gpt2_config()))
+
+
+def test_every_class_is_registered():
+    for config_class in (kt.KroneckerBertConfig, kt.KroneckerGPT2Config):
+        for auto_class, reference in config_class.auto_classes.items():
+            if auto_class != "AutoConfig":
+                with torch.device("meta"):
+                    model = getattr(transformers, auto_class).from_config(config_class())
+                assert type(model) is getattr(kt, reference.split(".")[1])
+
+
+def test_random_weights_of_a_stock_class_are_not_taken_for_ours():
+    assert not isinstance(BertForMaskedLM(bert_config()), kt.KroneckerBertForMaskedLM)

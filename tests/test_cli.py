@@ -1,0 +1,225 @@
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny import bert_tokenizer, gpt2_tokenizer, inputs, teacher
+from transformers import AutoTokenizer, BertForSequenceClassification, GPT2LMHeadModel
+
+import kronecker_transformers as kt
+from kronecker_transformers.cli import main
+
+
+@pytest.fixture
+def bert(tmp_path):
+    teacher(BertForSequenceClassification).save_pretrained(tmp_path / "bert")
+    bert_tokenizer(tmp_path).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    model = teacher(GPT2LMHeadModel)
+    model.generation_config.max_new_tokens = 9
+    model.save_pretrained(tmp_path / "gpt2")
+    gpt2_tokenizer(tmp_path).save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def kronecker(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_compress_inspect_expand(bert, tmp_path, capsys):
+    assert kronecker("compress", bert, "--plan", "7.7x", "--output", tmp_path / "student") == 0
+    shown = capsys.readouterr()
+    assert "encoder.layer.2.output.dense" in shown.out
+    assert "undistilled student is poor" in shown.out
+    assert "factoring" in shown.err  # the progress bar
+    assert AutoTokenizer.from_pretrained(tmp_path / "student")("the fox").input_ids
+    student = kt.KroneckerBertForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert student.config.id2label == {0: "negative", 1: "neutral", 2: "positive"}
+
+    assert kronecker("inspect", tmp_path / "student") == 0
+    inspected = capsys.readouterr().out
+    # the same tables, errors included, come from the folder alone
+    assert inspected.rstrip() == shown.out[: shown.out.index("Saved in")].rstrip()
+
+    assert kronecker("expand", tmp_path / "student", "--output", tmp_path / "dense") == 0
+    assert not list((tmp_path / "dense").glob("*.py"))
+    dense = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert type(dense) is BertForSequenceClassification
+    batch = inputs(student)
+    torch.testing.assert_close(dense(**batch).logits, student(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense")("the fox").input_ids
+
+
+def test_gpt2_keeps_tokenizer_and_generation_settings(gpt2, tmp_path):
+    assert kronecker("compress", gpt2, "--plan", "kngpt2", "--output", tmp_path / "student") == 0
+    student = kt.KroneckerGPT2LMHeadModel.from_pretrained(tmp_path / "student")
+    assert student.generation_config.max_new_tokens == 9
+    text = "the quick brown fox"
+    assert AutoTokenizer.from_pretrained(tmp_path / "student")(text) == AutoTokenizer.from_pretrained(gpt2)(text)
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+def test_plan_files(bert, tmp_path, suffix):
+    plan = {"encoder.layer.*.attention.self.*": {"m1": 16, "n1": 8, "terms": 2}, "embeddings.word_embeddings": [64, 8]}
+    file = tmp_path / f"plan{suffix}"
+    file.write_text(json.dumps(plan))  # JSON is YAML too
+    assert kronecker("compress", bert, "--plan", file, "--output", tmp_path / "student") == 0
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "student")
+    assert config.factored_modules()["encoder.layer.1.attention.self.key"] == kt.FactorEntry(16, 8, 2)
+    assert len(config.factored_modules()) == 10
+
+
+def test_inspect_shows_no_errors_once_the_weights_have_changed(bert, tmp_path, capsys):
+    kronecker("compress", bert, "--output", tmp_path / "student")
+    weights = tmp_path / "student" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["bert.embeddings.word_embeddings.A"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert kronecker("inspect", tmp_path / "student") == 0
+    assert "No errors are shown" in capsys.readouterr().out
+
+
+def test_empty_output_folder_is_fine(bert, tmp_path):
+    (tmp_path / "student").mkdir()
+    assert kronecker("compress", bert, "--output", tmp_path / "student") == 0
+
+
+class TestBadInput:
+    def fails(self, capsys, tmp_path, *arguments):
+        before = sorted(tmp_path.rglob("*"))
+        assert kronecker(*arguments) == 1
+        assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
+        shown = capsys.readouterr()
+        message = shown.err.strip().splitlines()[-1]
+        assert message.startswith(f"kronecker-transformers {arguments[0]}: error: ")
+        assert "Traceback" not in shown.err
+        return message
+
+    @pytest.mark.parametrize(
+        ("plan", "expected"),
+        [
+            ("9x", "plan='9x' is neither a preset (7.7x, 21x, kngpt2) nor a file"),
+            ("kngpt2", "plan='kngpt2' is not a preset of kronecker_bert; choose '7.7x' or '21x'"),
+            ({"pooler.dense": [5, 4]}, "module 'pooler.dense' with weight (32, 32): m1=5 must divide m=32"),
+            ({"pooler.dense": [8, 4, 0]}, "terms=0 in a factor plan must be >= 1"),
+            ({"pooler.dense": [8, 4, -1]}, "terms=-1 in a factor plan must be >= 1"),
+            ({"layer.*": [8, 4]}, "plan pattern 'layer.*' matches no module"),
+            ({"pooler.*": [8, 4], "*.dense": [8, 4]}, "both match module 'pooler.dense'"),
+            ("just a text", "must map patterns to entries, got str"),
+            ("{broken: [", "plan file"),
+        ],
+        ids=str,
+    )
+    def test_plans(self, bert, tmp_path, capsys, plan, expected):
+        if not isinstance(plan, str) or " " in plan:
+            file = tmp_path / "plan.yaml"
+            file.write_text(plan if isinstance(plan, str) else json.dumps(plan))
+            plan = file
+        message = self.fails(capsys, tmp_path, "compress", bert, "--plan", plan, "--output", tmp_path / "student")
+        assert expected in message
+
+    def test_missing_teacher(self, tmp_path, capsys):
+        message = self.fails(capsys, tmp_path, "compress", tmp_path / "nowhere", "--output", tmp_path / "student")
+        assert "nowhere' does not exist; give an existing folder or a model name of the Hub" in message
+
+    def test_hub_name_without_network(self, tmp_path, capsys):
+        message = self.fails(capsys, tmp_path, "compress", "some-org/some-model", "--output", tmp_path / "student")
+        assert (
+            "'some-org/some-model' is neither a folder with a model nor a model on the Hub that can be reached"
+            in message
+        )
+
+    def test_other_family(self, tmp_path, capsys):
+        config = transformers.DistilBertConfig(dim=32, n_heads=4, hidden_dim=64, n_layers=1, vocab_size=50)
+        transformers.DistilBertModel(config).save_pretrained(tmp_path / "distilbert")
+        message = self.fails(capsys, tmp_path, "compress", tmp_path / "distilbert", "--output", tmp_path / "student")
+        assert "is of the family 'distilbert'; supported are bert and gpt2" in message
+
+    def test_other_head(self, tmp_path, capsys):
+        transformers.BertForNextSentencePrediction(teacher(BertForSequenceClassification).config).save_pretrained(
+            tmp_path / "nsp"
+        )
+        message = self.fails(capsys, tmp_path, "compress", tmp_path / "nsp", "--output", tmp_path / "student")
+        assert "architecture 'BertForNextSentencePrediction'; supported: BertForMaskedLM" in message
+
+    @pytest.mark.parametrize("kept", [0, 5, 2000])
+    def test_truncated_teacher(self, bert, tmp_path, capsys, kept):
+        weights = bert / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:kept])
+        message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "student")
+        assert "truncated or corrupted" in message
+
+    def test_truncated_student(self, bert, tmp_path, capsys):
+        kronecker("compress", bert, "--output", tmp_path / "student")
+        weights = tmp_path / "student" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-7])
+        for command in (
+            ["inspect", tmp_path / "student"],
+            ["expand", tmp_path / "student", "--output", tmp_path / "d"],
+        ):
+            assert "truncated or corrupted" in self.fails(capsys, tmp_path, *command)
+
+    def test_teacher_that_is_not_finite(self, bert, tmp_path, capsys):
+        tensors = load_file(bert / "model.safetensors")
+        tensors["bert.pooler.dense.weight"][2, 3] = float("nan")
+        save_file(tensors, bert / "model.safetensors", metadata={"format": "pt"})
+        message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "student")
+        assert "parameter 'bert.pooler.dense.weight' of the teacher holds NaN or infinite values" in message
+
+    def test_output_that_holds_something(self, bert, tmp_path, capsys):
+        (tmp_path / "student").mkdir()
+        (tmp_path / "student" / "thesis.txt").write_text("precious")
+        message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "student")
+        assert "already holds something; choose another folder" in message
+        file = tmp_path / "file"
+        file.write_text("precious")
+        assert "already holds something" in self.fails(capsys, tmp_path, "compress", bert, "--output", file)
+
+    def test_output_that_cannot_be_written(self, bert, tmp_path, capsys):
+        message = self.fails(capsys, tmp_path, "compress", bert, "--output", "/proc/nowhere/student")
+        assert "output '/proc/nowhere/student' could not be written" in message
+        (tmp_path / "file").write_text("precious")
+        message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "file" / "student")
+        assert "could not be written" in message
+
+    @pytest.mark.parametrize("limit", [500, 5_000, 20_000])
+    def test_full_disk(self, bert, tmp_path, limit):
+        # no file may grow beyond the limit: writing stops in the middle of a file, as on a full disk
+        process = subprocess.run(
+            [sys.executable, "-m", "kronecker_transformers.cli", "compress", bert, "--output", tmp_path / "student"],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+            capture_output=True, text=True, check=False,
+            env={"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+        assert process.returncode == 1
+        message = process.stderr.strip().splitlines()[-1]
+        assert "student' could not be written and nothing was left behind" in message
+        assert "free some space or choose another folder" in message
+        assert not [path for path in tmp_path.iterdir() if "student" in path.name]
+
+    def test_not_a_factored_model(self, bert, tmp_path, capsys):
+        message = self.fails(capsys, tmp_path, "inspect", bert)
+        assert "holds a 'bert' model of class BertForSequenceClassification, not a factored one" in message
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["compress", "--help"], ["inspect", "--help"], ["expand", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 0
+    assert kt.__version__ in capsys.readouterr().out
+
+
+def test_installed_command():
+    command = Path(sys.executable).parent / "kronecker-transformers"
+    assert "compress" in subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,164 @@
+import pytest
+import torch
+from oracles import kronecker_sum
+from tiny import bert_config, inputs, teacher
+from torch import nn
+from transformers import (
+    BertForMaskedLM,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2LMHeadModel,
+    RobertaForMaskedLM,
+)
+
+import kronecker_transformers as kt
+from kronecker_transformers import FactorPlan, compress, to_dense
+from kronecker_transformers.compress import DENSE_CLASSES
+
+ALL_TEACHERS = pytest.mark.parametrize("dense_class", DENSE_CLASSES.values(), ids=lambda c: c.__name__)
+
+
+def exact_plan(model):
+    """Every module that can be factored, in uneven shapes, with as many terms as make the sum exact."""
+    config_class = kt.KroneckerBertConfig if model.config.model_type == "bert" else kt.KroneckerGPT2Config
+    plan = {}
+    for i, (name, (m, n)) in enumerate(config_class.from_dense(model.config, {}).factorable_modules().items()):
+        m1, n1 = [(m, n // 4), (m // 2, n), (m // 2, n // 8), (2, n // 2), (m, 1)][i % 5]
+        plan[name] = (m1, n1, min(m1 * n1, (m // m1) * (n // n1)))
+    return FactorPlan(plan)
+
+
+@ALL_TEACHERS
+def test_exact_plan_gives_the_teachers_outputs(dense_class):
+    dense = teacher(dense_class, dtype=torch.float64)
+    student = compress(dense, exact_plan(dense)).model
+    assert type(student).__name__ == "Kronecker" + dense_class.__name__
+    batch = inputs(dense)
+    ours, theirs = student(**batch), dense(**batch)
+    for key in ours.keys() - {"past_key_values"}:
+        assert (ours[key] - theirs[key]).abs().max() < 1e-9, key
+
+
+@ALL_TEACHERS
+def test_there_and_back_again(dense_class):
+    dense = teacher(dense_class, dtype=torch.float64)
+    twin = to_dense(compress(dense, exact_plan(dense)).model)
+    assert type(twin) is dense_class
+    assert twin.config.to_dict() == dense.config.to_dict()
+    theirs = dense.state_dict()
+    assert twin.state_dict().keys() == theirs.keys()
+    torch.testing.assert_close(twin.state_dict(), theirs, rtol=1e-10, atol=1e-10)
+
+
+@ALL_TEACHERS
+def test_uncompressed_parts_are_copied_bit_by_bit(dense_class):
+    dense = teacher(dense_class)
+    state = {key: value.clone() for key, value in dense.state_dict().items()}
+    name = "wte" if "GPT2" in dense_class.__name__ else "embeddings.word_embeddings"
+    student = compress(dense, {name: (dense.config.vocab_size, 8)}).model
+    ours = student.state_dict()
+    same = {key for key in state if key in ours}
+    assert len(state) - len(same) <= 2  # the embedding and the head that is tied to it
+    assert all(torch.equal(ours[key], state[key]) for key in same)
+    assert all(ours[key].data_ptr() != state[key].data_ptr() for key in same)
+    assert all(torch.equal(dense.state_dict()[key], value) for key, value in state.items())  # the teacher is unchanged
+
+
+def test_student_holds_the_nearest_products():
+    dense = teacher(GPT2LMHeadModel)
+    result = compress(dense, {"h.1.mlp.c_fc": (12, 8, 2)})
+    factored = result.model.transformer.h[1].mlp.c_fc
+    W = dense.transformer.h[1].mlp.c_fc.weight.detach().t().double()
+    error = ((kronecker_sum(factored.A, factored.B) - W).norm() / W.norm()).item()
+    patches = W.reshape(12, 8, 8, 4).transpose(1, 2).reshape(96, 32)
+    best = torch.linalg.svdvals(patches)[2:].square().sum().sqrt() / W.norm()
+    assert error == pytest.approx(best.item(), rel=1e-5)
+    (layer,) = result.report.layers
+    assert layer.name == "transformer.h.1.mlp.c_fc"
+    assert (layer.weight, layer.A, layer.B, layer.terms) == ((96, 32), (12, 8), (8, 4), 2)
+    assert layer.relative_error == pytest.approx(error, rel=1e-4)
+
+
+def test_labels_generation_and_mode_come_along():
+    dense = teacher(GPT2LMHeadModel)
+    dense.generation_config.update(max_new_tokens=7, temperature=0.7)
+    student = compress(dense, "kngpt2").model
+    assert student.generation_config.to_dict() == dense.generation_config.to_dict()
+    assert student.generation_config is not dense.generation_config
+    assert student.config.id2label == dense.config.id2label
+    assert not student.training
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_dtype_is_the_teachers_even_if_mixed():
+    dense = teacher(BertModel, dtype=torch.bfloat16)
+    dense.embeddings.LayerNorm.float()
+    student = compress(dense, "7.7x").model
+    assert student.embeddings.word_embeddings.A.dtype == torch.bfloat16
+    assert student.embeddings.LayerNorm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dense_class", [BertForMaskedLM, GPT2LMHeadModel])
+def test_untied_head_is_kept_dense(dense_class):
+    dense = teacher(dense_class, dtype=torch.float64, tie_word_embeddings=False)
+    student = compress(dense, exact_plan(dense)).model
+    assert type(student.get_output_embeddings()) is nn.Linear
+    batch = inputs(dense)
+    torch.testing.assert_close(student(**batch).logits, dense(**batch).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_head_that_only_claims_to_be_tied():
+    dense = teacher(GPT2LMHeadModel, dtype=torch.float64)
+    dense.lm_head.weight = nn.Parameter(torch.randn_like(dense.lm_head.weight))
+    student = compress(dense, exact_plan(dense)).model
+    assert student.config.tie_word_embeddings is False
+    batch = inputs(dense)
+    torch.testing.assert_close(student(**batch).logits, dense(**batch).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_base_model_without_pooler():
+    dense = BertModel(bert_config(), add_pooling_layer=False).eval()
+    student = compress(dense, "7.7x").model
+    assert student.pooler is None
+    assert to_dense(student).pooler is None
+    assert student(**inputs(dense)).pooler_output is None
+
+
+def test_cross_attention():
+    dense = teacher(BertForMaskedLM, dtype=torch.float64, is_decoder=True, add_cross_attention=True)
+    student = compress(dense, exact_plan(dense)).model
+    batch = {**inputs(dense), "encoder_hidden_states": torch.randn(3, 6, 32, dtype=torch.float64)}
+    torch.testing.assert_close(student(**batch).logits, dense(**batch).logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "plan", "message"),
+    [
+        (
+            lambda: DistilBertModel(DistilBertConfig(dim=32, n_heads=4, hidden_dim=64, n_layers=1)), "7.7x",
+            "class DistilBertModel is not supported; supported are BertForMaskedLM",
+        ),
+        (lambda: teacher(BertModel), "3x", "plan='3x' is not a preset"),
+        (lambda: teacher(BertModel), {"encoder.layer.9.*": (2, 2)}, "matches no module"),
+        (lambda: compress(teacher(BertModel), "7.7x").model, "7.7x", "class KroneckerBertModel is not supported"),
+    ],
+)  # fmt: skip
+def test_bad_input(make, plan, message):
+    with pytest.raises(ValueError, match=message):
+        compress(make(), plan)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("parameter", ["embeddings.LayerNorm.weight", "encoder.layer.1.output.dense.weight"])
+def test_weights_that_are_not_finite(value, parameter):
+    dense = teacher(BertModel)
+    with torch.no_grad():
+        dense.get_parameter(parameter).view(-1)[3] = value
+    with pytest.raises(ValueError, match=f"parameter '{parameter}' of the teacher holds NaN or infinite values"):
+        compress(dense)
+
+
+def test_other_families_are_not_mistaken_for_bert():
+    # RoBERTa's layers have BERT's names; its class and family do not
+    assert not issubclass(RobertaForMaskedLM, tuple(DENSE_CLASSES.values()))

@@ -65,10 +65,11 @@ def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
     m2, _, n2 = B.shape
     X = x.reshape(-1, n1, n2)
     b_first, a_first = multiplications(m1, n1, m2, n2, R)
+    swapped = False  # is Y (T, m2, m1) or already (T, m1, m2)?
     if b_first <= a_first:
         if n1 == 1 or A.numel() >= B.numel():
             Z = _left_multiply(B.reshape(m2 * R, n2), X.transpose(1, 2)).reshape(-1, m2, R * n1)  # (T, m2, R n1)
-            Y = F.linear(Z, A.reshape(m1, R * n1)).transpose(1, 2)  # (T, m1, m2)
+            Y, swapped = F.linear(Z, A.reshape(m1, R * n1)), True  # (T, m2, m1)
         else:
             Z = F.linear(X, B.reshape(m2 * R, n2)).unflatten(-1, (m2, R))  # (T, n1, m2, R)
             Z = Z.permute(0, 3, 1, 2).reshape(-1, R * n1, m2)  # (T, R n1, m2)
@@ -79,9 +80,12 @@ def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
     else:
         Z = F.linear(X.transpose(1, 2), A.reshape(m1 * R, n1)).unflatten(-1, (m1, R))  # (T, n2, m1, R)
         Z = Z.permute(0, 3, 1, 2).reshape(-1, R * n2, m1)  # (T, R n2, m1)
-        Y = _left_multiply(B.reshape(m2, R * n2), Z).transpose(1, 2)  # (T, m1, m2)
-    y = Y.reshape(*x.shape[:-1], m1 * m2)
-    return y if bias is None else y + bias.to(y.dtype)
+        Y, swapped = _left_multiply(B.reshape(m2, R * n2), Z), True  # (T, m2, m1)
+    if bias is not None:
+        # in place and before the copy that the transpose below may need: Y is fresh, and saved for no gradient
+        shaped = bias.to(Y.dtype).reshape(m1, m2)
+        Y.add_(shaped.t() if swapped else shaped)
+    return (Y.transpose(1, 2) if swapped else Y).reshape(*x.shape[:-1], m1 * m2)
 
 
 def kronecker_embedding(indices: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Data and metrics to train and judge students on."""

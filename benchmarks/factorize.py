@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from common import environment
 from transformers import BertConfig, BertModel
 
 from kronecker_transformers import compress, nearest_kronecker
+from kronecker_transformers.benchmark import environment
 
 ROUNDS = 3
 

@@ -18,8 +18,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kronecker_transformers import compress
+from kronecker_transformers.benchmark import environment, in_turn
 from kronecker_transformers.tasks.docstrings import docstring_sentences
 
 PLAN = "7.7x"
@@ -87,19 +88,6 @@ def encode(
     return embeddings
 
 
-def sentences_per_second(
-    models: list[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, sentences: list[str]
-) -> list[float]:
-    """Median speed of each model over rounds in which they take turns."""
-    seconds: list[list[float]] = [[] for _ in models]
-    for _ in range(ROUNDS + 1):
-        for model, times in zip(models, seconds, strict=True):
-            start = time.perf_counter()
-            encode(model, tokenizer, sentences)
-            times.append(time.perf_counter() - start)
-    return [len(sentences) / statistics.median(times[1:]) for times in seconds]  # the first round warms up
-
-
 def similarity_fidelity(teacher: Tensor, student: Tensor) -> float:
     """Spearman correlation between the cosine similarities that both give to the same random pairs."""
     pairs = torch.randint(len(teacher), (2, PAIRS), generator=torch.Generator().manual_seed(0))
@@ -135,6 +123,7 @@ def open_elsewhere(folder: Path, batch: dict[str, Tensor]) -> Tensor:
 def main() -> None:
     """Tell the story."""
     console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(environment(), highlight=False)
     folder = teacher_folder()
     console.print(f"[bold]Teacher[/] all-MiniLM-L6-v2, weights checked ({WEIGHTS_SHA256[:12]}...)")
 
@@ -149,8 +138,7 @@ def main() -> None:
 
     shutil.rmtree(OUTPUT, ignore_errors=True)  # of an earlier demo
     result.save(OUTPUT)
-    teacher = AutoModel.from_pretrained(folder).eval()
-    student = AutoModel.from_pretrained(OUTPUT).eval()
+    models = {"teacher": AutoModel.from_pretrained(folder).eval(), "student": AutoModel.from_pretrained(OUTPUT).eval()}
     tokenizer = AutoTokenizer.from_pretrained(OUTPUT)
     batch = dict(
         tokenizer(
@@ -158,7 +146,7 @@ def main() -> None:
         )
     )
     with torch.no_grad():
-        here = student(**batch).last_hidden_state
+        here = models["student"](**batch).last_hidden_state
     torch.testing.assert_close(open_elsewhere(OUTPUT, batch), here)
     console.print(
         f"\n[bold]Saved[/] in {OUTPUT}; a new process without this package opens it and gives the same output"
@@ -168,15 +156,16 @@ def main() -> None:
     held_out = docstring_sentences().held_out
     console.print(f"{len(held_out):,} held-out sentences; fidelity on {HELD_OUT:,}, {PAIRS:,} pairs", highlight=False)
     sentences = held_out[:HELD_OUT]
-    speeds = sentences_per_second([teacher, student], tokenizer, sentences[:TIMED])
-    embeddings = [encode(model, tokenizer, sentences) for model in (teacher, student)]
+    encoders = {name: partial(encode, model, tokenizer, sentences[:TIMED]) for name, model in models.items()}
+    speeds = [TIMED / statistics.median(seconds) for seconds in in_turn(encoders, ROUNDS, warmup=1).values()]
+    embeddings = [encode(model, tokenizer, sentences) for model in models.values()]
     fidelity, agreement = similarity_fidelity(*embeddings), neighbour_agreement(*embeddings)
 
     costs = (result.report.dense, result.report.factored)
     disk = [(path / "model.safetensors").stat().st_size for path in (folder, OUTPUT)]
     table = Table(title=f"{PLAN}, not distilled, {torch.get_num_threads()} threads", box=SIMPLE_HEAD)
     table.add_column("")
-    for heading in ("teacher", "student", "ratio"):
+    for heading in (*models, "ratio"):
         table.add_column(heading, justify="right")
     table.add_row(
         "parameters", *(f"{c.parameters:,}" for c in costs), f"{costs[0].parameters / costs[1].parameters:.2f}x"
@@ -187,9 +176,9 @@ def main() -> None:
     table.add_row(f"nearest {NEIGHBOURS} neighbours in common", "100.0%", f"{agreement:.1%}", "")
     console.print(table)
     console.print(
-        "This student is small, fast and [bold]poor[/]: its ranking of pairs by similarity correlates with its teacher's "
-        f"by only {fidelity:.2f}, and it keeps {agreement:.0%} of the nearest neighbours. Do not use it as it is: it is "
-        "the start from which distillation begins.",
+        "This student is small, fast and [bold]poor[/]: its ranking of pairs by similarity correlates with that of its "
+        f"teacher by only {fidelity:.2f}, and it keeps {agreement:.0%} of the nearest neighbours. Do not use it as it "
+        "is: it is the start from which distillation begins.",
         highlight=False,
     )
 

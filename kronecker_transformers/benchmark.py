@@ -1,11 +1,11 @@
-"""What every benchmark prints and how it times."""
+"""Honest timing: both sides in one process, in turn, after warming up, and on what machine."""
 
 from __future__ import annotations
 
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,15 +27,15 @@ def _read(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def in_turn(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, in which all take turns; two rounds of warming up are not counted."""
+def in_turn(candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, in which all take turns; rounds of warming up are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds + 2):
+    for _ in range(rounds + warmup):
         for name, candidate in candidates.items():
             start = time.perf_counter()
             candidate()
             seconds[name].append(time.perf_counter() - start)
-    return {name: times[2:] for name, times in seconds.items()}
+    return {name: times[warmup:] for name, times in seconds.items()}
 
 
 def median_and_spread(seconds: list[float]) -> tuple[float, float]:

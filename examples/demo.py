@@ -29,6 +29,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress
 from kronecker_transformers.benchmark import environment, in_turn
@@ -123,6 +124,7 @@ def open_elsewhere(folder: Path, batch: dict[str, Tensor]) -> Tensor:
 def main() -> None:
     """Tell the story."""
     console = Console(width=None if sys.stdout.isatty() else 100)
+    disable_progress_bar()  # of loading and saving
     console.print(environment(), highlight=False)
     folder = teacher_folder()
     console.print(f"[bold]Teacher[/] all-MiniLM-L6-v2, weights checked ({WEIGHTS_SHA256[:12]}...)")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
 from .factor_plan import FactorEntry, FactorPlan, resolve_plan
-
-Config = TypeVar("Config", bound="KroneckerConfigMixin")
 
 # Facts of the dense teacher's checkpoint that are not facts of the student's.
 _NOT_INHERITED = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
@@ -29,7 +27,7 @@ class KroneckerConfigMixin:
         self.factor_plan = plan.to_dict()
 
     @classmethod
-    def from_dense(cls: type[Config], dense_config: PreTrainedConfig, plan: str | Mapping[str, Any] | None) -> Config:
+    def from_dense(cls, dense_config: PreTrainedConfig, plan: str | Mapping[str, Any] | None) -> Self:
         """The configuration of a student of `dense_config`.
 
         Args:

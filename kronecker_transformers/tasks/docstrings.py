@@ -24,7 +24,8 @@ PACKAGES = ("numpy", "pandas", "scipy", "sklearn", "torch", "transformers")
 _HELD_OUT_SHARE = 10  # one sentence in ten
 _MARKUP = re.compile(r":[a-z:+]+:`~?([^`<]+)[^`]*`|`+~?([^`]+)`+|\[([^\]]+)\]\([^)]*\)|\*\*?([^*\s][^*]*)\*\*?")
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)][.!?])\s+(?=[A-Z])")
-_PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,;:'\"()/%-]*[.!?]")
+# No colon and no double dash: these stand in lists of arguments and under headings.
+_PROSE = re.compile(r"(?!.*--)[A-Z][A-Za-z0-9 ,;'\"()/%-]*[.!?]")
 
 
 class Sentences(NamedTuple):

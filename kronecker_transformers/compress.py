@@ -135,10 +135,13 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _empty_like(model_class: type[PreTrainedModel], config: Any, source: PreTrainedModel) -> PreTrainedModel:
-    """A model of another class without memory for its weights, with a pooler only if `source` has one."""
-    has_pooler_choice = source.base_model is source and hasattr(source, "pooler")
+    """A model of another class, with the attention and the pooler of `source`, without memory for its weights."""
+    config._attn_implementation = source.config._attn_implementation
+    choices = {}
+    if source.base_model is source and hasattr(source, "pooler"):
+        choices["add_pooling_layer"] = source.pooler is not None
     with torch.device("meta"):
-        return model_class(config, **({"add_pooling_layer": source.pooler is not None} if has_pooler_choice else {}))
+        return model_class(config, **choices)
 
 
 def _copy_rest(source: PreTrainedModel, target: PreTrainedModel) -> None:

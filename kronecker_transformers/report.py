@@ -41,7 +41,7 @@ class Cost:
     parameters: int
     """Parameters; a tied one counts once."""
     bytes: int
-    """Bytes of parameters and saved buffers."""
+    """Bytes of the parameters."""
     linear_flops: int
     """FLOPs of the linear layers for one sequence."""
     total_flops: int
@@ -145,10 +145,8 @@ def _linear_flops(model: PreTrainedModel, length: int) -> tuple[int, int]:
     training = model.training
     try:
         shape = (1, 1, length) if "MultipleChoice" in type(model).__name__ else (1, length)
-        model.eval()(
-            torch.ones(shape, dtype=torch.long, device=model.device),
-            attention_mask=torch.ones(shape, device=model.device),
-        )
+        ones = torch.ones(shape, dtype=torch.long, device=model.device)
+        model.eval()(ones, attention_mask=ones)
     finally:
         model.train(training)
         for handle in handles:

@@ -91,6 +91,16 @@ def test_labels_generation_and_mode_come_along():
     assert all(p.requires_grad for p in student.parameters())
 
 
+def test_attention_is_the_teachers():
+    dense = teacher(BertModel, dtype=torch.float64)
+    dense.set_attn_implementation("eager")
+    student = compress(dense, exact_plan(dense)).model
+    batch = inputs(dense)
+    ours, theirs = (model(**batch, output_attentions=True).attentions for model in (student, dense))
+    torch.testing.assert_close(ours, theirs)
+    assert len(ours) == 3
+
+
 def test_dtype_is_the_teachers_even_if_mixed():
     dense = teacher(BertModel, dtype=torch.bfloat16)
     dense.embeddings.LayerNorm.float()

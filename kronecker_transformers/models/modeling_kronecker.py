@@ -102,11 +102,7 @@ class KroneckerPreTrainedModel(PreTrainedModel):
         old_rows, new_rows = embedding.A.shape[0], size // m2
         rows = self._get_resized_embeddings(_rows_of_a(embedding), new_rows, None, mean_resizing).weight.detach()
         if not mean_resizing:  # drawn with the standard deviation of a word; turn it into that of a row of A
-            rows[old_rows:] *= (
-                embedding.B.shape[0] ** 0.5
-                * embedding.B.shape[2] ** 0.5
-                / torch.linalg.vector_norm(embedding.B.detach())
-            )
+            rows[old_rows:] *= embedding.B[:, 0].numel() ** 0.5 / torch.linalg.vector_norm(embedding.B.detach())
         embedding.A = nn.Parameter(rows.unflatten(-1, embedding.A.shape[1:]), requires_grad=embedding.A.requires_grad)
         embedding.num_embeddings = size
         if embedding.padding_idx is not None and embedding.padding_idx >= size:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import models
+from .models import DENSE_CLASSES
 from .report import Report
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "compression.json"
-"""Beside the weights: what was lost in compression, bound to these weights by their SHA-256."""
+"""Beside the weights: what was lost in compression, bound to the factors by their SHA-256."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 
 
@@ -61,8 +61,8 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
     """
     config = _load_config(folder)
     architecture = (config.architectures or ["none"])[0]
-    model_class = getattr(models, architecture, None)
-    if model_class is None or not config.model_type.startswith("kronecker_"):
+    model_class: Any = {cls.__name__: cls for cls in DENSE_CLASSES}.get(architecture)
+    if model_class is None or config.model_type != model_class.config_class.model_type:
         raise ValueError(
             f"{str(folder)!r} holds a {config.model_type!r} model of class {architecture}, not a factored one; "
             "compress it first"
@@ -83,12 +83,24 @@ def _load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
 
 
 def _load_weights(model_class: type[PreTrainedModel], source: str | os.PathLike[str]) -> PreTrainedModel:
+    """A model with every weight from its checkpoint; one that was saved without a pooler comes back without."""
+    load: Any = partial(model_class.from_pretrained, source, dtype="auto", use_safetensors=True)
     try:
-        model: PreTrainedModel = model_class.from_pretrained(source, dtype="auto", use_safetensors=True)
+        model, info = load(output_loading_info=True)
+        if info["missing_keys"] and all(key.startswith("pooler.") for key in info["missing_keys"]):
+            model, info = load(output_loading_info=True, add_pooling_layer=False)
     except SafetensorError as error:
         raise OSError(
             f"the weights in {str(source)!r} are truncated or corrupted ({error}); copy or download them again"
         ) from error
+    except Exception as error:
+        if str(error).startswith("the weights in"):  # from our own models, and clear
+            raise
+        raise OSError(f"the model in {str(source)!r} cannot be loaded ({error}); restore or replace it") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"the weights in {str(source)!r} lack {missing[0]!r} and {len(missing) - 1} more; restore or replace them"
+        )
     return model.eval()
 
 
@@ -97,7 +109,11 @@ def _load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase |
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken tokenizer.json raises a bare Exception
+        if os.path.isdir(source):
+            raise OSError(
+                f"the tokenizer in {str(source)!r} cannot be loaded ({error}); restore or remove its files"
+            ) from error
         logger.warning("%s comes without a tokenizer that can be loaded: %s", source, error)
         return None
     return tokenizer
@@ -120,19 +136,23 @@ def save_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         if report is not None:
-            record = {"weights_sha256": _weights_sha256(draft), **report.to_dict()}
-            (draft / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (draft / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
 
-def check_new_folder(folder: str | os.PathLike[str]) -> None:
+def check_new_folder(folder: str | os.PathLike[str]) -> Path:
     """Refuse an output folder before long work begins.
+
+    Returns:
+        Its absolute path, links resolved.
 
     Raises:
         FileExistsError: it exists and is not an empty folder.
         PermissionError: it could not be made where it should be.
     """
-    target = Path(folder).absolute()
+    target = Path(folder).resolve()
+    if target == Path.cwd():
+        raise FileExistsError(f"output {str(folder)!r} is the current folder; name a new one")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(
             f"output {str(folder)!r} already holds something; choose another folder or remove it first"
@@ -143,6 +163,7 @@ def check_new_folder(folder: str | os.PathLike[str]) -> None:
             f"output {str(folder)!r} could not be written: {str(existing)!r} is not a folder that may be written; "
             "choose another folder"
         )
+    return target
 
 
 @contextlib.contextmanager
@@ -153,23 +174,30 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         FileExistsError: the folder holds something already.
         OSError: it cannot be written.
     """
-    check_new_folder(folder)
-    target = Path(folder).absolute()
+    target = check_new_folder(folder)
+    mode = target.stat().st_mode & 0o777 if target.exists() else 0o777 & ~_umask()
+    missing = [parent for parent in target.parents if not parent.exists()]  # innermost first
     draft = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield draft
-        draft.chmod(0o777 & ~_umask())
+        draft.chmod(mode)
         draft.replace(target)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # the tokenizer's and the weights' libraries do not raise OSError on a full disk
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         raise OSError(
             f"output {str(folder)!r} could not be written and nothing was left behind: {error}; "
             "free some space or choose another folder"
         ) from error
-    finally:
+    except BaseException:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def _umask() -> int:
@@ -178,21 +206,16 @@ def _umask() -> int:
     return mask
 
 
-def recorded_errors(folder: str | os.PathLike[str]) -> dict[str, float]:
-    """Relative error by layer as recorded at compression; empty without a record or if the weights changed since."""
+def recorded_errors(folder: str | os.PathLike[str], factors_sha256: str) -> dict[str, float]:
+    """Relative error by layer as recorded at compression; empty without a record of exactly these factors."""
     path = Path(folder) / REPORT_FILE
     if not path.is_file():
         return {}
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if record["weights_sha256"] != _weights_sha256(Path(folder)):
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["factors_sha256"] != factors_sha256:
+            return {}
+        return {layer["name"]: float(layer["relative_error"]) for layer in record["layers"]}
+    except (ValueError, TypeError, KeyError) as error:
+        logger.warning("%s is not a record of a compression and is passed over: %r", path, error)
         return {}
-    return {layer["name"]: layer["relative_error"] for layer in record["layers"]}
-
-
-def _weights_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

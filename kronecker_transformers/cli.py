@@ -66,8 +66,9 @@ def _compress(arguments: argparse.Namespace, console: Console) -> None:
 
 def _inspect(arguments: argparse.Namespace, console: Console) -> None:
     model, _ = load_student(arguments.model)
-    errors = recorded_errors(arguments.model)
-    _show(describe(model, errors), console)
+    report = describe(model)
+    errors = recorded_errors(arguments.model, report.factors_sha256)
+    _show(report.with_errors(errors), console)
     if not errors:
         console.print(
             "No errors are shown: these weights have been trained since, or came without a record of their compression."

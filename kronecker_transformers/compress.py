@@ -14,25 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from . import models
 from .checkpoint import load_teacher, save_folder
 from .factorization.nearest import nearest_kronecker
+from .models import DENSE_CLASSES
 from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .report import Report, describe
 
-DENSE_CLASSES: dict[str, type[PreTrainedModel]] = {
-    name: getattr(transformers, name.removeprefix("Kronecker"))
-    for name in models.__all__
-    if isinstance(getattr(models, name), type) and issubclass(getattr(models, name), PreTrainedModel)
-}
-"""Stock class by the name of its factored class."""
-STUDENT_CLASSES = {dense: getattr(models, name) for name, dense in DENSE_CLASSES.items()}
+STUDENT_CLASSES = {dense: student for student, dense in DENSE_CLASSES.items()}
 """Factored class by its stock class."""
 
 
@@ -77,15 +70,15 @@ def compress(
     if type(teacher) not in STUDENT_CLASSES:
         supported = ", ".join(sorted(dense.__name__ for dense in STUDENT_CLASSES))
         raise ValueError(f"teacher of class {type(teacher).__name__} is not supported; supported are {supported}")
-    student_class = STUDENT_CLASSES[type(teacher)]
+    student_class: Any = STUDENT_CLASSES[type(teacher)]
     config = student_class.config_class.from_dense(teacher.config, plan)
     config.name_or_path = teacher.config.name_or_path
     head = teacher.get_output_embeddings()
     if head is not None and head.weight is not teacher.get_input_embeddings().weight:
         config.tie_word_embeddings = False
+    _check_finite(teacher)
     student = _empty_like(student_class, config, teacher)
 
-    _check_finite(teacher)
     errors: dict[str, float] = {}
     dense_modules = dict(teacher.named_modules())
     factored = [
@@ -95,16 +88,18 @@ def compress(
     ]
     for name, module in tqdm(factored, desc="factoring", unit="layer", disable=not progress):
         weight = _weight(dense_modules[name])
-        m1, terms, n1 = module.A.shape
-        try:
-            result = nearest_kronecker(weight, m1, n1, terms)
-        except ValueError as error:
-            raise ValueError(f"layer {name!r} with weight {tuple(weight.shape)}: {error}") from error
-        _set_parameter(module, "A", result.A, dense_modules[name].weight)
-        _set_parameter(module, "B", result.B, dense_modules[name].weight)
+        (m1, terms, n1), (m2, _, n2) = module.A.shape, module.B.shape
+        if weight.shape != (m1 * m2, n1 * n2):
+            raise ValueError(
+                f"weight of {name!r} has shape {tuple(weight.shape)}, not {(m1 * m2, n1 * n2)} as in the teacher's "
+                "config; make both agree first, for an embedding with resize_token_embeddings"
+            )
+        result = nearest_kronecker(weight, m1, n1, terms)
+        _set_parameter(module, "A", result.A, weight)
+        _set_parameter(module, "B", result.B, weight)
         errors[name] = result.relative_error
     _copy_rest(teacher, student)
-    return CompressionResult(student, tokenizer, describe(student, errors))
+    return CompressionResult(student, tokenizer, describe(student).with_errors(errors))
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -113,13 +108,15 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     It gives the same outputs, runs wherever the stock model runs, and saves no space.
 
     Raises:
-        ValueError: the model is not one of the factored classes.
+        ValueError: the model is not one of this package's factored classes, or its weights are not finite.
     """
-    dense_class = DENSE_CLASSES.get(type(model).__name__)
-    if dense_class is None:
+    if type(model) not in DENSE_CLASSES:
         raise ValueError(
-            f"model of class {type(model).__name__} has no dense twin; supported are {', '.join(DENSE_CLASSES)}"
+            f"model of class {type(model).__module__}.{type(model).__name__} is not one of this package's factored "
+            "models; import kronecker_transformers before loading it, so that its own classes are used"
         )
+    _check_finite(model)
+    dense_class = DENSE_CLASSES[type(model)]
     dense = _empty_like(dense_class, model.config.to_dense_config(), model)
     factored_modules = dict(model.named_modules())
     for name, module in dense.named_modules():
@@ -147,6 +144,7 @@ def _empty_like(model_class: type[PreTrainedModel], config: Any, source: PreTrai
 def _copy_rest(source: PreTrainedModel, target: PreTrainedModel) -> None:
     """Copy to `target` the parameters and buffers that it shares with `source`, bit by bit, then its settings."""
     source_modules = dict(source.named_modules())
+    shapes = {name: parameter.shape for name, parameter in target.named_parameters()}
     for name, module in target.named_modules():
         other = source_modules[name]
         for key, parameter in other.named_parameters(recurse=False):
@@ -155,24 +153,33 @@ def _copy_rest(source: PreTrainedModel, target: PreTrainedModel) -> None:
         for key, buffer in other.named_buffers(recurse=False):
             module._buffers[key] = buffer.detach().clone()
     target.tie_weights()
+    for name, parameter in target.named_parameters():
+        if parameter.is_meta or (name in shapes and shapes[name] != parameter.shape):
+            raise ValueError(
+                f"parameter {name!r} of the {type(source).__name__} does not have the shape of its config; "
+                "remove parametrizations, adapters and quantization first"
+            )
     if source.can_generate():
         target.generation_config = copy.deepcopy(source.generation_config)
     target.eval()
 
 
-def _set_parameter(module: nn.Module, name: str, value: torch.Tensor, like: nn.Parameter) -> None:
+def _set_parameter(module: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
     setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
     """The weight (m outputs, n inputs) of a dense layer; Conv1D stores its transpose."""
-    weight = module.get_parameter("weight").detach()
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def _check_finite(teacher: PreTrainedModel) -> None:
-    for name, parameter in teacher.named_parameters():
+@torch.no_grad()
+def _check_finite(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        where = f"parameter {name!r} of the {type(model).__name__}"
+        if parameter.is_meta:
+            raise ValueError(f"{where} is on the meta device; load its weights first")
         if not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"parameter {name!r} of the teacher holds NaN or infinite values; repair or reload the teacher first"
-            )
+            raise ValueError(f"{where} holds NaN or infinite values; repair or reload it first")

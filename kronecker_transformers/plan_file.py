@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,7 +29,27 @@ def read_plan(plan: str | Path) -> str | FactorPlan:
         raise ValueError(f"plan={str(plan)!r} is neither a preset ({', '.join(presets)}) nor a file; give one of these")
     try:
         text = path.read_text(encoding="utf-8")
-        entries = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        return FactorPlan(entries)
+        if path.suffix == ".json":
+            return FactorPlan(json.loads(text, object_pairs_hook=_without_repeats))
+        return FactorPlan(yaml.load(text, Loader=_Loader))
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"plan file {str(path)!r}: {error}") from error
+
+
+def _without_repeats(pairs: list[tuple[Hashable, Any]]) -> dict[Hashable, Any]:
+    """A mapping of pairs; JSON and YAML would silently keep the last of two equal keys."""
+    mapping: dict[Hashable, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise ValueError(f"{key!r} stands there twice; each pattern may be given once, remove one")
+        mapping[key] = value
+    return mapping
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which builds plain data only, and refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        return _without_repeats(
+            [(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value]
+        )

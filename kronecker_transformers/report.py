@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .models import DENSE_CLASSES
 from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear, multiplications
 
 REPORT_LENGTH = 128
@@ -57,10 +60,18 @@ class Report:
     factored: Cost
     length: int
     """Tokens in the sequence for which FLOPs are counted."""
+    factors_sha256: str
+    """SHA-256 of all factors in the order of the layers: the errors are true of these and of no others."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return asdict(self)
+
+    def with_errors(self, errors: Mapping[str, float]) -> Report:
+        """The same report with the relative error of each layer, by its name."""
+        return replace(
+            self, layers=tuple(replace(layer, relative_error=errors.get(layer.name)) for layer in self.layers)
+        )
 
     def table(self) -> Table:
         """The layers, for a terminal."""
@@ -94,23 +105,33 @@ class Report:
         return table
 
 
-def describe(model: PreTrainedModel, errors: dict[str, float] | None = None, length: int = REPORT_LENGTH) -> Report:
+def describe(model: PreTrainedModel, length: int = REPORT_LENGTH) -> Report:
     """Count the costs of a BERT or GPT-2, factored or dense, and of its dense twin.
 
     FLOPs come from one forward pass over `length` tokens that records what each linear layer is applied to.
 
     Args:
-        errors: relative error by module name, where known.
         length: tokens in the sequence; cut to what the model can take.
+
+    Raises:
+        ValueError: a factored model that was loaded with remote code instead of this package's classes.
     """
+    if type(model).__name__.startswith("Kronecker") and type(model) not in DENSE_CLASSES:
+        raise ValueError(
+            f"model of class {type(model).__module__}.{type(model).__name__} came with code of its own; "
+            "import kronecker_transformers before loading it, so that this package's classes are used"
+        )
     length = min(length, model.config.max_position_embeddings)
-    layers, dense_extra, seen = [], 0, set()
+    layers, dense_extra, seen, digest = [], 0, set(), hashlib.sha256()
     for name, module in model.named_modules():
         if isinstance(module, (KroneckerLinear, KroneckerEmbedding)) and id(module.A) not in seen:
             seen.add(id(module.A))  # a tied head is no layer of its own
             (m1, terms, n1), (m2, _, n2) = module.A.shape, module.B.shape
-            layers.append(LayerReport(name, (m1 * m2, n1 * n2), (m1, n1), (m2, n2), terms, (errors or {}).get(name)))
+            layers.append(LayerReport(name, (m1 * m2, n1 * n2), (m1, n1), (m2, n2), terms))
             dense_extra += m1 * m2 * n1 * n2 - module.A.numel() - module.B.numel()
+            for factor in (module.A, module.B):
+                values = factor.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
+                digest.update(values.view(torch.uint8).numpy().data)
 
     parameters = sum(p.numel() for p in model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -122,6 +143,7 @@ def describe(model: PreTrainedModel, errors: dict[str, float] | None = None, len
         Cost(parameters + dense_extra, dense_size, dense_linear, dense_linear + attention),
         Cost(parameters, size, linear, linear + attention),
         length,
+        digest.hexdigest(),
     )
 
 

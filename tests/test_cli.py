@@ -89,9 +89,19 @@ def test_inspect_shows_no_errors_once_the_weights_have_changed(bert, tmp_path, c
     assert "No errors are shown" in capsys.readouterr().out
 
 
-def test_empty_output_folder_is_fine(bert, tmp_path):
-    (tmp_path / "student").mkdir()
-    assert kronecker("compress", bert, "--output", tmp_path / "student") == 0
+def test_empty_output_folder_keeps_its_mode_and_links_are_followed(bert, tmp_path):
+    (tmp_path / "student").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("student")
+    assert kronecker("compress", bert, "--output", tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "student").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "student" / "config.json").is_file()
+
+
+def test_new_folder_has_the_usual_mode(bert, tmp_path):
+    (tmp_path / "usual").mkdir()
+    kronecker("compress", bert, "--output", tmp_path / "student")
+    assert (tmp_path / "student").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 class TestBadInput:
@@ -117,6 +127,7 @@ class TestBadInput:
             ({"pooler.*": [8, 4], "*.dense": [8, 4]}, "both match module 'pooler.dense'"),
             ("just a text", "must map patterns to entries, got str"),
             ("{broken: [", "plan file"),
+            ("pooler.dense: [16, 16]\npooler.dense: [8, 8]\n", "'pooler.dense' stands there twice"),
         ],
         ids=str,
     )
@@ -174,7 +185,10 @@ class TestBadInput:
         tensors["bert.pooler.dense.weight"][2, 3] = float("nan")
         save_file(tensors, bert / "model.safetensors", metadata={"format": "pt"})
         message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "student")
-        assert "parameter 'bert.pooler.dense.weight' of the teacher holds NaN or infinite values" in message
+        assert (
+            "parameter 'bert.pooler.dense.weight' of the BertForSequenceClassification holds NaN or infinite values"
+            in message
+        )
 
     def test_output_that_holds_something(self, bert, tmp_path, capsys):
         (tmp_path / "student").mkdir()
@@ -192,7 +206,7 @@ class TestBadInput:
         message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "file" / "student")
         assert "could not be written" in message
 
-    @pytest.mark.parametrize("limit", [500, 5_000, 20_000])
+    @pytest.mark.parametrize("limit", [2_500, 5_000, 20_000])
     def test_full_disk(self, bert, tmp_path, limit):
         # no file may grow beyond the limit: writing stops in the middle of a file, as on a full disk
         process = subprocess.run(
@@ -206,6 +220,70 @@ class TestBadInput:
         assert "student' could not be written and nothing was left behind" in message
         assert "free some space or choose another folder" in message
         assert not [path for path in tmp_path.iterdir() if "student" in path.name]
+
+    def test_full_disk_while_the_tokenizer_is_written(self, tmp_path):
+        teacher(BertForSequenceClassification, vocab_size=5000).save_pretrained(tmp_path / "big")
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(4995))]
+        (tmp_path / "vocab.txt").write_text("\n".join(words))
+        transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "big")
+        (tmp_path / "plan.json").write_text('{"embeddings.word_embeddings": [50, 2]}')
+        limit = (tmp_path / "big" / "tokenizer.json").stat().st_size // 2
+        process = subprocess.run(
+            [sys.executable, "-m", "kronecker_transformers.cli", "compress", tmp_path / "big",
+             "--plan", tmp_path / "plan.json", "--output", tmp_path / "deep" / "er" / "student"],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+            capture_output=True, text=True, check=False,
+            env={"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+        assert process.returncode == 1
+        assert "could not be written and nothing was left behind" in process.stderr.strip().splitlines()[-1]
+        assert not (tmp_path / "deep").exists()
+
+    def test_checkpoints_that_lack_weights(self, bert, gpt2, tmp_path, capsys):
+        kronecker("compress", gpt2, "--plan", "kngpt2", "--output", tmp_path / "student")
+        for folder, prefix in ((bert, "bert.encoder.layer.2."), (tmp_path / "student", "transformer.h.0.mlp.")):
+            tensors = load_file(folder / "model.safetensors")
+            kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+            save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        for command in (["compress", bert, "--output", tmp_path / "new"], ["inspect", tmp_path / "student"]):
+            message = self.fails(capsys, tmp_path, *command)
+            assert "lack '" in message
+            assert "restore or replace them" in message
+
+    def test_damaged_teachers(self, bert, tmp_path, capsys):
+        config = json.loads((bert / "config.json").read_text())
+        for file, content, expected in (
+            ("config.json", json.dumps({**config, "intermediate_size": 48}), "cannot be loaded"),
+            ("config.json", "{", "is neither a folder with a model"),
+            ("tokenizer.json", "{", "the tokenizer in"),
+        ):
+            original = (bert / file).read_text()
+            (bert / file).write_text(content)
+            message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "student")
+            assert expected in message
+            assert str(bert) in message
+            (bert / file).write_text(original)
+        (bert / "model.safetensors").unlink()
+        message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "student")
+        assert f"the model in '{bert}' cannot be loaded" in message
+
+    @pytest.mark.parametrize("record", ["{}", "[]", "{", '{"factors_sha256": 3}'])
+    def test_damaged_record(self, bert, tmp_path, capsys, record):
+        kronecker("compress", bert, "--output", tmp_path / "student")
+        (tmp_path / "student" / "compression.json").write_text(record)
+        assert kronecker("inspect", tmp_path / "student") == 0
+        assert "No errors are shown" in capsys.readouterr().out
+
+    def test_student_with_a_class_that_is_no_model(self, bert, tmp_path, capsys):
+        kronecker("compress", bert, "--output", tmp_path / "student")
+        file = tmp_path / "student" / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": ["KroneckerLinear"]}))
+        assert "of class KroneckerLinear, not a factored one" in self.fails(capsys, tmp_path, "inspect", file.parent)
+
+    def test_current_folder(self, bert, tmp_path, capsys, monkeypatch):
+        (tmp_path / "empty").mkdir()
+        monkeypatch.chdir(tmp_path / "empty")
+        assert "is the current folder" in self.fails(capsys, tmp_path, "compress", bert, "--output", ".")
 
     def test_not_a_factored_model(self, bert, tmp_path, capsys):
         message = self.fails(capsys, tmp_path, "inspect", bert)

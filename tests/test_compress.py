@@ -1,7 +1,7 @@
 import pytest
 import torch
 from oracles import kronecker_sum
-from tiny import bert_config, inputs, teacher
+from tiny import BERT_SIZES, bert_config, inputs, teacher
 from torch import nn
 from transformers import (
     BertForMaskedLM,
@@ -9,12 +9,14 @@ from transformers import (
     DistilBertConfig,
     DistilBertModel,
     GPT2LMHeadModel,
+    RobertaConfig,
     RobertaForMaskedLM,
 )
 
 import kronecker_transformers as kt
-from kronecker_transformers import FactorPlan, compress, to_dense
-from kronecker_transformers.compress import DENSE_CLASSES
+from kronecker_transformers import FactorPlan, compress, describe, to_dense
+from kronecker_transformers.checkpoint import load_student, recorded_errors
+from kronecker_transformers.models import DENSE_CLASSES
 
 ALL_TEACHERS = pytest.mark.parametrize("dense_class", DENSE_CLASSES.values(), ids=lambda c: c.__name__)
 
@@ -165,10 +167,77 @@ def test_weights_that_are_not_finite(value, parameter):
     dense = teacher(BertModel)
     with torch.no_grad():
         dense.get_parameter(parameter).view(-1)[3] = value
-    with pytest.raises(ValueError, match=f"parameter '{parameter}' of the teacher holds NaN or infinite values"):
+    with pytest.raises(ValueError, match=f"parameter '{parameter}' of the BertModel holds NaN or infinite values"):
         compress(dense)
 
 
 def test_other_families_are_not_mistaken_for_bert():
-    # RoBERTa's layers have BERT's names; its class and family do not
-    assert not issubclass(RobertaForMaskedLM, tuple(DENSE_CLASSES.values()))
+    # RoBERTa's layers have BERT's names
+    roberta = RobertaForMaskedLM(RobertaConfig(**BERT_SIZES))
+    with pytest.raises(ValueError, match="class RobertaForMaskedLM is not supported"):
+        compress(roberta)
+
+
+def test_frozen_parameters_stay_frozen_and_the_name_is_kept():
+    dense = teacher(BertModel)
+    dense.config.name_or_path = "some/teacher"
+    dense.embeddings.requires_grad_(False)
+    student = compress(dense).model
+    frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in student.named_parameters() if name.startswith("embeddings.")}
+    assert student.config.name_or_path == "some/teacher"
+
+
+def test_teacher_that_hides_a_weight():
+    dense = teacher(BertModel)
+    torch.nn.utils.parametrizations.weight_norm(dense.encoder.layer[0].intermediate.dense)
+    with pytest.raises(ValueError, match=r"'encoder.layer.0.intermediate.dense.*remove parametrizations"):
+        compress(dense, {"pooler.dense": (16, 16)})
+
+
+def test_teacher_without_weights():
+    with torch.device("meta"):
+        dense = BertModel(bert_config())
+    with pytest.raises(ValueError, match="is on the meta device; load its weights first"):
+        compress(dense)
+
+
+def test_teacher_whose_weights_are_not_those_of_its_config():
+    dense = teacher(BertModel)
+    dense.embeddings.word_embeddings = nn.Embedding(128, 32)
+    with pytest.raises(ValueError, match=r"'embeddings.word_embeddings' has shape \(128, 32\), not \(64, 32\)"):
+        compress(dense)
+    with pytest.raises(ValueError, match=r"'embeddings.word_embeddings.weight' .* does not have the shape"):
+        compress(dense, {"pooler.dense": (16, 16)})
+
+
+def test_twin_of_weights_that_are_not_finite():
+    student = compress(teacher(BertModel)).model
+    student.pooler.dense.A.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"'pooler.dense.A' of the KroneckerBertModel holds NaN"):
+        to_dense(student)
+
+
+def test_teacher_made_for_inference_only():
+    with torch.inference_mode():
+        dense = teacher(BertModel)
+    assert compress(dense).model(**inputs(dense)).pooler_output.shape == (3, 32)
+
+
+def test_errors_belong_to_the_factors_they_were_measured_on(tmp_path):
+    result = compress(teacher(BertModel))
+    result.save(tmp_path / "as-compressed")
+    student, _ = load_student(tmp_path / "as-compressed")
+    assert recorded_errors(tmp_path / "as-compressed", describe(student).factors_sha256)
+    with torch.no_grad():
+        result.model.pooler.dense.B.add_(1)
+    result.save(tmp_path / "changed")
+    student, _ = load_student(tmp_path / "changed")
+    assert recorded_errors(tmp_path / "changed", describe(student).factors_sha256) == {}
+
+
+def test_without_a_pooler_there_and_back(tmp_path):
+    result = compress(BertModel(bert_config(), add_pooling_layer=False).eval())
+    result.save(tmp_path / "student")
+    student, _ = load_student(tmp_path / "student")
+    assert student.pooler is None

@@ -10,14 +10,14 @@ import textwrap
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import bert_tokenizer, gpt2_tokenizer, inputs, perturb, teacher
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import kronecker_transformers as kt
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint import save_folder
-from kronecker_transformers.compress import DENSE_CLASSES
+from kronecker_transformers.models import DENSE_CLASSES
 
 PLANS = {"bert": "7.7x", "gpt2": "kngpt2"}
 PIPELINES = {
@@ -41,7 +41,7 @@ STRANGER = """
     import json, sys
     sys.modules["kronecker_transformers"] = None  # importing it fails
     import torch, transformers
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     for job in json.load(open(sys.argv[1])):
         folder, batch = job["folder"], torch.load(job["batch"], weights_only=True)
@@ -72,6 +72,13 @@ STRANGER = """
             result = pipe(text, **settings)
             json.dump(result, open(job["result"], "w"), default=float)
         model.save_pretrained(job["again"])
+        if "resized" in job:
+            model.resize_token_embeddings(90)
+            model.save_pretrained(job["resized"])
+            again = own.from_pretrained(job["resized"], trust_remote_code=True)
+            ours, theirs = model.state_dict(), again.state_dict()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours), "resized"
+            assert again.get_input_embeddings().A.shape[0] == again.config.vocab_size == 90
     print("done")
 """
 
@@ -111,7 +118,7 @@ def test_every_class_without_the_package(family, tmp_path):
         torch.save(batch, work / "batch.pt")
         with torch.no_grad():
             expected[name] = {k: v for k, v in model(**batch).items() if isinstance(v, torch.Tensor)}
-        paths = {key: str(work / key) for key in ("again", "outputs", "result")}
+        paths = {key: str(work / key) for key in ("again", "outputs", "result", "resized")}
         others = (
             [a for a in config_class.auto_classes if a != "AutoConfig"] if name.endswith("Model") else ["AutoModel"]
         )
@@ -141,12 +148,13 @@ def test_every_class_without_the_package(family, tmp_path):
 
 
 def test_with_the_package_no_remote_code_runs_and_nothing_is_reinitialised(tmp_path):
-    for name, dense_class in DENSE_CLASSES.items():
+    for dense_class in DENSE_CLASSES.values():
+        name = dense_class.__name__
         model = checkpoint(dense_class, tmp_path / name, tmp_path)
         auto_map = model.config.auto_classes
-        auto_class = next(auto for auto, ref in auto_map.items() if ref.split(".")[1] == name)
+        auto_class = next(auto for auto, ref in auto_map.items() if ref.split(".")[1] == f"Kronecker{name}")
         loaded = getattr(transformers, auto_class).from_pretrained(tmp_path / name, trust_remote_code=True)
-        assert type(loaded) is getattr(kt, name)
+        assert type(loaded) is getattr(kt, f"Kronecker{name}")
         ours, theirs = model.state_dict(), loaded.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -202,6 +210,28 @@ def test_without_trust_it_is_a_clear_error_not_a_stock_bert(tmp_path):
     assert process.returncode != 0
     assert "contains custom code which must be executed" in process.stderr
     assert "trust_remote_code=True" in process.stderr
+
+
+def test_models_of_remote_code_are_not_mistaken_for_ours(tmp_path):
+    checkpoint(transformers.BertModel, tmp_path / "model", tmp_path)
+    code = """
+        import sys
+        sys.modules["kronecker_transformers"] = None
+        from transformers import AutoModel
+        model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+        del sys.modules["kronecker_transformers"]
+        import kronecker_transformers as kt
+        for function in (kt.to_dense, kt.describe):
+            try:
+                function(model)
+            except ValueError as error:
+                assert "import kronecker_transformers before loading it" in str(error), error
+            else:
+                raise AssertionError(function)
+        print("done")
+    """
+    process = run(code, tmp_path / "model", tmp_path=tmp_path)
+    assert process.stdout.strip() == "done", process.stderr[-3000:]
 
 
 def test_hub_set_needs_nothing_but_torch_and_transformers():
@@ -278,12 +308,14 @@ class TestBadCheckpoints:
             load(tmp_path / "model", num_labels=5)
         assert load(tmp_path / "model", num_labels=5, ignore_mismatched_sizes=True).classifier.out_features == 5
 
-    @pytest.mark.parametrize("missing", ["A", "B"])
-    def test_weights_that_lost_a_factor(self, folder, missing):
-        from safetensors.torch import save_file
-
-        tensors = load_file(folder / "model.safetensors")
-        del tensors[f"bert.encoder.layer.1.output.dense.{missing}"]
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=rf"layer.1.output.dense.{missing}' is missing"):
-            AutoModelForMaskedLM.from_pretrained(folder)
+    @pytest.mark.parametrize(
+        "lost", ["encoder.layer.1.output.dense.A", "embeddings.word_embeddings.B", "pooler.dense.A"]
+    )
+    def test_weights_that_lost_a_factor(self, lost, tmp_path):
+        checkpoint(transformers.BertModel, tmp_path / "model", tmp_path)
+        weights = tmp_path / "model" / "model.safetensors"
+        tensors = load_file(weights)
+        del tensors[lost]
+        save_file(tensors, weights, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{lost}' is missing"):
+            AutoModel.from_pretrained(tmp_path / "model")

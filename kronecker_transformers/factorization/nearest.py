@@ -36,8 +36,9 @@ class KroneckerFactors(NamedTuple):
 def nearest_kronecker(W: Tensor, m1: int, n1: int, terms: int = 1) -> KroneckerFactors:
     """The sum of `terms` Kronecker products that is nearest to W in the Frobenius norm.
 
-    Computed in float64 and deterministic: the entry of largest size in the short factor of each term is
-    positive. Takes O(m n s + s^3) operations and O(s^2) memory besides its result, s = min(m1 n1, m2 n2).
+    Deterministic: the entry of largest size in the short factor of each term is positive. Computed in float64, in which
+    singular values below about 1e-8 of the largest are lost. Takes O(m n s + s^3) operations and O(s^2) memory besides
+    its result, s = min(m1 n1, m2 n2).
 
     Args:
         W: (m, n), any floating dtype.
@@ -45,7 +46,7 @@ def nearest_kronecker(W: Tensor, m1: int, n1: int, terms: int = 1) -> KroneckerF
         terms: number R of products, at most s, with which the sum is exact.
 
     Returns:
-        The factors in W's dtype and on its device, and the relative error.
+        The factors in W's dtype and on its device, and the relative error before they are rounded to that dtype.
 
     Raises:
         ValueError: a shape does not divide, terms is not in 1 .. s, or W is not a finite matrix.
@@ -56,11 +57,11 @@ def nearest_kronecker(W: Tensor, m1: int, n1: int, terms: int = 1) -> KroneckerF
         )
     m, n = W.shape
     for name, value, size in (("m1", m1, m), ("n1", n1, n)):
-        if value < 1 or size % value:
+        if not isinstance(value, int) or value < 1 or size % value:
             raise ValueError(f"{name}={value} must be a positive divisor of {size}; choose a divisor of {size}")
     m2, n2 = m // m1, n // n1
     short = min(m1 * n1, m2 * n2)
-    if not 1 <= terms <= short:
+    if not isinstance(terms, int) or not 1 <= terms <= short:
         raise ValueError(
             f"terms={terms} must be in 1 .. {short} = min(m1 n1, m2 n2), with which the sum is exact; "
             "choose a number in this range"

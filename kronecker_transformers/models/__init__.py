@@ -4,11 +4,13 @@ Importing this package registers every class with its Auto class.
 """
 
 import transformers
+from transformers import PreTrainedModel
 
 from .configuration_kronecker_bert import KroneckerBertConfig
 from .configuration_kronecker_gpt2 import KroneckerGPT2Config
 from .factor_plan import PRESETS, FactorEntry, FactorPlan
 from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from .modeling_kronecker import KroneckerPreTrainedModel
 from .modeling_kronecker_bert import (
     KroneckerBertForMaskedLM,
     KroneckerBertForMultipleChoice,
@@ -47,6 +49,13 @@ __all__ = [
     "KroneckerGPT2Model",
     "KroneckerLinear",
 ]
+
+DENSE_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+    value: getattr(transformers, name.removeprefix("Kronecker"))
+    for name, value in list(globals().items())
+    if name in __all__ and isinstance(value, type) and issubclass(value, KroneckerPreTrainedModel)
+}
+"""Stock class by its factored class."""
 
 for _config in (KroneckerBertConfig, KroneckerGPT2Config):
     transformers.AutoConfig.register(_config.model_type, _config)

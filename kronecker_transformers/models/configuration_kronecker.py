@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
-from .factor_plan import FactorEntry, FactorPlan, resolve_plan
+from .factor_plan import FactorEntry, resolve_plan
 
 # Facts of the dense teacher's checkpoint that are not facts of the student's.
 _NOT_INHERITED = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
@@ -19,6 +20,7 @@ class KroneckerConfigMixin:
     dense_config_class: ClassVar[type[PreTrainedConfig]]
     auto_classes: ClassVar[dict[str, str]]
     factor_plan: Any
+    vocab_size: int
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -56,7 +58,19 @@ class KroneckerConfigMixin:
 
     def factored_modules(self) -> dict[str, FactorEntry]:
         """Entry of every factored module, by its name relative to the base model."""
-        return FactorPlan(self.factor_plan).match(self.factorable_modules())
+        return resolve_plan(self.factor_plan, self).match(self.factorable_modules())
+
+    def resize_embedding(self, name: str, vocab_size: int, m1: int) -> None:
+        """Give the factored word embedding `name` another number of words and of rows of A.
+
+        Raises:
+            ValueError: the plan does not fit the new size; nothing has changed then.
+        """
+        modules = self.factorable_modules()
+        entry = replace(self.factored_modules()[name], m1=m1)
+        plan = resolve_plan(self.factor_plan, self).with_entry(name, entry, modules)
+        plan.match({**modules, name: (vocab_size, modules[name][1])})
+        self.factor_plan, self.vocab_size = plan.to_dict(), vocab_size
 
     def to_dict(self) -> dict[str, Any]:
         """As the stock method, with every class of the family in `auto_map`.

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -63,6 +64,10 @@ def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
     """
     m1, R, n1 = A.shape
     m2, _, n2 = B.shape
+    if x.shape[-1] != n1 * n2:
+        raise ValueError(
+            f"input has {x.shape[-1]} features, not n1 n2 = {n1} * {n2} = {n1 * n2}; check its last dimension"
+        )
     X = x.reshape(-1, n1, n2)
     b_first, a_first = multiplications(m1, n1, m2, n2, R)
     swapped = False  # is Y (T, m2, m1) or already (T, m1, m2)?
@@ -108,7 +113,11 @@ def kronecker_embedding(indices: Tensor, A: Tensor, B: Tensor) -> Tensor:
         -1, (R, n1)
     )
     b = B.reshape(R, n2) if m2 == 1 else F.embedding(indices % m2, B.reshape(m2, R * n2)).unflatten(-1, (R, n2))
-    rows = a.transpose(-1, -2) * b if R == 1 else a.transpose(-1, -2) @ b  # (..., n1, n2)
+    # under autocast too, a look-up keeps the dtype of its table
+    kind = a.device.type
+    exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with exact:
+        rows = a.transpose(-1, -2) * b if R == 1 else a.transpose(-1, -2) @ b  # (..., n1, n2)
     return rows.flatten(-2)
 
 
@@ -117,8 +126,11 @@ class _KroneckerLayer(nn.Module):
 
     def __init__(self, m: int, n: int, m1: int, n1: int, terms: int, device: Any, dtype: torch.dtype | None) -> None:
         super().__init__()
+        for name, value in (("out", m), ("in", n), ("m1", m1), ("n1", n1), ("terms", terms)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} in {type(self).__name__} must be an integer; give a whole number")
         for name, value, size in (("m1", m1, m), ("n1", n1, n)):
-            if value < 1 or size % value:
+            if value < 1 or size < 1 or size % value:
                 raise ValueError(
                     f"{name}={value} in {type(self).__name__} must be a positive divisor of {size}; choose one"
                 )
@@ -155,8 +167,8 @@ class _KroneckerLayer(nn.Module):
         m2, _, n2 = self.B.shape
         return f"A=({m1}, {n1}), B=({m2}, {n2}), terms={terms}"
 
-    def _set_nearest(self, weight: Tensor) -> None:
-        """Set the factors to the nearest sum of Kronecker products of `weight` (m, n)."""
+    def _set_nearest(self, weight: Tensor, dense: nn.Module) -> None:
+        """Set the factors to the nearest sum of Kronecker products of `weight` (m, n), the mode to that of `dense`."""
         try:
             nearest = importlib.import_module("kronecker_transformers.factorization.nearest")
         except ImportError as error:
@@ -168,6 +180,9 @@ class _KroneckerLayer(nn.Module):
         with torch.no_grad():
             self.A.copy_(result.A)
             self.B.copy_(result.B)
+        self.A.requires_grad_(weight.requires_grad)
+        self.B.requires_grad_(weight.requires_grad)
+        self.train(dense.training)
 
 
 class KroneckerLinear(_KroneckerLayer):
@@ -213,21 +228,25 @@ class KroneckerLinear(_KroneckerLayer):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, m1: int, n1: int, terms: int = 1) -> KroneckerLinear:
-        """The nearest factored layer, in the Frobenius norm of the weight; bias, device and dtype come along."""
-        return cls._from_weight(linear.weight, linear.bias, m1, n1, terms)
+        """The nearest factored layer, in the Frobenius norm of the weight; all else of the layer comes along."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"layer of type {type(linear).__name__} must be an nn.Linear; for a Conv1D use from_conv1d")
+        return cls._from_dense(linear, linear.weight, m1, n1, terms)
 
     @classmethod
     def from_conv1d(cls, conv: Conv1D, m1: int, n1: int, terms: int = 1) -> KroneckerLinear:
         """As `from_linear`, for GPT-2's Conv1D, which stores its weight as (n, m); m1 divides the outputs m."""
-        return cls._from_weight(conv.weight.t(), conv.bias, m1, n1, terms)
+        if not isinstance(conv, Conv1D):
+            raise TypeError(f"layer of type {type(conv).__name__} must be a Conv1D; for an nn.Linear use from_linear")
+        return cls._from_dense(conv, conv.weight.t(), m1, n1, terms)
 
     @classmethod
-    def _from_weight(cls, weight: Tensor, bias: Tensor | None, m1: int, n1: int, terms: int) -> KroneckerLinear:
+    def _from_dense(cls, dense: nn.Linear | Conv1D, weight: Tensor, m1: int, n1: int, terms: int) -> KroneckerLinear:
         m, n = weight.shape
-        layer = cls(n, m, m1, n1, terms, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-        layer._set_nearest(weight)
-        if layer.bias is not None and bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone())
+        layer = cls(n, m, m1, n1, terms, bias=dense.bias is not None, device=weight.device, dtype=weight.dtype)
+        layer._set_nearest(weight, dense)
+        if dense.bias is not None:
+            layer.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=dense.bias.requires_grad)
         return layer
 
     @classmethod
@@ -307,7 +326,7 @@ class KroneckerEmbedding(_KroneckerLayer):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, m1: int, n1: int, terms: int = 1) -> KroneckerEmbedding:
-        """The nearest factored embedding, in the Frobenius norm; padding_idx, device and dtype come along.
+        """The nearest factored embedding, in the Frobenius norm; all else of the layer comes along.
 
         Raises:
             ValueError: the embedding uses max_norm, scale_grad_by_freq or sparse gradients.
@@ -321,7 +340,7 @@ class KroneckerEmbedding(_KroneckerLayer):
         layer = cls(
             m, n, m1, n1, terms, embedding.padding_idx, device=embedding.weight.device, dtype=embedding.weight.dtype
         )
-        layer._set_nearest(embedding.weight)
+        layer._set_nearest(embedding.weight, embedding)
         return layer
 
     def extra_repr(self) -> str:

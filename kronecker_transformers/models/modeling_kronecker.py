@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .factor_plan import FactorPlan
 from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
 
 
@@ -29,6 +27,8 @@ def factor_module(module: nn.Module, m1: int, n1: int, terms: int) -> KroneckerL
 
 class KroneckerPreTrainedModel(PreTrainedModel):
     """To stand before a stock class: builds its model with factored layers in the places of `config.factor_plan`."""
+
+    config_class: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         device = torch.empty(0).device  # honours torch.device contexts and torch.set_default_device
@@ -82,7 +82,7 @@ class KroneckerPreTrainedModel(PreTrainedModel):
         stock method draws new words: the words are linear in them.
 
         Raises:
-            ValueError: the new size is not a multiple of m2.
+            ValueError: the new size is not a multiple of m2, or too small for the terms; nothing has changed then.
         """
         embedding = self.get_input_embeddings()
         if not isinstance(embedding, KroneckerEmbedding):
@@ -99,35 +99,28 @@ class KroneckerPreTrainedModel(PreTrainedModel):
                 f"pass pad_to_multiple_of={m2}"
             )
 
+        name = next(name for name, module in self.base_model.named_modules() if module is embedding)
         old_rows, new_rows = embedding.A.shape[0], size // m2
+        self.config.resize_embedding(name, size, new_rows)  # refuses before anything has changed
         rows = self._get_resized_embeddings(_rows_of_a(embedding), new_rows, None, mean_resizing).weight.detach()
         if not mean_resizing:  # drawn with the standard deviation of a word; turn it into that of a row of A
             rows[old_rows:] *= embedding.B[:, 0].numel() ** 0.5 / torch.linalg.vector_norm(embedding.B.detach())
-        embedding.A = nn.Parameter(rows.unflatten(-1, embedding.A.shape[1:]), requires_grad=embedding.A.requires_grad)
+        embedding.A.data = rows.unflatten(-1, embedding.A.shape[1:])  # in place, as in the stock method: ties hold
+        embedding.A.grad = None
         embedding.num_embeddings = size
         if embedding.padding_idx is not None and embedding.padding_idx >= size:
             embedding.padding_idx = None
-        self._resize_head(embedding, mean_resizing)
 
-        name = next(name for name, module in self.base_model.named_modules() if module is embedding)
-        plan, modules = FactorPlan(self.config.factor_plan), self.config.factorable_modules()
-        entry = replace(self.config.factored_modules()[name], m1=new_rows)
-        self.config.factor_plan = plan.with_entry(name, entry, modules).to_dict()
-        self.config.vocab_size = size
-        self.tie_weights()
-        return embedding
-
-    def _resize_head(self, embedding: KroneckerEmbedding, mean_resizing: bool) -> None:
-        head, size = self.get_output_embeddings(), embedding.num_embeddings
+        head = self.get_output_embeddings()
         if isinstance(head, KroneckerLinear):
-            resized = KroneckerLinear.tied_to(embedding, bias=head.bias is not None)
-            if head.bias is not None and resized.bias is not None:
-                kept = min(size, head.out_features)
-                resized.bias.data[:kept] = head.bias.data[:kept]
-                resized.bias.requires_grad_(head.bias.requires_grad)
-            self.set_output_embeddings(resized)
+            head.out_features = size
+            if head.bias is not None:
+                head.bias.data = nn.functional.pad(head.bias.data, (0, size - head.bias.numel()))
+                head.bias.grad = None
         elif head is not None:
             self.set_output_embeddings(self._get_resized_lm_head(head, size, mean_resizing=mean_resizing))
+        self.tie_weights()
+        return embedding
 
     @classmethod
     def from_pretrained(
@@ -162,7 +155,7 @@ class KroneckerPreTrainedModel(PreTrainedModel):
         if problem := _misfit(info):
             raise ValueError(
                 f"the weights in {source!r} do not fit the factor plan in its config: {problem}; "
-                "restore the config.json that was saved with them"
+                "restore the config.json that was saved with them, and do not override its sizes"
             )
         for key, found, wanted in info["mismatched_keys"]:
             if not ignore_mismatched_sizes:
@@ -179,11 +172,14 @@ def _misfit(info: dict[str, Any]) -> str | None:
     A pooler may be missing or left over as a whole: models without one share checkpoints with models that have one.
     """
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    for keys in (missing, unexpected):
+        pooler = {key for key in keys if key.rpartition(".")[0].endswith("pooler.dense")}
+        if {key.rpartition(".")[2] for key in pooler} == {"A", "B", "bias"}:
+            keys -= pooler
     missing_from, left_over_from = ({key.rpartition(".")[0] for key in keys} for keys in (missing, unexpected))
     for key in sorted(missing | unexpected):
         module, _, leaf = key.rpartition(".")
-        swapped = module in missing_from and module in left_over_from
-        if swapped or (leaf in ("A", "B") and not module.endswith("pooler.dense")):
+        if leaf in ("A", "B") or (module in missing_from and module in left_over_from):
             return f"{key!r} is {'missing' if key in missing else 'left over'}"
     for key, found, wanted in sorted(info["mismatched_keys"]):
         if key.endswith((".A", ".B")):

@@ -111,6 +111,7 @@ def test_result_carries_no_gradient():
         (torch.zeros(14, 15), (7, 0), "n1=0 must be a positive divisor of 15"),
         (torch.zeros(14, 15), (7, 5, 0), r"terms=0 must be in 1 \.\. 6"),
         (torch.zeros(14, 15), (7, 5, 7), r"terms=7 must be in 1 \.\. 6"),
+        (torch.zeros(14, 15), (7, 5, 2.0), r"terms=2\.0 must be in 1"),
         (torch.zeros(14), (7, 5), "W must be a floating-point matrix"),
         (torch.zeros(14, 15, dtype=torch.int64), (7, 5), "W must be a floating-point matrix"),
         (torch.full((14, 15), torch.nan), (7, 5), "NaN or infinite"),

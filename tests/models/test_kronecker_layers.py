@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracles import kronecker_sum
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from kronecker_transformers import KroneckerEmbedding, KroneckerLinear
@@ -137,6 +138,25 @@ class TestLinear:
         assert multiplications(2, 8, 384, 384, 1)[1] == 301_056
         assert multiplications(8, 2, 384, 384, 1)[0] < multiplications(8, 2, 384, 384, 1)[1]
 
+    @ALL_SHAPES
+    def test_takes_the_cheaper_order(self, shape):
+        m1, n1, m2, n2, terms = shape
+        layer = linear(shape)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            layer(torch.randn(6, n1 * n2, dtype=torch.float64))
+        elementwise = 2 * 6 * m1 * m2 if SHAPES["B a column"] == shape else 0  # a product with one column, no GEMM
+        b_first = n1 * n2 * m2 + m2 * n1 * m1
+        a_first = n2 * n1 * m1 + m1 * n2 * m2
+        assert counter.get_total_flops() + elementwise == 2 * 6 * terms * min(b_first, a_first)
+
+    def test_gradients_of_shared_matrices_stay_small(self):
+        m1, n1, m2, n2, terms = shape = (2, 40, 3, 30, 2)
+        layer = linear(shape, dtype=torch.float32)
+        x = torch.randn(50, layer.in_features, requires_grad=True)
+        with LargestTensor() as largest:
+            layer(x).sum().backward()
+        assert largest.entries <= 50 * terms * max(n1, m1) * max(n2, m2)
+
     @pytest.mark.parametrize(
         "shape", [(24, 20, 8, 12, 2), (4, 3, 48, 80, 1), (3, 4, 80, 48, 1), (40, 36, 6, 2, 1)], ids=str
     )
@@ -197,6 +217,11 @@ class TestLinear:
         assert layer.A.dtype == layer.B.dtype == torch.bfloat16
         assert layer.A.requires_grad
 
+    def test_from_frozen_layer_in_evaluation_mode(self):
+        layer = KroneckerLinear.from_linear(nn.Linear(6, 4).requires_grad_(False).eval(), 2, 3)
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
+        assert not layer.training
+
     def test_repr(self):
         layer = KroneckerLinear(15, 14, 7, 5, 2, bias=False)
         assert repr(layer) == (
@@ -233,6 +258,14 @@ class TestEmbedding:
         (twin(indices) * weights * (indices != 3).unsqueeze(-1)).sum().backward()
         torch.testing.assert_close(padded, [twin.A.grad, twin.B.grad])
         torch.testing.assert_close(layer(indices), twin(indices))
+
+    @pytest.mark.parametrize("terms", [1, 3])
+    def test_autocast_keeps_the_dtype_of_the_table(self, terms):
+        layer = embedding((12, 3, 1, 4, terms), dtype=torch.float32)
+        indices = torch.arange(12)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rows = layer(indices)
+        assert torch.equal(rows, layer(indices))
 
     def test_padding_row_starts_at_zero(self):
         layer = embedding((12, 3, 1, 4, 2), padding_idx=-1)
@@ -360,6 +393,8 @@ class TestTools:
         (lambda: KroneckerLinear(15, 14, 0, 5), r"m1=0 .* positive divisor"),
         (lambda: KroneckerLinear(15, 14, 7, -5), r"n1=-5 .* positive divisor"),
         (lambda: KroneckerLinear(15, 14, 7, 5, 0), r"terms=0 must be >= 1"),
+        (lambda: KroneckerLinear(0, 14, 7, 5), r"n1=5 .* positive divisor of 0"),
+        (lambda: linear((7, 5, 2, 3, 1))(torch.zeros(4, 10)), r"input has 10 features, not n1 n2 = 5 \* 3 = 15"),
         (lambda: KroneckerLinear(15, 14, 7, 5, -2), r"terms=-2 must be >= 1"),
         (lambda: KroneckerEmbedding(12, 10, 5, 2), r"m1=5 .* positive divisor of 12"),
         (lambda: KroneckerEmbedding(12, 10, 12, 2, padding_idx=12), r"padding_idx=12 must be an index into 12"),
@@ -367,6 +402,21 @@ class TestTools:
 )
 def test_bad_shapes(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KroneckerLinear(12, 12, 2.0, 2), r"m1=2\.0 in KroneckerLinear must be an integer"),
+        (lambda: KroneckerLinear(12, 12, 2, "2"), "n1='2' in KroneckerLinear must be an integer"),
+        (lambda: KroneckerEmbedding(12, 12, 2, 2, True), "terms=True in KroneckerEmbedding must be an integer"),
+        (lambda: KroneckerLinear.from_linear(Conv1D(12, 6), 2, 3), "type Conv1D must be an nn.Linear"),
+        (lambda: KroneckerLinear.from_conv1d(nn.Linear(12, 6), 2, 3), "type Linear must be a Conv1D"),
+    ],
+)
+def test_bad_types(make, message):
+    with pytest.raises(TypeError, match=message):
         make()
 
 

@@ -115,7 +115,7 @@ def open_elsewhere(folder: Path, batch: dict[str, Tensor]) -> Tensor:
         subprocess.run(
             [sys.executable, "-c", STRANGER, str(folder), f"{scratch}/batch.pt", f"{scratch}/hidden.pt"],
             check=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TQDM_DISABLE": "1"},
         )
         hidden: Tensor = torch.load(Path(scratch) / "hidden.pt", weights_only=True)
     return hidden

@@ -4,9 +4,20 @@ import pytest
 import torch
 from rich.console import Console
 from tiny import teacher
-from transformers import BertConfig, BertForMultipleChoice, BertForSequenceClassification, BertModel, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2LMHeadModel,
+)
 
-from kronecker_transformers import KroneckerBertConfig, KroneckerBertModel, compress, describe
+from kronecker_transformers import (
+    KroneckerBertConfig,
+    KroneckerBertModel,
+    compress,
+    describe,
+)
 
 
 @pytest.mark.parametrize(

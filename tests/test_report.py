@@ -9,12 +9,15 @@ from transformers import (
     BertForMultipleChoice,
     BertForSequenceClassification,
     BertModel,
+    GPT2Config,
     GPT2LMHeadModel,
 )
 
 from kronecker_transformers import (
     KroneckerBertConfig,
     KroneckerBertModel,
+    KroneckerGPT2Config,
+    KroneckerGPT2LMHeadModel,
     compress,
     describe,
 )
@@ -30,6 +33,13 @@ def test_flops_of_bert_base_in_both_countings(plan, linear, total):
     assert round(report.dense.linear_flops / 1e9, 2) == 21.74
     assert round(report.dense.total_flops / 1e9, 2) == 22.35
     assert report.dense.parameters == 109_482_240
+
+
+@pytest.mark.parametrize(("plan", "linear", "total"), [({}, 31.62, 32.23), ("kngpt2", 21.26, 21.86)], ids=str)
+def test_flops_of_gpt2_small_in_both_countings(plan, linear, total):
+    report = describe(KroneckerGPT2LMHeadModel(KroneckerGPT2Config.from_dense(GPT2Config(), plan)))
+    assert round(report.factored.linear_flops / 1e9, 2) == linear
+    assert round(report.factored.total_flops / 1e9, 2) == total
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,16 @@ REPORT_FILE = "compression.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 
 
-def load_teacher(
-    source: str | os.PathLike[str], classes: Mapping[str, type[PreTrainedModel]]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load_teacher(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A dense teacher and its tokenizer, from a folder or the Hub.
-
-    Args:
-        classes: supported stock classes by name.
 
     Raises:
         ValueError: another family or another head.
         OSError: nothing there, or unreadable weights.
     """
     config = _load_config(source)
-    families = sorted({cls.config_class.model_type for cls in classes.values() if cls.config_class})
+    classes: dict[str, Any] = {cls.__name__: cls for cls in DENSE_CLASSES.values()}
+    families = sorted({cls.config_class.model_type for cls in classes.values()})
     if config.model_type not in families:
         raise ValueError(
             f"teacher {str(source)!r} is of the family {config.model_type!r}; supported are {' and '.join(families)}"

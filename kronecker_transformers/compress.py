@@ -66,7 +66,7 @@ def compress(
     """
     tokenizer = None
     if not isinstance(teacher, PreTrainedModel):
-        teacher, tokenizer = load_teacher(teacher, {dense.__name__: dense for dense in STUDENT_CLASSES})
+        teacher, tokenizer = load_teacher(teacher)
     if type(teacher) not in STUDENT_CLASSES:
         supported = ", ".join(sorted(dense.__name__ for dense in STUDENT_CLASSES))
         raise ValueError(f"teacher of class {type(teacher).__name__} is not supported; supported are {supported}")

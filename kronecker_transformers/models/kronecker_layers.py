@@ -109,9 +109,8 @@ def kronecker_embedding(indices: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """
     m1, R, n1 = A.shape
     m2, _, n2 = B.shape
-    a = F.embedding(indices if m2 == 1 else indices.div(m2, rounding_mode="floor"), A.reshape(m1, R * n1)).unflatten(
-        -1, (R, n1)
-    )
+    outer = indices if m2 == 1 else indices.div(m2, rounding_mode="floor")
+    a = F.embedding(outer, A.reshape(m1, R * n1)).unflatten(-1, (R, n1))  # (..., R, n1)
     b = B.reshape(R, n2) if m2 == 1 else F.embedding(indices % m2, B.reshape(m2, R * n2)).unflatten(-1, (R, n2))
     # under autocast too, a look-up keeps the dtype of its table
     kind = a.device.type

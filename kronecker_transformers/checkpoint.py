@@ -68,11 +68,15 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
 
 def _load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     source = os.fspath(source)
+    if os.path.isfile(source):
+        raise NotADirectoryError(f"{source!r} is a file; give the folder that holds the model")
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        raise FileNotFoundError(f"folder {source!r} holds no config.json; give the folder that holds the model")
     if not os.path.isdir(source) and (os.path.isabs(source) or source.startswith(".") or source.count("/") > 1):
         raise FileNotFoundError(f"folder {source!r} does not exist; give an existing folder or a model name of the Hub")
     try:
         return AutoConfig.from_pretrained(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(
             f"{source!r} is neither a folder with a model nor a model on the Hub that can be reached: {error}"
         ) from error
@@ -95,7 +99,7 @@ def _load_weights(model_class: type[PreTrainedModel], source: str | os.PathLike[
         raise OSError(f"the model in {str(source)!r} cannot be loaded ({error}); restore or replace it") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"the weights in {str(source)!r} lack {missing[0]!r} and {len(missing) - 1} more; restore or replace them"
+            f"the weights in {str(source)!r} lack {len(missing)} parameters, {missing[0]!r} first; restore them"
         )
     return model.eval()
 

@@ -61,10 +61,13 @@ def compress(
         The student in evaluation mode, in the teacher's dtype and on its device; the teacher is not changed.
 
     Raises:
+        TypeError: the teacher is neither a name, a folder nor a model.
         ValueError: unsupported teacher, a plan that does not fit, or weights that are not finite.
         OSError: the teacher cannot be read.
     """
     tokenizer = None
+    if not isinstance(teacher, (PreTrainedModel, str, os.PathLike)):
+        raise TypeError(f"teacher of type {type(teacher).__name__} must be a name, a folder or a loaded model")
     if not isinstance(teacher, PreTrainedModel):
         teacher, tokenizer = load_teacher(teacher)
     if type(teacher) not in STUDENT_CLASSES:

@@ -30,26 +30,33 @@ def read_plan(plan: str | Path) -> str | FactorPlan:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            return FactorPlan(json.loads(text, object_pairs_hook=_without_repeats))
-        return FactorPlan(yaml.load(text, Loader=_Loader))
+            entries = json.loads(text, object_pairs_hook=_without_repeats)
+        else:
+            entries = yaml.load(text, Loader=_Loader)
+        if entries is None:
+            raise ValueError("it is empty; write one line for each pattern")
+        return FactorPlan(entries)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ValueError(
+            f"plan file {str(path)!r}, line {line}: {error.problem}; a pattern that begins with * stands in quotes"
+        ) from error
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"plan file {str(path)!r}: {error}") from error
 
 
-def _without_repeats(pairs: list[tuple[Hashable, Any]]) -> dict[Hashable, Any]:
+def _without_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """A mapping of pairs; JSON and YAML would silently keep the last of two equal keys."""
-    mapping: dict[Hashable, Any] = {}
-    for key, value in pairs:
-        if key in mapping:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
             raise ValueError(f"{key!r} stands there twice; each pattern may be given once, remove one")
-        mapping[key] = value
-    return mapping
+    return dict(pairs)
 
 
 class _Loader(yaml.SafeLoader):
     """The safe loader, which builds plain data only, and refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        return _without_repeats(
-            [(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value]
-        )
+        _without_repeats([(key.value, None) for key, _ in node.value if isinstance(key.value, str)])
+        return super().construct_mapping(node, deep)

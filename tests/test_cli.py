@@ -78,6 +78,14 @@ def test_plan_files(bert, tmp_path, suffix):
     assert len(config.factored_modules()) == 10
 
 
+def test_plan_files_may_share_entries(bert, tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("pooler.dense: &half {m1: 16, n1: 16}\nencoder.layer.0.attention.*: {<<: *half, terms: 2}\n")
+    assert kronecker("compress", bert, "--plan", file, "--output", tmp_path / "student") == 0
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "student")
+    assert config.factored_modules()["encoder.layer.0.attention.self.key"] == kt.FactorEntry(16, 16, 2)
+
+
 def test_inspect_shows_no_errors_once_the_weights_have_changed(bert, tmp_path, capsys):
     kronecker("compress", bert, "--output", tmp_path / "student")
     weights = tmp_path / "student" / "model.safetensors"
@@ -119,7 +127,7 @@ class TestBadInput:
         ("plan", "expected"),
         [
             ("9x", "plan='9x' is neither a preset (7.7x, 21x, kngpt2) nor a file"),
-            ("kngpt2", "plan='kngpt2' is not a preset of kronecker_bert; choose '7.7x' or '21x'"),
+            ("kngpt2", "plan='kngpt2' is not a preset for bert; choose '7.7x' or '21x'"),
             ({"pooler.dense": [5, 4]}, "module 'pooler.dense' with weight (32, 32): m1=5 must divide m=32"),
             ({"pooler.dense": [8, 4, 0]}, "terms=0 in a factor plan must be >= 1"),
             ({"pooler.dense": [8, 4, -1]}, "terms=-1 in a factor plan must be >= 1"),
@@ -127,6 +135,15 @@ class TestBadInput:
             ({"pooler.*": [8, 4], "*.dense": [8, 4]}, "both match module 'pooler.dense'"),
             ("just a text", "must map patterns to entries, got str"),
             ("{broken: [", "plan file"),
+            (
+                "*.dense: [16, 16]",
+                "line 1: expected alphabetic or numeric character, but found '.'; a pattern that begins",
+            ),
+            ("# nothing \n", "it is empty; write one line for each pattern"),
+            (
+                {"encoder.layer.*.intermidiate.dense": [8, 2]},
+                "for example encoder.layer.2.intermediate.dense, encoder.layer",
+            ),
             ("pooler.dense: [16, 16]\npooler.dense: [8, 8]\n", "'pooler.dense' stands there twice"),
         ],
         ids=str,
@@ -142,6 +159,12 @@ class TestBadInput:
     def test_missing_teacher(self, tmp_path, capsys):
         message = self.fails(capsys, tmp_path, "compress", tmp_path / "nowhere", "--output", tmp_path / "student")
         assert "nowhere' does not exist; give an existing folder or a model name of the Hub" in message
+
+    def test_paths_that_are_no_model_folder(self, bert, tmp_path, capsys):
+        message = self.fails(capsys, tmp_path, "compress", bert / "config.json", "--output", tmp_path / "student")
+        assert "config.json' is a file; give the folder" in message
+        (tmp_path / "empty").mkdir()
+        assert "empty' holds no config.json" in self.fails(capsys, tmp_path, "inspect", tmp_path / "empty")
 
     def test_hub_name_without_network(self, tmp_path, capsys):
         message = self.fails(capsys, tmp_path, "compress", "some-org/some-model", "--output", tmp_path / "student")
@@ -247,8 +270,8 @@ class TestBadInput:
             save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         for command in (["compress", bert, "--output", tmp_path / "new"], ["inspect", tmp_path / "student"]):
             message = self.fails(capsys, tmp_path, *command)
-            assert "lack '" in message
-            assert "restore or replace them" in message
+            assert "parameters, '" in message
+            assert "first; restore them" in message
 
     def test_damaged_teachers(self, bert, tmp_path, capsys):
         config = json.loads((bert / "config.json").read_text())

@@ -195,6 +195,12 @@ def test_teacher_that_hides_a_weight():
         compress(dense, {"pooler.dense": (16, 16)})
 
 
+@pytest.mark.parametrize("wrong", [None, 7, {"weight": 1}])
+def test_teacher_that_is_none(wrong):
+    with pytest.raises(TypeError, match=f"teacher of type {type(wrong).__name__} must be a name, a folder or a loaded"):
+        compress(wrong)
+
+
 def test_teacher_without_weights():
     with torch.device("meta"):
         dense = BertModel(bert_config())

@@ -164,6 +164,32 @@ def test_with_the_package_no_remote_code_runs_and_nothing_is_reinitialised(tmp_p
             assert path.read_bytes() == (tmp_path / name / path.name).read_bytes(), path.name
 
 
+@pytest.mark.parametrize("package", ["with", "without"])
+def test_a_new_language_model_head_is_whole(package, tmp_path):
+    checkpoint(transformers.BertModel, tmp_path / "model", tmp_path)
+    code = """
+        import sys
+        if sys.argv[2] == "without":
+            sys.modules["kronecker_transformers"] = None
+        else:
+            import kronecker_transformers
+        import torch, transformers
+        for auto_class in ("AutoModelForMaskedLM", "AutoModelForPreTraining"):
+            model = getattr(transformers, auto_class).from_pretrained(sys.argv[1], trust_remote_code=True)
+            predictions = model.cls.predictions
+            assert predictions.bias is predictions.decoder.bias
+            assert predictions.decoder.A is model.bert.embeddings.word_embeddings.A
+            assert not predictions.bias.any()
+            assert not any(p.is_meta for p in model.parameters())
+            model.save_pretrained(sys.argv[1] + auto_class)
+            again = getattr(transformers, auto_class).from_pretrained(sys.argv[1] + auto_class, trust_remote_code=True)
+            assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+        print("done")
+    """
+    process = run(code, tmp_path / "model", package, tmp_path=tmp_path)
+    assert process.stdout.strip() == "done", process.stderr[-3000:]
+
+
 def test_folder_holds_only_what_it_must(tmp_path):
     checkpoint(transformers.BertForMaskedLM, tmp_path / "model", tmp_path)
     files = {path.name for path in (tmp_path / "model").iterdir()}

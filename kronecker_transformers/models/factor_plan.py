@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -50,7 +51,7 @@ class FactorEntry:
             return value
         if isinstance(value, Mapping):
             known = [field.name for field in fields(cls)]
-            if unknown := sorted(set(value) - set(known)):
+            if unknown := sorted(set(value) - set(known), key=str):
                 raise ValueError(
                     f"unknown field {unknown[0]!r} in a factor plan entry; known fields: {', '.join(known)}"
                 )
@@ -142,7 +143,7 @@ class FactorPlan(Mapping[str, FactorEntry]):
             if not names:
                 raise ValueError(
                     f"plan pattern {pattern!r} matches no module that can be factored; "
-                    f"names are relative to the base model, for example {', '.join(_examples(modules))}"
+                    f"names are relative to the base model, for example {', '.join(_examples(pattern, modules))}"
                 )
             for name in names:
                 if name in matched:
@@ -170,12 +171,12 @@ class FactorPlan(Mapping[str, FactorEntry]):
         return FactorPlan({**entries, name: entry})
 
 
-def _examples(modules: Mapping[str, tuple[int, int]]) -> list[str]:
-    """A few names that differ in kind, for an error message."""
+def _examples(pattern: str, modules: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A few names for an error message: those most like the pattern, else some that differ in kind."""
     kinds: dict[str, str] = {}
     for name in modules:
         kinds.setdefault("".join(c for c in name if not c.isdigit()), name)
-    return list(kinds.values())[:4]
+    return get_close_matches(pattern, modules, n=2) or list(kinds.values())[:4]
 
 
 def _entry(
@@ -263,8 +264,8 @@ def resolve_plan(plan: str | Mapping[str, Any] | None, config: Any) -> FactorPla
         presets = PRESETS[config.model_type]
         if plan not in presets:
             raise ValueError(
-                f"plan={plan!r} is not a preset of {config.model_type}; "
-                f"choose {' or '.join(map(repr, presets))}, or give a FactorPlan"
+                f"plan={plan!r} is not a preset for {config.dense_config_class.model_type}; "
+                f"choose {' or '.join(map(repr, presets))}, or write a plan of your own"
             )
         return presets[plan](config)
     return FactorPlan(plan)

@@ -64,7 +64,12 @@ class KroneckerPreTrainedModel(PreTrainedModel):
         source, target = names[embedding], names[head]
         ties = {key: value for key, value in self._tied_weights_keys.items() if key != f"{target}.weight"}
         self._tied_weights_keys = {**ties, **{f"{target}.{factor}": f"{source}.{factor}" for factor in "AB"}}
-        self.set_output_embeddings(KroneckerLinear.tied_to(embedding, bias=head.bias is not None))
+        tied = KroneckerLinear.tied_to(embedding, bias=head.bias is not None)
+        self.set_output_embeddings(tied)
+        if (
+            tied.bias is not None
+        ):  # BERT has just made it its predictions' own; the stock class ties the two after loading
+            tied.bias = nn.Parameter(torch.empty_like(tied.bias))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -118,7 +123,12 @@ class KroneckerPreTrainedModel(PreTrainedModel):
                 head.bias.data = nn.functional.pad(head.bias.data, (0, size - head.bias.numel()))
                 head.bias.grad = None
         elif head is not None:
-            self.set_output_embeddings(self._get_resized_lm_head(head, size, mean_resizing=mean_resizing))
+            head = self._get_resized_lm_head(head, size, mean_resizing=mean_resizing)
+            self.set_output_embeddings(head)
+            if (
+                head.bias is not None
+            ):  # BERT shares it with its predictions; only tied weights are shared again on loading
+                head.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=head.bias.requires_grad)
         self.tie_weights()
         return embedding
 

@@ -136,9 +136,9 @@ def test_presets_scale_to_other_hidden_sizes():
             r"attention has weight \(328, 328\), .* divide by \(2, 16\)",
         ),
         (BertConfig(intermediate_size=3000), "21x", r"FFN \(up\) has weight \(3000, 768\)"),
-        (BertConfig(), "8x", "plan='8x' is not a preset of kronecker_bert; choose '7.7x' or '21x'"),
-        (BertConfig(), "kngpt2", "plan='kngpt2' is not a preset of kronecker_bert"),
-        (GPT2Config(), "7.7x", "plan='7.7x' is not a preset of kronecker_gpt2; choose 'kngpt2'"),
+        (BertConfig(), "8x", "plan='8x' is not a preset for bert; choose '7.7x' or '21x'"),
+        (BertConfig(), "kngpt2", "plan='kngpt2' is not a preset for bert"),
+        (GPT2Config(), "7.7x", "plan='7.7x' is not a preset for gpt2; choose 'kngpt2'"),
         (GPT2Config(n_embd=33, n_head=3), "kngpt2", r"word embedding has weight \(50257, 33\)"),
     ],
 )

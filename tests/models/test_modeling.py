@@ -299,6 +299,15 @@ def test_resizing_an_untied_model_resizes_its_dense_head():
     assert model(torch.tensor([[79, 2]])).logits.shape[-1] == 80
 
 
+def test_resizing_an_untied_masked_language_model_loses_no_bias(tmp_path):
+    model = student(kt.KroneckerBertForMaskedLM, tie_word_embeddings=False)
+    model.resize_token_embeddings(80)
+    model.save_pretrained(tmp_path)
+    batch = {"input_ids": torch.tensor([[79, 2]])}
+    again = kt.KroneckerBertForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
 def test_a_dense_embedding_resizes_as_in_the_stock_model():
     model = student(kt.KroneckerBertForMaskedLM, plan={"pooler.dense": (16, 16)})
     model.resize_token_embeddings(70)

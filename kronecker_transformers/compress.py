@@ -90,7 +90,8 @@ def compress(
         if isinstance(m, (KroneckerLinear, KroneckerEmbedding)) and f"{name}.A" not in student.all_tied_weights_keys
     ]
     for name, module in tqdm(factored, desc="factoring", unit="layer", disable=not progress):
-        weight = _weight(dense_modules[name])
+        dense = _plain_weight(name, dense_modules[name])
+        weight = (dense.t() if isinstance(dense_modules[name], Conv1D) else dense).detach()  # (m outputs, n inputs)
         (m1, terms, n1), (m2, _, n2) = module.A.shape, module.B.shape
         if weight.shape != (m1 * m2, n1 * n2):
             raise ValueError(
@@ -98,8 +99,8 @@ def compress(
                 "config; make both agree first, for an embedding with resize_token_embeddings"
             )
         result = nearest_kronecker(weight, m1, n1, terms)
-        _set_parameter(module, "A", result.A, weight)
-        _set_parameter(module, "B", result.B, weight)
+        _set_parameter(module, "A", result.A, dense)
+        _set_parameter(module, "B", result.B, dense)
         errors[name] = result.relative_error
     _copy_rest(teacher, student)
     return CompressionResult(student, tokenizer, describe(student).with_errors(errors))
@@ -171,11 +172,14 @@ def _set_parameter(module: nn.Module, name: str, value: torch.Tensor, like: torc
     setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
 
 
-def _weight(module: nn.Module) -> torch.Tensor:
-    """The weight (m outputs, n inputs) of a dense layer; Conv1D stores its transpose."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.t() if isinstance(module, Conv1D) else weight
+def _plain_weight(name: str, module: nn.Module) -> nn.Parameter:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"weight of {name!r} in the teacher is not a plain parameter; "
+            "remove parametrizations, adapters and quantization first"
+        )
+    return weight
 
 
 @torch.no_grad()

@@ -188,11 +188,19 @@ def test_frozen_parameters_stay_frozen_and_the_name_is_kept():
     assert student.config.name_or_path == "some/teacher"
 
 
-def test_teacher_that_hides_a_weight():
+@pytest.mark.parametrize("dense_class", [BertModel, GPT2LMHeadModel])
+def test_a_student_made_without_gradients_can_be_trained(dense_class):
+    with torch.no_grad():
+        student = compress(teacher(dense_class), "7.7x" if dense_class is BertModel else "kngpt2").model
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("plan", [{"pooler.dense": (16, 16)}, "7.7x"], ids=str)
+def test_teacher_that_hides_a_weight(plan):
     dense = teacher(BertModel)
     torch.nn.utils.parametrizations.weight_norm(dense.encoder.layer[0].intermediate.dense)
     with pytest.raises(ValueError, match=r"'encoder.layer.0.intermediate.dense.*remove parametrizations"):
-        compress(dense, {"pooler.dense": (16, 16)})
+        compress(dense, plan)
 
 
 @pytest.mark.parametrize("wrong", [None, 7, {"weight": 1}])

@@ -91,7 +91,10 @@ def _top_pairs(rows: Callable[[slice], Tensor], blocks: int, entries: int, terms
     step = max(1, _SLICE_ENTRIES * blocks // entries)
     slices = [slice(start, start + step) for start in range(0, blocks, step)]
 
-    gram = torch.stack([q.t() @ q for q in map(torch.Tensor.double, map(rows, slices))]).sum(0)  # (short, short)
+    gram = torch.zeros((), dtype=torch.float64)
+    for part in slices:
+        q = rows(part).double()
+        gram = gram.to(q.device) + q.t() @ q  # (short, short)
     if not torch.isfinite(gram).all():
         raise ValueError("W holds NaN or infinite values; repair the weights first")
     values, vectors = torch.linalg.eigh(gram)  # ascending

@@ -166,8 +166,8 @@ class _KroneckerLayer(nn.Module):
         m2, _, n2 = self.B.shape
         return f"A=({m1}, {n1}), B=({m2}, {n2}), terms={terms}"
 
-    def _set_nearest(self, weight: Tensor, dense: nn.Module) -> None:
-        """Set the factors to the nearest sum of Kronecker products of `weight` (m, n), the mode to that of `dense`."""
+    def _set_nearest(self, weight: Tensor, dense: Any) -> None:
+        """Set the factors to the nearest products of `weight` (m, n), that of `dense`; keep what `dense` trains."""
         try:
             nearest = importlib.import_module("kronecker_transformers.factorization.nearest")
         except ImportError as error:
@@ -179,8 +179,9 @@ class _KroneckerLayer(nn.Module):
         with torch.no_grad():
             self.A.copy_(result.A)
             self.B.copy_(result.B)
-        self.A.requires_grad_(weight.requires_grad)
-        self.B.requires_grad_(weight.requires_grad)
+        trained = dense.weight.requires_grad  # of the weight itself: under no_grad its transpose requires none
+        self.A.requires_grad_(trained)
+        self.B.requires_grad_(trained)
         self.train(dense.training)
 
 
@@ -195,6 +196,7 @@ class KroneckerLinear(_KroneckerLayer):
         bias: learn an additive bias (m,).
 
     Raises:
+        TypeError: a size is not an integer.
         ValueError: m1 or n1 does not divide, or terms < 1.
     """
 
@@ -227,14 +229,23 @@ class KroneckerLinear(_KroneckerLayer):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, m1: int, n1: int, terms: int = 1) -> KroneckerLinear:
-        """The nearest factored layer, in the Frobenius norm of the weight; all else of the layer comes along."""
+        """The nearest factored layer, in the Frobenius norm of the weight (m, n); all else of the layer comes along.
+
+        Raises:
+            TypeError: not an nn.Linear, or a size that is not an integer.
+            ValueError: m1 or n1 does not divide, terms is not in 1 .. min(m1 n1, m2 n2), or the weight is not finite.
+        """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"layer of type {type(linear).__name__} must be an nn.Linear; for a Conv1D use from_conv1d")
         return cls._from_dense(linear, linear.weight, m1, n1, terms)
 
     @classmethod
     def from_conv1d(cls, conv: Conv1D, m1: int, n1: int, terms: int = 1) -> KroneckerLinear:
-        """As `from_linear`, for GPT-2's Conv1D, which stores its weight as (n, m); m1 divides the outputs m."""
+        """As `from_linear`, for GPT-2's Conv1D, which stores its weight as (n, m); m1 divides the outputs m.
+
+        Raises:
+            TypeError, ValueError: as `from_linear`.
+        """
         if not isinstance(conv, Conv1D):
             raise TypeError(f"layer of type {type(conv).__name__} must be a Conv1D; for an nn.Linear use from_linear")
         return cls._from_dense(conv, conv.weight.t(), m1, n1, terms)
@@ -285,6 +296,7 @@ class KroneckerEmbedding(_KroneckerLayer):
         padding_idx: the output at this index gives no gradient; a row of its own (m2 = 1) starts at 0.
 
     Raises:
+        TypeError: a size is not an integer.
         ValueError: m1 or n1 does not divide, terms < 1, or padding_idx is not an index.
     """
 

@@ -66,9 +66,8 @@ class KroneckerPreTrainedModel(PreTrainedModel):
         self._tied_weights_keys = {**ties, **{f"{target}.{factor}": f"{source}.{factor}" for factor in "AB"}}
         tied = KroneckerLinear.tied_to(embedding, bias=head.bias is not None)
         self.set_output_embeddings(tied)
-        if (
-            tied.bias is not None
-        ):  # BERT has just made it its predictions' own; the stock class ties the two after loading
+        if tied.bias is not None:
+            # BERT has just made it the bias of its predictions too; the stock class ties the two after loading
             tied.bias = nn.Parameter(torch.empty_like(tied.bias))
 
     @torch.no_grad()
@@ -125,9 +124,8 @@ class KroneckerPreTrainedModel(PreTrainedModel):
         elif head is not None:
             head = self._get_resized_lm_head(head, size, mean_resizing=mean_resizing)
             self.set_output_embeddings(head)
-            if (
-                head.bias is not None
-            ):  # BERT shares it with its predictions; only tied weights are shared again on loading
+            if head.bias is not None:
+                # BERT has just made it the bias of its predictions too; loading an untied model keeps them apart
                 head.bias = nn.Parameter(head.bias.detach().clone(), requires_grad=head.bias.requires_grad)
         self.tie_weights()
         return embedding

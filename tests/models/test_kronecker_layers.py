@@ -225,6 +225,11 @@ class TestLinear:
         assert layer.A.dtype == layer.B.dtype == torch.bfloat16
         assert layer.A.requires_grad
 
+    @torch.no_grad()
+    def test_from_conv1d_without_gradients_can_be_trained(self):
+        layer = KroneckerLinear.from_conv1d(Conv1D(12, 10), 6, 10)
+        assert all(parameter.requires_grad for parameter in layer.parameters())
+
     def test_from_frozen_layer_in_evaluation_mode(self):
         layer = KroneckerLinear.from_linear(nn.Linear(6, 4).requires_grad_(False).eval(), 2, 3)
         assert not any(parameter.requires_grad for parameter in layer.parameters())

@@ -1,0 +1,84 @@
+"""What to distil: the terms of the objective and their weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+TERMS = ("embedding_mse", "attention_mse", "attention_kl", "hidden_mse", "pooled", "logits", "supervised")
+"""Names of the terms, as they are logged; the weight of a term is the argument ``<term>_weight``."""
+
+OBJECTIVES: dict[str, dict[str, float]] = {
+    # NAACL 2022, section 3.5: all terms with weight 1
+    "kronecker_bert": dict.fromkeys(("embedding_mse", "attention_mse", "hidden_mse", "logits", "supervised"), 1.0),
+    # ACL 2022, section 3: a1 to a4; the paper does not print their values
+    "kngpt2": dict.fromkeys(("embedding_mse", "attention_kl", "hidden_mse", "supervised"), 1.0),
+    # not of the papers: what is left for a model without a head, and what it is used for
+    "sentence_encoder": dict.fromkeys(("embedding_mse", "hidden_mse", "pooled"), 1.0),
+}
+"""Weights of the terms by objective; a term that is not listed has weight 0."""
+
+
+def _weight(term: str) -> float | None:
+    return field(default=None, metadata={"help": f"Weight >= 0 of {term}; default: that of the objective."})
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """`TrainingArguments`, and the objective of a distillation.
+
+    Raises:
+        ValueError: an unknown objective, a weight below 0 or not finite, all weights 0, or a temperature that is not
+            above 0.
+    """
+
+    objective: str = field(
+        default="kronecker_bert",
+        metadata={"help": f"Which weights to start from: {', '.join(OBJECTIVES)}.", "choices": list(OBJECTIVES)},
+    )
+    embedding_mse_weight: float | None = _weight("the MSE between the outputs of the embedding layers")
+    attention_mse_weight: float | None = _weight("the MSE between attention scores before softmax, all layers")
+    attention_kl_weight: float | None = _weight("the KL divergence between attention distributions, all layers")
+    hidden_mse_weight: float | None = _weight("the MSE between the outputs of the layers, all layers")
+    pooled_weight: float | None = _weight("the cosine distance between mean-pooled sentence embeddings")
+    logits_weight: float | None = _weight("the KL divergence (regression: MSE) between the outputs of the heads")
+    supervised_weight: float | None = _weight("the loss on the labels")
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature > 0 of the KL divergence between the outputs of the heads."}
+    )
+    layer_map: list[int] | None = field(
+        default=None,
+        metadata={"help": "Teacher's layer, from 0, for each layer of the student; default: equal depth, one to one."},
+    )
+    factor_learning_rates: bool = field(
+        default=True,
+        metadata={
+            "help": "Scale the learning rate of each factor (see kronecker_transformers.distillation.optimizer)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn of it
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVES)}")
+        for term in TERMS:
+            name = f"{term}_weight"
+            if getattr(self, name) is None:
+                setattr(self, name, OBJECTIVES[self.objective].get(term, 0.0))
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} must be a finite number >= 0; use 0 to leave the term out")
+        if not self.weights():
+            raise ValueError("all weights are 0, so there is nothing to train on; give one term a weight above 0")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"temperature={self.temperature} must be a finite number > 0; 1 leaves the logits as they are"
+            )
+
+    def weights(self) -> dict[str, float]:
+        """Weight of every term that has one above 0, by the term's name."""
+        return {term: weight for term in TERMS if (weight := getattr(self, f"{term}_weight"))}

@@ -1,0 +1,251 @@
+"""The terms of the distillation objectives, one pure function each.
+
+A term of distillation has one value for each sequence: the mean over its real positions. What the trainer optimises is
+the mean of these values over all sequences of a step, so that neither padding nor the split into micro-batches and
+processes changes the objective. A supervised term is a sum; the trainer divides it by the number of labels of a step.
+
+KroneckerBERT (Tahaei et al., NAACL 2022, section 3.5) adds, for a teacher T and a student S of equal depth and width,
+
+    MSE(E_S, E_T) + sum over layers of MSE(O_S, O_T) + sum over layers of MSE(H_S, H_T) + logits + supervised
+
+where E is the output of the embedding layer, O = Q K^T / sqrt(d) are the attention scores before the softmax and H is
+the output of a layer. KnGPT2 (Edalati et al., ACL 2022, section 3) has KL(softmax(O_T) || softmax(O_S)) in place of the
+second.
+
+Shapes: `mask` (S, L) is 1 or True at the real positions of S sequences of length L, 0 or False at padding. Every
+sequence has at least one real position. Everything is computed in float32 or wider, whatever the dtype of the inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position without a target, as everywhere in transformers."""
+
+
+def hidden_state_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference of hidden states over real positions and units: one layer, or the embedding layer.
+
+    KroneckerBERT, section 3.5 ("embedding" and "FFN" terms); KnGPT2, section 3.
+
+    Args:
+        student, teacher: (S, L, hidden).
+        mask: (S, L).
+
+    Returns:
+        (S,).
+    """
+    return _mean_over_real((_wide(student) - _wide(teacher)).square().mean(-1), mask)
+
+
+def attention_scores(query: Tensor, key: Tensor, heads: int, scaling: float) -> Tensor:
+    """The scores O = scaling Q K^T before mask and softmax; scaling is 1 / sqrt(d) in the papers.
+
+    Args:
+        query, key: (S, L, heads * d), head by head.
+        heads: number of heads.
+        scaling: factor of the scores.
+
+    Returns:
+        (S, heads, L, L), row i for query i, column j for key j.
+    """
+    Q, K = (_wide(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))  # (S, heads, L, d)
+    return scaling * (Q @ K.transpose(-1, -2))
+
+
+def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool = False) -> Tensor:
+    """Mean squared difference of attention scores before softmax over heads and pairs of real positions.
+
+    KroneckerBERT, section 3.5 ("attention" term), one layer.
+
+    Args:
+        student, teacher: (S, heads, L, L).
+        mask: (S, L).
+        causal: count only the pairs with j <= i.
+
+    Returns:
+        (S,).
+    """
+    visible = _visible(mask, causal)  # (S, L, L)
+    squares = (_wide(student) - _wide(teacher)).square().mean(1)  # (S, L, L)
+    return squares.masked_fill(~visible, 0).sum((1, 2)) / visible.sum((1, 2))
+
+
+def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool = False) -> Tensor:
+    """KL(teacher || student) between attention distributions over the visible keys, mean over heads and real queries.
+
+    KnGPT2, section 3 ("attention" term), one layer.
+
+    Args:
+        student, teacher: scores before softmax (S, heads, L, L).
+        mask: (S, L).
+        causal: query i sees only the keys j <= i.
+
+    Returns:
+        (S,), in nats.
+    """
+    visible = _visible(mask, causal).unsqueeze(1)  # (S, 1, L, L)
+    log_s, log_t = (_log_softmax(scores, visible) for scores in (student, teacher))
+    divergence = (log_t.exp() * (log_t - log_s)).sum(-1).mean(1)  # (S, L)
+    return _mean_over_real(divergence, mask)
+
+
+def pooled_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """1 - cosine similarity of sentence embeddings: hidden states averaged over the real positions.
+
+    Not of the papers: it is what a sentence encoder is used for.
+
+    Args:
+        student, teacher: last hidden states (S, L, hidden).
+        mask: (S, L).
+
+    Returns:
+        (S,), from 0 to 2.
+    """
+    weights = mask.bool().unsqueeze(-1)  # (S, L, 1)
+    s, t = (_wide(hidden).masked_fill(~weights, 0).sum(1) / weights.sum(1) for hidden in (student, teacher))
+    return 1 - F.cosine_similarity(s, t, dim=-1)
+
+
+def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T^2 KL(teacher || student) between the class distributions at temperature T.
+
+    KroneckerBERT, section 3.5 ("logit" term), in the form of Hinton et al. (2015): T^2 keeps the scale of the gradient.
+
+    Args:
+        student, teacher: logits (..., classes); a class that cannot be chosen has -inf in both.
+        temperature: T > 0.
+
+    Returns:
+        (...), in nats.
+    """
+    log_s, log_t = (torch.log_softmax(_wide(logits) / temperature, -1) for logits in (student, teacher))
+    impossible = log_t.isneginf()
+    difference = log_t.masked_fill(impossible, 0) - log_s.masked_fill(impossible, 0)
+    return temperature**2 * (log_t.exp() * difference).sum(-1)
+
+
+def logit_binary_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """As `logit_kl` where every label is on or off by itself (multi-label classification), mean over the labels.
+
+    Args:
+        student, teacher: logits (..., labels).
+        temperature: T > 0.
+
+    Returns:
+        (...), in nats.
+    """
+    s, t = (torch.stack((_wide(logits), torch.zeros_like(_wide(logits))), -1) for logits in (student, teacher))
+    return logit_kl(s, t, temperature).mean(-1)
+
+
+def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the outputs of a regression.
+
+    Args:
+        student, teacher: (..., outputs).
+
+    Returns:
+        (...).
+    """
+    return (_wide(student) - _wide(teacher)).square().mean(-1)
+
+
+def token_logit_kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+    """`logit_kl` of every real position, mean over the real positions of each sequence.
+
+    Args:
+        student, teacher: logits (S, L, classes).
+        mask: (S, L).
+        temperature: T > 0.
+
+    Returns:
+        (S,), in nats.
+    """
+    real = mask.bool()
+    divergence = logit_kl(student[real], teacher[real], temperature)  # (real positions,)
+    return _mean_over_real(torch.zeros_like(mask, dtype=divergence.dtype).masked_scatter(real, divergence), mask)
+
+
+def span_logit_kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+    """`logit_kl` of the distribution of a span's first or last token over the real positions of each sequence.
+
+    Args:
+        student, teacher: logits (S, L).
+        mask: (S, L).
+        temperature: T > 0.
+
+    Returns:
+        (S,), in nats.
+    """
+    padding = ~mask.bool()
+    s, t = (_wide(logits).masked_fill(padding, -torch.inf) for logits in (student, teacher))
+    return logit_kl(s, t, temperature)
+
+
+def supervised_classes(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Sum of the cross entropies of all labels that are not -100.
+
+    Args:
+        logits: (..., classes).
+        labels: integers (...).
+        smoothing: share of the target that is spread over all classes, 0 <= smoothing < 1.
+
+    Returns:
+        A scalar, in nats.
+    """
+    return F.cross_entropy(
+        _wide(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+    )
+
+
+def supervised_binary(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the binary cross entropies of all labels, for multi-label classification.
+
+    Args:
+        logits, labels: (examples, labels).
+
+    Returns:
+        A scalar, in nats.
+    """
+    return F.binary_cross_entropy_with_logits(_wide(logits), labels.to(_wide(logits)), reduction="sum")
+
+
+def supervised_values(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the squared errors of a regression.
+
+    Args:
+        outputs: (examples, 1) or as `targets`.
+        targets: (examples,) or (examples, outputs).
+
+    Returns:
+        A scalar.
+    """
+    return (_wide(outputs).reshape(targets.shape) - _wide(targets)).square().sum()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _mean_over_real(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of values (S, L) over the real positions of each sequence; what stands at padding may be anything."""
+    real = mask.bool()
+    return values.masked_fill(~real, 0).sum(-1) / real.sum(-1)
+
+
+def _visible(mask: Tensor, causal: bool) -> Tensor:
+    """Which real query i sees which real key j, (S, L, L)."""
+    real = mask.bool()
+    pairs = real[:, :, None] & real[:, None, :]
+    return pairs.tril() if causal else pairs
+
+
+def _log_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """Log-probabilities over the visible keys; 0 where nothing is visible, so that padding adds nothing."""
+    scores = _wide(scores)
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a row without visible keys would turn to NaN
+    return torch.log_softmax(scores.masked_fill(~visible, lowest), -1).masked_fill(~visible, 0)

@@ -1,0 +1,268 @@
+"""The objective of a distillation: runs student and teacher on a batch and gives the value of every term."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import losses
+from .heads import Head, heads_of, real_positions
+from .tap import QueryKey, Tap
+
+Counts = dict[str, Tensor]
+"""What the terms are averaged over in a whole step: "sequences", "examples" and, by its name, each kind of label."""
+
+_HIDDEN_TERMS = ("embedding_mse", "hidden_mse", "pooled")
+_ATTENTION_TERMS = ("attention_mse", "attention_kl")
+_SMOOTHED_KINDS = ("classes", "tokens", "next_token")
+
+
+class Objective:
+    """The terms of a distillation for one teacher and one student; see `losses` for the terms themselves.
+
+    Args:
+        student, teacher: dense or factored BERT or GPT-2 models of one family.
+        weights: weight above 0 of each term that is wanted (see `arguments.TERMS`).
+        temperature: of the logits, above 0.
+        layer_map: the teacher's layer, from 0, for each layer of the student; None for models of equal depth.
+        label_smoothing: of the supervised loss on classes, 0 <= label_smoothing < 1.
+        autocast: makes the context in which the teacher runs.
+
+    Raises:
+        ValueError: the two do not fit together, or lack what a term needs.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        weights: Mapping[str, float],
+        temperature: float = 1.0,
+        layer_map: Sequence[int] | None = None,
+        label_smoothing: float = 0.0,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.weights = dict(weights)
+        self.temperature = temperature
+        self.label_smoothing = label_smoothing
+        self.heads = heads_of(student)
+        self.causal = student.config.model_type.removeprefix("kronecker_") == "gpt2"
+        _check_family(student, teacher)
+        depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+        self.layer_map = _checked_layer_map(*depths, layer_map)
+        self._check_sizes(student, teacher)
+        self._check_heads(student, teacher)
+        self._autocast = autocast
+        self.teacher = teacher.eval()
+        self._student_tap, self._teacher_tap = (Tap(self._has_hidden, self._has_attention) for _ in range(2))
+
+    @property
+    def _has_attention(self) -> bool:
+        return any(term in self.weights for term in _ATTENTION_TERMS)
+
+    @property
+    def _has_hidden(self) -> bool:
+        return any(term in self.weights for term in _HIDDEN_TERMS)
+
+    def attach(self, student: PreTrainedModel) -> None:
+        """Get ready for training: both models are read from now on, until `detach`."""
+        self._student_tap.attach(student)
+        self._teacher_tap.attach(self.teacher)
+
+    def detach(self) -> None:
+        """Leave both models without hooks."""
+        self._student_tap.detach()
+        self._teacher_tap.detach()
+
+    def count(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+        """What a batch adds to the counts of its step.
+
+        Raises:
+            ValueError: the batch lacks its input ids, or labels that the supervised term needs.
+        """
+        if "input_ids" not in inputs:
+            raise ValueError(f"batch with {sorted(inputs)} must hold 'input_ids'; tokenize it first")
+        ids = inputs["input_ids"]
+        counts = {"sequences": ids.numel() // ids.shape[-1], "examples": len(ids)}
+        if "supervised" in self.weights:
+            for head in self.heads:
+                if inputs.get(head.labels) is None:
+                    raise ValueError(
+                        f"batch with {sorted(inputs)} must hold {head.labels!r} for the supervised term; "
+                        "add the labels, or set supervised_weight=0"
+                    )
+                counts[head.labels] = head.count(inputs)
+        return counts
+
+    def terms(self, student: nn.Module, inputs: Mapping[str, Tensor], counts: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What this batch adds to each term of the step: scalars with gradient, weights not applied.
+
+        Args:
+            student: the student, possibly wrapped, in training mode.
+            inputs: a batch with its labels.
+            counts: sums over all batches of the step.
+
+        Raises:
+            RuntimeError: a model did not give what a term needs.
+        """
+        label_names = {head.labels for head in self.heads}
+        features: dict[str, Any] = {key: value for key, value in inputs.items() if key not in label_names}
+        mask = real_positions(inputs).flatten(0, -2)  # (S, L)
+        if self.causal:
+            features["use_cache"] = False
+        self.teacher.eval()
+        teacher_module = self.teacher if "logits" in self.weights else self.teacher.base_model
+        with torch.no_grad(), self._autocast(), self._teacher_tap.reading() as theirs:
+            teacher = teacher_module(**features)
+        with self._student_tap.reading() as mine:
+            output = student(**features)
+        values: dict[str, Tensor] = {}
+        if self._has_hidden:
+            values |= self._hidden_terms(mine.hidden_states, theirs.hidden_states, mask)
+        if self._has_attention:
+            values |= self._attention_terms(mine.attention, theirs.attention, mask)
+        terms = {name: value.sum() / counts["sequences"] for name, value in values.items()}
+        if "logits" in self.weights:
+            terms["logits"] = sum(self._logit_term(h, output, teacher, mask) for h in self.heads) / counts["examples"]
+        if "supervised" in self.weights:
+            terms["supervised"] = self.supervised(output, inputs, counts)
+        return terms
+
+    def supervised(
+        self, output: Mapping[str, Tensor], inputs: Mapping[str, Tensor], counts: Mapping[str, Any]
+    ) -> Tensor:
+        """The loss on the labels: for each head the sum over its labels, divided by their number in the step."""
+        shares = [
+            head.share
+            * head.supervised(output[head.logits], inputs, self.label_smoothing)
+            / max(counts[head.labels], 1)  # a step without any label adds 0
+            for head in self.heads
+        ]
+        return torch.stack(shares).sum()
+
+    def _hidden_terms(self, student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> dict[str, Tensor]:
+        values = {}
+        if "embedding_mse" in self.weights:
+            values["embedding_mse"] = losses.hidden_state_mse(student[0], teacher[0], mask)
+        if "hidden_mse" in self.weights:
+            pairs = zip(student[1:], (teacher[layer + 1] for layer in self.layer_map), strict=True)
+            values["hidden_mse"] = _total(losses.hidden_state_mse(s, t, mask) for s, t in pairs)
+        if "pooled" in self.weights:
+            values["pooled"] = losses.pooled_distance(student[-1], teacher[-1], mask)
+        return values
+
+    def _attention_terms(self, student: list[QueryKey], teacher: list[QueryKey], mask: Tensor) -> dict[str, Tensor]:
+        totals: dict[str, list[Tensor]] = {term: [] for term in _ATTENTION_TERMS if term in self.weights}
+        for mine, theirs in zip(student, (teacher[layer] for layer in self.layer_map), strict=True):
+            scores = losses.attention_scores(*mine), losses.attention_scores(*theirs)
+            for term, layers in totals.items():
+                layers.append(getattr(losses, term)(*scores, mask, self.causal))
+        return {term: _total(layers) for term, layers in totals.items()}
+
+    def _logit_term(self, head: Head, student: Any, teacher: Any, mask: Tensor) -> Tensor:
+        distance = head.distance(student[head.logits], teacher[head.logits], mask, self.temperature)
+        return head.share * distance.sum()
+
+    def _check_sizes(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        wanted = {"vocab_size": True, "hidden_size": self._has_hidden, "num_attention_heads": self._has_attention}
+        for name, needed in wanted.items():
+            mine, theirs = getattr(student.config, name), getattr(teacher.config, name)
+            if needed and mine != theirs:
+                raise ValueError(
+                    f"{name}={mine} of the student must be that of the teacher, {theirs}; "
+                    "compress this teacher, or leave out the terms that compare them"
+                )
+
+    def _check_heads(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        for term in ("logits", "supervised"):
+            if term in self.weights and not self.heads:
+                raise ValueError(
+                    f"{term}_weight={self.weights[term]} needs a student with a head, not {type(student).__name__}; "
+                    f"set {term}_weight=0 or give it a head"
+                )
+        if self.label_smoothing and (len(self.heads) != 1 or self.heads[0].kind not in _SMOOTHED_KINDS):
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing} is not defined for the labels of "
+                f"{type(student).__name__} (it needs one head of classes); set it to 0"
+            )
+        if "logits" not in self.weights:
+            return
+        if heads_of(teacher) != self.heads:
+            raise ValueError(
+                f"logits_weight={self.weights['logits']} needs a teacher with the head of the student, "
+                f"{type(student).__name__}, not {type(teacher).__name__}; load it with that head or set logits_weight=0"
+            )
+        labels = [dict(model.config.id2label or {}) for model in (student, teacher)]
+        if len(labels[0]) != len(labels[1]):
+            raise ValueError(
+                f"num_labels={len(labels[0])} of the student must be that of the teacher, {len(labels[1])}; "
+                "make the student from this teacher"
+            )
+        if labels[0] != labels[1] and not any(set(names.values()) & {"LABEL_0"} for names in labels):
+            raise ValueError(
+                f"id2label={labels[0]} of the student must be that of the teacher, {labels[1]}; "
+                "use one order of labels for both"
+            )
+
+
+def _check_family(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    heads_of(teacher)  # refuses what is not known
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            "student has no parameter that requires a gradient, as it is when its teacher was frozen first; "
+            "call student.requires_grad_(True)"
+        )
+    families = [model.config.model_type.removeprefix("kronecker_") for model in (student, teacher)]
+    if families[0] != families[1]:
+        raise ValueError(
+            f"teacher of the family {families[1]!r} must be of the student's, {families[0]!r}; take another"
+        )
+    if set(map(id, student.parameters())) & set(map(id, teacher.parameters())):
+        raise ValueError("teacher shares parameters with the student, so it would be trained; load it a second time")
+
+
+def _checked_layer_map(depth: int, teacher_depth: int, layer_map: Sequence[int] | None) -> tuple[int, ...]:
+    if layer_map is None:
+        if depth != teacher_depth:
+            raise ValueError(
+                f"num_hidden_layers={depth} of the student must be that of the teacher, {teacher_depth}; "
+                "give a layer_map, the teacher's layer for each layer of the student"
+            )
+        return tuple(range(depth))
+    if len(layer_map) != depth or not all(0 <= layer < teacher_depth for layer in layer_map):
+        raise ValueError(
+            f"layer_map={list(layer_map)} must give for each of the {depth} layers of the student a layer of the "
+            f"teacher from 0 to {teacher_depth - 1}; correct it"
+        )
+    return tuple(layer_map)
+
+
+def check_tokenizers(student: Any, teacher: Any) -> None:
+    """Refuse tokenizers that give other ids to the same text; both or one may be None.
+
+    Raises:
+        ValueError: their vocabularies or special tokens differ.
+    """
+    if student is None or teacher is None or student is teacher:
+        return
+    mine, theirs = student.get_vocab(), teacher.get_vocab()
+    if mine != theirs:
+        word = min(word for word, _ in mine.items() ^ theirs.items())
+        raise ValueError(
+            f"tokenizer of the teacher gives {word!r} the id {theirs.get(word)}, that of the student {mine.get(word)}; "
+            "both must be the same: use the teacher's tokenizer for the student"
+        )
+    if sorted(student.all_special_tokens) != sorted(teacher.all_special_tokens):
+        raise ValueError(
+            f"tokenizer of the teacher has the special tokens {sorted(teacher.all_special_tokens)}, that of the "
+            f"student {sorted(student.all_special_tokens)}; use the teacher's tokenizer for the student"
+        )
+
+
+def _total(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum(0)

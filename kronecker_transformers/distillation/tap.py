@@ -1,0 +1,134 @@
+"""Hidden states, queries and keys of a BERT or GPT-2, read by forward hooks while the model computes as it likes.
+
+SDPA and other fused attentions go on computing the attention: scores before softmax are a product of query and key. A
+model that is asked for its attentions by `output_attentions` under SDPA gives none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+
+class QueryKey(NamedTuple):
+    """Query and key of one layer, both (batch, length, heads * d), and what turns them into scores."""
+
+    query: Tensor
+    key: Tensor
+    heads: int
+    scaling: float
+
+
+@dataclass
+class Reading:
+    """What one forward pass showed.
+
+    Attributes:
+        hidden_states: the output of the embedding layer, then of each layer, (batch, length, hidden); GPT-2's last one
+            after its final norm. As `output_hidden_states` of transformers gives them.
+        attention: query and key of each layer.
+    """
+
+    hidden_states: list[Tensor] = field(default_factory=list)
+    attention: list[QueryKey] = field(default_factory=list)
+
+
+class Tap:
+    """Reads hidden states, queries and keys of one model.
+
+    The hooks stay on the model from `attach` to `detach` and do nothing outside `reading`, so that a compiled forward
+    pass keeps one graph for training.
+
+    Args:
+        hidden_states, attention: what to read.
+    """
+
+    def __init__(self, hidden_states: bool = True, attention: bool = True) -> None:
+        self._wants_hidden = hidden_states
+        self._wants_attention = attention
+        self._reading = False
+        self._found: dict[str, Tensor] = {}
+        self._layers: list[Any] = []
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Put the hooks on `model`."""
+        self.detach()
+        base: Any = model.base_model
+        if hasattr(base, "encoder"):  # BERT
+            blocks = list(base.encoder.layer)
+            self._layers = [block.attention.self for block in blocks]
+            states = [base.embeddings, *blocks]
+        else:
+            self._layers = [block.attn for block in base.h]
+            states = [base.drop, *base.h[:-1], base.ln_f]
+        if self._wants_hidden:
+            for i, module in enumerate(states):
+                self._hook(module, f"hidden {i}")
+        if self._wants_attention:
+            for i, layer in enumerate(self._layers):
+                if hasattr(layer, "c_attn"):
+                    self._hook(layer.c_attn, f"query {i}", f"key {i}")
+                else:
+                    self._hook(layer.query, f"query {i}")
+                    self._hook(layer.key, f"key {i}")
+
+    def _hook(self, module: nn.Module, *names: str) -> None:
+        """Keep the output of a module under a name, or the first thirds of GPT-2's joint output under two."""
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._reading:
+                output = output[0] if isinstance(output, tuple) else output
+                parts = (output,) if len(names) == 1 else output.chunk(3, -1)
+                self._found.update(zip(names, parts, strict=False))
+
+        self._handles.append(module.register_forward_hook(keep))
+
+    def detach(self) -> None:
+        """Take the hooks off again."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @contextmanager
+    def reading(self) -> Iterator[Reading]:
+        """Run the model once in this block; what it showed is there when the block ends.
+
+        Raises:
+            RuntimeError: a module was not run, or no gradient can flow back from a query.
+        """
+        result = Reading()
+        self._reading = True
+        try:
+            yield result
+            if self._wants_hidden:
+                result.hidden_states += [self._take(f"hidden {i}") for i in range(len(self._layers) + 1)]
+            if self._wants_attention:
+                for i, layer in enumerate(self._layers):
+                    query, key = self._take(f"query {i}"), self._take(f"key {i}")
+                    trained = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+                    if trained and not query.requires_grad:
+                        raise RuntimeError(
+                            f"query of layer {i} carries no gradient, so its term would not train anything; "
+                            "checkpoint with use_reentrant=False"
+                        )
+                    heads = layer.num_heads if hasattr(layer, "num_heads") else layer.num_attention_heads
+                    result.attention.append(QueryKey(query, key, heads, layer.scaling))
+        finally:
+            self._reading = False
+            self._found.clear()
+
+    def _take(self, name: str) -> Tensor:
+        if name not in self._found:
+            what, layer = name.split()
+            raise RuntimeError(
+                f"{what} of layer {layer} was not seen in the forward pass; use a model that runs every module of its "
+                "class, or set the weights of the terms that need it to 0"
+            )
+        return self._found[name]

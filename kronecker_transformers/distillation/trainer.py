@@ -1,0 +1,222 @@
+"""Distillation with the Trainer of transformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from .arguments import DistillationArguments
+from .objective import Objective, check_tokenizers
+from .optimizer import learning_rate_scales, scale_learning_rates
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student on a teacher's hidden states, attention and outputs, and on labels where there are any.
+
+    The objective is that of `args`; its terms are means over all sequences of a step, or over all its labels, so it
+    does not depend on padding, on gradient accumulation or on the number of processes. Each term is logged beside the
+    loss, before its weight. Evaluation is that of the student alone: its supervised loss and what `compute_metrics`
+    gives.
+
+    Args:
+        model: the student.
+        teacher: a model of the student's family; it is put into evaluation mode, on the device of the training, and is
+            never trained or saved.
+        args: the arguments of the training and of its objective.
+        teacher_processing_class: the teacher's tokenizer; if given it must agree with `processing_class`.
+        **trainer: anything else that `transformers.Trainer` takes, but no `model_init` and no `compute_loss_func`.
+
+    Raises:
+        ValueError: teacher and student do not fit together, or lack what a term needs.
+    """
+
+    args: DistillationArguments
+    model: PreTrainedModel
+    objective: Objective
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        args: DistillationArguments,
+        *,
+        teacher_processing_class: Any = None,
+        **trainer: Any,
+    ) -> None:
+        for name in ("model_init", "compute_loss_func"):
+            if trainer.get(name) is not None:
+                raise ValueError(f"{name} cannot be used in a distillation, which has its own; leave it out")
+        check_tokenizers(trainer.get("processing_class"), teacher_processing_class)
+        self.objective = Objective(
+            model,
+            teacher,
+            args.weights(),
+            args.temperature,
+            args.layer_map,
+            args.label_smoothing_factor,
+            autocast=lambda: self.accelerator.autocast(),
+        )
+        use_cache = model.config.use_cache
+        super().__init__(model=model, args=args, **trainer)
+        model.config.use_cache = use_cache  # the forward passes of training say themselves that they need none
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu={args.n_gpu} in one process is not supported; start one process per GPU with torchrun"
+            )
+        if self.place_model_on_device:
+            self._move_model_to_device(teacher, args.device)
+        # so that the loss comes back as it is: it is divided by the counts of the whole step already
+        self.model_accepts_loss_kwargs = True
+        self._window: dict[str, Tensor] = {}
+        self._window_start = 0
+        self.add_callback(_Watch(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the base class; `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end.
+
+        Raises:
+            FloatingPointError: the loss is no longer finite.
+            ValueError: no complete checkpoint to resume from, or no training data (left).
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_checkpoint(self.args.output_dir or ""))
+        elif resume_from_checkpoint and not _is_complete(Path(resume_from_checkpoint)):
+            raise ValueError(
+                f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is not a complete checkpoint (no readable "
+                "trainer_state.json); give another, or True for the newest complete one"
+            )
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.objective.detach()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the base class; then every factor gets the learning rate that suits it (see `optimizer`)."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.args.factor_learning_rates:
+            scale_learning_rates(optimizer, learning_rate_scales(self.model))
+        return optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list, Any]:
+        """The micro-batches of one step, and what its terms are averaged over, summed over all processes."""
+        try:
+            samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        except ValueError as error:  # how accelerate says that a stream holds nothing at all
+            if str(error).startswith("Batch does not contain any data"):
+                raise self._out_of_data() from error
+            raise
+        if not samples:
+            return [], None
+        counts = [self.objective.count(batch) for batch in samples]
+        names = list(counts[0])
+        totals = torch.tensor([sum(c[name] for c in counts) for name in names], dtype=torch.float64)
+        if device.type == "mps":
+            totals = totals.float()
+        totals = self.accelerator.reduce(totals.to(device), "sum")
+        return samples, dict(zip(names, totals.unbind(), strict=True))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The weighted sum of the terms; in evaluation the supervised loss of the batch.
+
+        Raises:
+            FloatingPointError: a term is not finite.
+        """
+        if not model.training:
+            labels = {head.labels for head in self.objective.heads}
+            output = model(**{key: value for key, value in inputs.items() if key not in labels})
+            counts = {head.labels: head.count(inputs) for head in self.objective.heads}
+            loss = self.objective.supervised(output, inputs, counts)
+            return (loss, output) if return_outputs else loss
+        terms = self.objective.terms(model, inputs, num_items_in_batch)
+        self._check_finite(terms)
+        # the gradients of all processes will be averaged, where the terms are shares of one sum
+        terms = {name: value * self.accelerator.num_processes for name, value in terms.items()}
+        for name, value in terms.items():
+            self._window[name] = self._window.get(name, 0) + value.detach()
+        loss = torch.stack([self.objective.weights[name] * value for name, value in terms.items()]).sum()
+        return loss
+
+    def _check_finite(self, terms: dict[str, Tensor]) -> None:
+        if torch.stack([value.detach() for value in terms.values()]).isfinite().all():
+            return
+        values = ", ".join(f"{name}={float(value.detach()):g}" for name, value in terms.items())
+        raise FloatingPointError(
+            f"loss at step {self.state.global_step + 1} is not finite ({values}); lower the learning rate or use more "
+            "warm-up steps, train in bf16 instead of fp16, and look at the data of this step"
+        )
+
+    def _out_of_data(self) -> ValueError:
+        return ValueError(
+            f"train_dataset gave no more data after step {self.state.global_step} of {self.state.max_steps}; "
+            "give a dataset that can be read again from its start, or set max_steps to what it holds"
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the base class; beside the training loss stand its terms, means over the window since the last log."""
+        steps = self.state.global_step - self._window_start
+        if "loss" in logs and steps and self._window:
+            means = self.accelerator.reduce(torch.stack(list(self._window.values())) / steps, "mean")
+            logs |= dict(zip(self._window, means.tolist(), strict=True))
+            self._open_window()
+        super().log(logs, *args, **kwargs)
+
+    def _open_window(self) -> None:
+        self._window, self._window_start = {}, self.state.global_step
+
+
+class _Watch(TrainerCallback):
+    """Gets the objective ready, and tells when the data has come to its end before the training."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+        self._epoch_start = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.objective.attach(self._trainer.model)
+        self._trainer._open_window()
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._epoch_start = state.global_step
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self._epoch_start and state.global_step < state.max_steps:
+            raise self._trainer._out_of_data()
+
+
+def newest_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint of the highest step in `folder` that was written to its end.
+
+    A run that was killed while it saved leaves an unfinished one behind; it is passed over.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        if _is_complete(path):
+            return path
+        logger.warning("%s was not written to its end and is passed over", path)
+    raise ValueError(f"output_dir={str(folder)!r} holds no complete checkpoint to resume from; start anew")
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the Trainer has written the last of its files."""
+    try:
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (OSError, ValueError, TypeError):
+        return False
+    return True

@@ -1,0 +1,175 @@
+"""The values of the terms, and that neither padding nor the split into batches changes them."""
+
+import pytest
+import tiny
+import torch
+import transformers
+from distilling import ALL_TERMS, assert_same_step, collate, examples, make_trainer, one_step, pair
+from torch import nn
+from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
+
+from kronecker_transformers import compress
+from kronecker_transformers.distillation import OBJECTIVES
+from kronecker_transformers.distillation.losses import attention_scores
+from kronecker_transformers.distillation.tap import Tap
+from kronecker_transformers.models import DENSE_CLASSES
+
+DENSE = sorted(DENSE_CLASSES.values(), key=lambda cls: cls.__name__)
+
+
+@pytest.mark.parametrize("dense_class", DENSE, ids=lambda cls: cls.__name__)
+def test_gradient_accumulation_and_padding_change_nothing(dense_class, tmp_path):
+    whole = one_step(dense_class, tmp_path)
+    assert whole[1], "there are gradients to compare"
+    parts = one_step(dense_class, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert_same_step(parts, whole)
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_other_sequence_labels_under_gradient_accumulation(problem_type, tmp_path):
+    logs = []
+    for arguments in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}):
+        labels = 1 if problem_type == "regression" else 3
+        teacher, student = pair(
+            BertForSequenceClassification, problem_type=problem_type, id2label={i: f"L{i}" for i in range(labels)},
+            label2id={f"L{i}": i for i in range(labels)},
+        )  # fmt: skip
+        trainer = make_trainer(student, teacher, tmp_path, **arguments)
+        with torch.no_grad():
+            batch = collate(examples(student))
+            expected = float(student.eval()(**batch).loss)
+        trainer.train()
+        assert trainer.state.log_history[0]["supervised"] == pytest.approx(expected, rel=1e-5)
+        logs.append(trainer.state.log_history[0])
+    for term in ("loss", "logits", "supervised"):
+        assert logs[0][term] == pytest.approx(logs[1][term], rel=1e-5)
+
+
+@pytest.mark.parametrize("dense_class", DENSE, ids=lambda cls: cls.__name__)
+def test_terms_against_the_stock_outputs_in_float64(dense_class, tmp_path):
+    """Each sequence alone, without padding, through eager attention and the loss of transformers itself."""
+    log, _ = one_step(dense_class, tmp_path)
+    teacher, student = pair(dense_class)
+    head = dense_class.__name__
+    rows = examples(student)
+    sums = dict.fromkeys(("embedding_mse", "hidden_mse", "attention_kl", "pooled"), 0.0)
+    sequences = 0
+    for model in (student, teacher):
+        model.double().eval().set_attn_implementation("eager")
+    for row in rows:
+        batch = {key: value for key, value in collate([row]).items() if key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            s, t = (m(**batch, output_hidden_states=True, output_attentions=True) for m in (student, teacher))
+        for one in range(s.hidden_states[0].shape[0]):
+            sequences += 1
+            distances = [
+                float((a[one] - b[one]).square().mean()) for a, b in zip(s.hidden_states, t.hidden_states, strict=True)
+            ]
+            sums["embedding_mse"] += distances[0]
+            sums["hidden_mse"] += sum(distances[1:])
+            for p, q in zip(t.attentions, s.attentions, strict=True):
+                p, q = p[one], q[one]
+                sums["attention_kl"] += float(torch.where(p > 0, p * (p / q).log(), 0).sum(-1).mean())
+            u, v = (m.hidden_states[-1][one].mean(0) for m in (s, t))
+            sums["pooled"] += 1 - float(u @ v / u.norm() / v.norm())
+    for term, value in sums.items():
+        assert log[term] == pytest.approx(value / sequences, rel=1e-4, abs=1e-6), term
+    if head not in ("BertModel", "GPT2Model", "BertForQuestionAnswering", "GPT2ForQuestionAnswering"):
+        with torch.no_grad():
+            stock_loss = student(**collate(rows)).loss
+        assert log["supervised"] == pytest.approx(float(stock_loss), rel=1e-5)
+
+
+def test_question_answering_loss_is_the_stock_one_without_padding(tmp_path):
+    teacher, student = pair(transformers.BertForQuestionAnswering)
+    rows = [row for row in examples(student, 16) if len(row["input_ids"]) == 7]
+    assert len(rows) == 2
+    log = make_trainer(student, teacher, tmp_path, rows=rows, max_steps=1)
+    with torch.no_grad():
+        expected = float(student.eval()(**collate(rows)).loss)
+    log.train()
+    assert log.state.log_history[0]["supervised"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dense_class", [BertModel, GPT2LMHeadModel])
+def test_scores_are_those_of_the_eager_attention(dense_class):
+    teacher, student = pair(dense_class)
+    for model in (teacher, student):
+        batch = {key: value for key, value in collate(examples(model)).items() if key != "labels"}
+        tap = Tap()
+        tap.attach(model)
+        with torch.no_grad(), tap.reading() as read:
+            model(**batch)
+        tap.detach()
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            attentions = model(**batch, output_attentions=True).attentions
+        assert len(read.attention) == len(attentions) == 3
+        mask = batch["attention_mask"].bool()[:, None, None, :]
+        if dense_class is GPT2LMHeadModel:
+            mask = mask & torch.ones(mask.shape[-1], mask.shape[-1], dtype=torch.bool).tril()
+        for layer, expected in zip(read.attention, attentions, strict=True):
+            scores = attention_scores(*layer).masked_fill(~mask, torch.finfo(torch.float32).min)
+            torch.testing.assert_close(scores.softmax(-1), expected)
+
+
+def test_scores_honour_a_scaling_by_layer():
+    teacher, _ = pair(GPT2LMHeadModel, scale_attn_by_inverse_layer_idx=True)
+    tap = Tap()
+    tap.attach(teacher)
+    with tap.reading() as read:
+        teacher(input_ids=torch.tensor([[5, 6]]))
+    assert [layer.scaling for layer in read.attention] == pytest.approx([8**-0.5, 8**-0.5 / 2, 8**-0.5 / 3])
+
+
+def test_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path):
+    log, _ = one_step(BertForSequenceClassification, tmp_path)
+    expected = sum(weight * log[name.removesuffix("_weight")] for name, weight in ALL_TERMS.items())
+    assert log["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_presets_use_their_terms_only(objective, tmp_path):
+    dense_class = {"kngpt2": GPT2LMHeadModel, "sentence_encoder": BertModel}.get(
+        objective, BertForSequenceClassification
+    )
+    log, _ = one_step(dense_class, tmp_path, objective=objective)
+    terms = {key.removesuffix("_weight") for key in ALL_TERMS} & log.keys()
+    assert terms == set(OBJECTIVES[objective])
+    assert log["loss"] == pytest.approx(sum(log[term] for term in terms), rel=1e-5)
+
+
+def test_papers_objectives():
+    assert set(OBJECTIVES["kronecker_bert"]) == {"embedding_mse", "attention_mse", "hidden_mse", "logits", "supervised"}
+    assert set(OBJECTIVES["kngpt2"]) == {"embedding_mse", "attention_kl", "hidden_mse", "supervised"}
+
+
+@pytest.mark.parametrize("layer_map", [[0, 2], [1, 0]])
+def test_layer_map_compares_the_layers_it_names(layer_map, tmp_path):
+    teacher = tiny.teacher(BertModel)
+    student = compress(tiny.teacher(BertModel, seed=1, num_hidden_layers=2), {"pooler.dense": (8, 4, 1)}).model
+    trainer = make_trainer(
+        student.eval(), teacher, tmp_path, max_steps=1, layer_map=layer_map, objective="sentence_encoder",
+        attention_kl_weight=1.0,
+    )  # fmt: skip
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for layer in student.encoder.layer:
+        layer.attention.self.dropout.p = 0.0
+    batch = collate(examples(student))
+    hidden, attention = 0.0, 0.0
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+    with torch.no_grad():
+        s, t = (m(**batch, output_hidden_states=True, output_attentions=True) for m in (student, teacher))
+    for mine, theirs in enumerate(layer_map):
+        for b, n in enumerate(batch["attention_mask"].sum(-1).tolist()):
+            difference = s.hidden_states[mine + 1][b, :n] - t.hidden_states[theirs + 1][b, :n]
+            hidden += float(difference.square().mean()) / len(batch["input_ids"])
+            q, p = (x[b, :, :n, :n].double() for x in (s.attentions[mine], t.attentions[theirs]))
+            attention += float((p * (p / q).log()).sum(-1).mean()) / len(batch["input_ids"])
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["hidden_mse"] == pytest.approx(hidden, rel=1e-4)
+    assert log["attention_kl"] == pytest.approx(attention, rel=1e-4)

@@ -1,0 +1,276 @@
+"""What the trainer promises about processes, precision, checkpoints, the teacher and the log."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from distilling import ALL_TERMS, assert_same_step, collate, examples, make_trainer, one_step, pair
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel, TrainerCallback
+
+from kronecker_transformers.distillation import DistillationArguments
+
+_NAME = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(DistillationArguments, name)
+)
+CHECKPOINTING = ({_NAME: True}, f"{_NAME}_kwargs")
+SCRIPT = Path(__file__).parents[1] / "distilling.py"
+
+
+def script(folder, arguments, *die_at, launcher=()):
+    """Run the tiny distillation in processes of its own."""
+    command = [sys.executable, *launcher, str(SCRIPT), str(folder), json.dumps(arguments), *map(str, die_at)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_two_processes_equal_one(tmp_path):
+    arguments = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "model": "BertForMaskedLM"}
+    one = script(tmp_path / "one", {**arguments, "per_device_train_batch_size": 8})
+    assert one.returncode == 0, one.stderr[-3000:]
+    # accelerate launch --cpu starts a single process where there is no MPI
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    two = script(
+        tmp_path / "two", {**arguments, "per_device_train_batch_size": 4, "ddp_backend": "gloo"}, launcher=launcher
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    one, two = (torch.load(tmp_path / name / "result.pt", weights_only=True) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for mine, other in zip(one["log"][:3], two["log"][:3], strict=True):
+        for key in ("loss", *(term.removesuffix("_weight") for term in ALL_TERMS)):
+            assert other[key] == pytest.approx(mine[key], rel=1e-4, abs=1e-6), key
+    for mine, other in zip(one["gradients"], two["gradients"], strict=True):
+        for name, gradient in mine.items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_resumed_after_kill_9_it_ends_bit_for_bit_the_same(tmp_path):
+    arguments = {
+        "max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "dropout": True,
+        "save_strategy": "steps", "save_steps": 3, "max_grad_norm": 1.0, "weight_decay": 0.1,
+    }  # fmt: skip
+    assert script(tmp_path / "whole", arguments).returncode == 0
+    killed = script(tmp_path / "killed", arguments, 5)
+    assert killed.returncode == -9
+    assert not (tmp_path / "killed" / "result.pt").exists()
+    # it died while it wrote a checkpoint, too
+    (tmp_path / "killed" / "run" / "checkpoint-5").mkdir()
+    (tmp_path / "killed" / "run" / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
+    resumed = script(tmp_path / "killed", arguments)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    whole, resumed = (torch.load(tmp_path / name / "result.pt", weights_only=True) for name in ("whole", "killed"))
+    assert len(whole["gradients"]) == 8
+    assert len(resumed["gradients"]) == 5
+    for name, weight in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
+    for mine, other in zip(whole["log"], resumed["log"], strict=True):
+        assert {k: v for k, v in mine.items() if not k.startswith("train_")} == {
+            k: v for k, v in other.items() if not k.startswith("train_")
+        }
+
+
+def test_only_complete_checkpoints_are_resumed_from(tmp_path):
+    teacher, student = pair(BertModel)
+    trainer = make_trainer(student, teacher, tmp_path)
+    with pytest.raises(ValueError, match=r"output_dir=.* holds no complete checkpoint to resume from; start anew"):
+        trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=.*checkpoint-7' is not a complete checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+
+@pytest.mark.parametrize("dense_class", [BertForMaskedLM, GPT2LMHeadModel])
+def test_gradient_checkpointing_changes_nothing(dense_class, tmp_path):
+    assert_same_step(one_step(dense_class, tmp_path, **CHECKPOINTING[0]), one_step(dense_class, tmp_path))
+
+
+def test_checkpointing_that_would_lose_the_gradient_is_refused(tmp_path):
+    arguments = {**CHECKPOINTING[0], CHECKPOINTING[1]: {"use_reentrant": True}}
+    with pytest.raises(RuntimeError, match=r"carries no gradient.*use_reentrant=False"):
+        one_step(BertForMaskedLM, tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("dense_class", [BertForSequenceClassification, GPT2LMHeadModel])
+def test_compiled_student_trains_the_same(dense_class, tmp_path):
+    torch._dynamo.reset()
+    compiled = one_step(dense_class, tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    assert_same_step(compiled, one_step(dense_class, tmp_path), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_autocast_of_student_and_teacher(tmp_path):
+    exact = one_step(BertForSequenceClassification, tmp_path)
+    seen = []
+
+    def watch(student):
+        student.bert.encoder.layer[0].attention.self.query.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+
+    mixed = one_step(BertForSequenceClassification, tmp_path, student_changes=watch, bf16=True)
+    assert seen == [torch.bfloat16]
+    for term in (key.removesuffix("_weight") for key in ALL_TERMS):
+        assert mixed[0][term] == pytest.approx(exact[0][term], rel=0.1, abs=2e-3), term
+        if term != "embedding_mse":  # look-ups and norms keep their precision
+            assert mixed[0][term] != exact[0][term], term
+    for name, gradient in exact[1].items():
+        assert mixed[1][name].dtype == torch.float32
+        error = (mixed[1][name] - gradient).norm() / gradient.norm().clamp(min=1e-2)
+        assert error < 0.2, name
+
+
+def test_a_copy_of_the_teacher_has_no_distance_from_it_in_bf16(tmp_path):
+    """Both run in the same precision."""
+    teacher, _ = pair(BertForSequenceClassification)
+    student = copy.deepcopy(teacher)
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    trainer = make_trainer(student, teacher, tmp_path, max_steps=1, bf16=True)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    for term in (key.removesuffix("_weight") for key in ALL_TERMS if key != "supervised_weight"):
+        assert log[term] == pytest.approx(0, abs=1e-6), term
+    assert log["supervised"] > 0.1
+
+
+class Spy(TrainerCallback):
+    """Looks at the teacher during the training."""
+
+    def __init__(self, teacher):
+        self.teacher, self.training = teacher, []
+        self.hook = teacher.register_forward_hook(lambda *_: self.training.append(teacher.training))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.teacher.train()  # somebody's mistake
+
+
+def test_teacher_is_not_trained_not_saved_and_always_in_evaluation_mode(tmp_path):
+    teacher, student = pair(BertForSequenceClassification, dropout=True)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    spy = Spy(teacher)
+    trainer = make_trainer(
+        student, teacher, tmp_path, max_steps=2, save_strategy="steps", save_steps=1, callbacks=[spy], weight_decay=0.1
+    )
+    trainer.train()
+    assert spy.training == [False, False]
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not trained & set(map(id, teacher.parameters()))
+    assert trained == set(map(id, student.parameters()))
+    with safe_open(tmp_path / "checkpoint-2" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(student.state_dict())
+    assert not [name for name in trainer.accelerator._models if name is teacher]
+
+
+def test_models_come_back_without_hooks(tmp_path):
+    teacher, student = pair(BertModel)
+    make_trainer(student, teacher, tmp_path, max_steps=1).train()
+    assert not any(module._forward_hooks for module in (*student.modules(), *teacher.modules()))
+    with torch.no_grad():
+        teacher.encoder.layer[2].output.dense.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError):
+        make_trainer(student, teacher, tmp_path, max_steps=1).train()
+    assert not any(module._forward_hooks for module in (*student.modules(), *teacher.modules()))
+
+
+def test_the_students_config_keeps_its_cache(tmp_path):
+    teacher, student = pair(GPT2LMHeadModel)
+    make_trainer(student, teacher, tmp_path, max_steps=1).train()
+    assert student.config.use_cache
+    assert teacher.config.use_cache
+
+
+def test_evaluation_gives_logits_only_and_the_stock_loss(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    rows = examples(student)
+    trainer = make_trainer(student, teacher, tmp_path, per_device_eval_batch_size=8)
+    result = trainer.predict(rows)
+    assert result.predictions.shape == (8, 3)
+    with torch.no_grad():
+        stock = student.eval()(**collate(rows))
+    torch.testing.assert_close(torch.from_numpy(result.predictions), stock.logits)
+    assert result.metrics["test_loss"] == pytest.approx(float(stock.loss), rel=1e-5)
+    trainer.train()
+    asked = []
+    student.register_forward_pre_hook(lambda m, a, k: asked.append(k.get("output_hidden_states")), with_kwargs=True)
+    teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher runs in evaluation"))
+    assert trainer.evaluate(rows)["eval_loss"] < result.metrics["test_loss"]
+    assert asked == [None]
+
+
+def test_label_smoothing_is_that_of_transformers(tmp_path):
+    log, _ = one_step(BertForSequenceClassification, tmp_path, label_smoothing_factor=0.3)
+    _, student = pair(BertForSequenceClassification)
+    batch = collate(examples(student))
+    with torch.no_grad():
+        output = student.eval()(**batch)
+    expected = transformers.trainer_pt_utils.LabelSmoother(epsilon=0.3)(output, batch["labels"])
+    assert log["supervised"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_terms_are_logged_as_means_over_the_window_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    logs = []
+    for steps, report_to in ((1, []), (2, "tensorboard")):
+        teacher, student = pair(BertForSequenceClassification)
+        trainer = make_trainer(
+            student, teacher, tmp_path / str(steps), max_steps=4, logging_steps=steps, report_to=report_to,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+    every, second = logs
+    assert len(every) == 4
+    assert len(second) == 2
+    for key in ("loss", *(term.removesuffix("_weight") for term in ALL_TERMS)):
+        for window in range(2):
+            expected = (every[2 * window][key] + every[2 * window + 1][key]) / 2
+            assert second[window][key] == pytest.approx(expected, rel=1e-5), key
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    for name in (term.removesuffix("_weight") for term in ALL_TERMS):
+        recorded = [event.value for event in events.Scalars(f"train/{name}")]
+        assert recorded == pytest.approx([entry[name] for entry in second], rel=1e-5)
+
+
+def test_a_checkpoint_of_the_middle_opens_without_this_package(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    trainer = make_trainer(student, teacher, tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    saved = {}
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, model=None, **kwargs):
+            saved[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    batch = {key: value for key, value in collate(examples(student)).items() if key != "labels"}
+    torch.save(batch, tmp_path / "batch.pt")
+    code = """
+        import sys
+        sys.modules["kronecker_transformers"] = None
+        import torch
+        from transformers import AutoModelForSequenceClassification
+        folder, batch, output = sys.argv[1:]
+        model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            torch.save(model(**torch.load(batch, weights_only=True)).logits, output)
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), "checkpoint-2", "batch.pt", "out.pt"], cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    student.load_state_dict(saved[2])
+    with torch.no_grad():
+        expected = student.eval()(**batch).logits
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt", weights_only=True), expected)

@@ -31,15 +31,10 @@ GPT2_PLAN = {"wte": (72, 16, 1), "h.1.attn.c_attn": (24, 16, 2), "h.1.mlp.c_proj
 LENGTHS = (3, 12, 7, 5, 9, 2, 11, 4)
 
 
-def pair(dense_class, dropout=False, **changes):
+def pair(dense_class, **changes):
     """A dense teacher and a student of it."""
     teacher = tiny.teacher(dense_class, **changes)
     student = compress(teacher, BERT_PLAN if teacher.config.model_type == "bert" else GPT2_PLAN).model
-    if not dropout:
-        for module in student.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        student.config.hidden_dropout_prob = student.config.attention_probs_dropout_prob = 0.0  # read by SDPA's caller
     return teacher, student
 
 
@@ -95,7 +90,7 @@ def make_trainer(student, teacher, folder, rows=None, callbacks=(), trainer=None
     defaults = {
         "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
         "logging_steps": 1, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
-        "max_grad_norm": 0.0, "remove_unused_columns": False,
+        "max_grad_norm": 0.0, "remove_unused_columns": False, "dropout": 0.0,
     }  # fmt: skip
     weights = {} if any(key.endswith("_weight") or key == "objective" for key in arguments) else ALL_TERMS
     if not any(key in type(student).__name__ for key in ("For", "LMHead")):
@@ -162,7 +157,7 @@ class DieAt(TrainerCallback):
 def main():
     folder, arguments = Path(sys.argv[1]), json.loads(sys.argv[2])
     dense_class = getattr(transformers, arguments.pop("model", "BertForSequenceClassification"))
-    teacher, student = pair(dense_class, dropout=arguments.pop("dropout", False))
+    teacher, student = pair(dense_class)
     keep = KeepGradients()
     callbacks = [keep, *(DieAt(int(step)) for step in sys.argv[3:])]
     trainer = make_trainer(student, teacher, folder / "run", examples(student, 16), callbacks, **arguments)

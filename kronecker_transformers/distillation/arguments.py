@@ -52,6 +52,10 @@ class DistillationArguments(TrainingArguments):
         default=None,
         metadata={"help": "Teacher's layer, from 0, for each layer of the student; default: equal depth, one to one."},
     )
+    dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout of the student while it trains, 0 <= dropout < 1; default: that of its config."},
+    )
     factor_learning_rates: bool = field(
         default=True,
         metadata={
@@ -77,6 +81,11 @@ class DistillationArguments(TrainingArguments):
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
                 f"temperature={self.temperature} must be a finite number > 0; 1 leaves the logits as they are"
+            )
+
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"dropout={self.dropout} must be at least 0 and below 1; leave it out to keep the config's"
             )
 
     def weights(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from .arguments import DistillationArguments
 from .objective import Objective, check_tokenizers
-from .optimizer import learning_rate_scales, scale_learning_rates
+from .optimizer import scale_learning_rates
 
 logger = logging.getLogger(__name__)
 
@@ -94,17 +94,28 @@ class DistillationTrainer(Trainer):
                 f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is not a complete checkpoint (no readable "
                 "trainer_state.json); give another, or True for the newest complete one"
             )
+        dropouts = {module: module.p for module in self.model.modules() if isinstance(module, nn.Dropout)}
         try:
+            if self.args.dropout is not None:
+                for module in dropouts:
+                    module.p = self.args.dropout
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.objective.detach()
+            for module, p in dropouts.items():
+                module.p = p
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the base class; then every factor gets the learning rate that suits it (see `optimizer`)."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh and self.args.factor_learning_rates:
-            scale_learning_rates(optimizer, learning_rate_scales(self.model))
+            if any(name in type(optimizer).__name__.lower() for name in ("adam", "lion")):
+                scale_learning_rates(optimizer, self.model)
+            else:
+                logger.warning(
+                    "factor_learning_rates is for Adam; with optim=%s all learn at one rate", self.args.optim
+                )
         return optimizer
 
     def get_batch_samples(

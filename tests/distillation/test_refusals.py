@@ -52,6 +52,7 @@ LABELS = {0: "neutral", 1: "negative", 2: "positive"}
         (r"logits_weight=nan must be a finite number >= 0", {"logits_weight": float("nan")}),
         (r"all weights are 0", {"objective": "sentence_encoder", "embedding_mse_weight": 0.0, "hidden_mse_weight": 0.0,
                                 "pooled_weight": 0.0}),
+        (r"dropout=1.0 must be at least 0 and below 1", {"dropout": 1.0}),
         (r"temperature=0.0 must be a finite number > 0", {"temperature": 0.0}),
     ],
 )  # fmt: skip

@@ -14,7 +14,6 @@ import transformers
 from distilling import ALL_TERMS, assert_same_step, collate, examples, make_trainer, one_step, pair
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel, TrainerCallback
 
 from kronecker_transformers.distillation import DistillationArguments
@@ -55,7 +54,7 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_resumed_after_kill_9_it_ends_bit_for_bit_the_same(tmp_path):
     arguments = {
-        "max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "dropout": True,
+        "max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "dropout": None,
         "save_strategy": "steps", "save_steps": 3, "max_grad_norm": 1.0, "weight_decay": 0.1,
     }  # fmt: skip
     assert script(tmp_path / "whole", arguments).returncode == 0
@@ -129,9 +128,6 @@ def test_a_copy_of_the_teacher_has_no_distance_from_it_in_bf16(tmp_path):
     """Both run in the same precision."""
     teacher, _ = pair(BertForSequenceClassification)
     student = copy.deepcopy(teacher)
-    for module in student.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     trainer = make_trainer(student, teacher, tmp_path, max_steps=1, bf16=True)
     trainer.train()
     log = trainer.state.log_history[0]
@@ -152,7 +148,7 @@ class Spy(TrainerCallback):
 
 
 def test_teacher_is_not_trained_not_saved_and_always_in_evaluation_mode(tmp_path):
-    teacher, student = pair(BertForSequenceClassification, dropout=True)
+    teacher, student = pair(BertForSequenceClassification)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     spy = Spy(teacher)
     trainer = make_trainer(
@@ -179,6 +175,16 @@ def test_models_come_back_without_hooks(tmp_path):
     with pytest.raises(FloatingPointError):
         make_trainer(student, teacher, tmp_path, max_steps=1).train()
     assert not any(module._forward_hooks for module in (*student.modules(), *teacher.modules()))
+
+
+def test_dropout_of_the_training_does_not_outlast_it(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    seen = []
+    student.dropout.register_forward_hook(lambda module, *_: seen.append(module.p))
+    make_trainer(student, teacher, tmp_path, max_steps=1, dropout=0.3).train()
+    make_trainer(student, teacher, tmp_path, max_steps=1, dropout=None).train()
+    assert seen == [0.3, 0.1]
+    assert student.dropout.p == 0.1
 
 
 def test_the_students_config_keeps_its_cache(tmp_path):

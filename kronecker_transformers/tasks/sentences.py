@@ -1,0 +1,77 @@
+"""Sentence embeddings, and how far a student's agree with its teacher's."""
+
+from __future__ import annotations
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: list[str],
+    batch_size: int = 64,
+    max_length: int = 128,
+) -> Tensor:
+    """Unit-length embeddings: the mean of the last hidden states over the tokens.
+
+    Args:
+        model: a base model, in evaluation mode.
+        tokenizer: its tokenizer.
+        sentences: texts, cut at `max_length` tokens.
+        batch_size: sentences, of similar length, computed together.
+        max_length: tokens.
+
+    Returns:
+        (sentences, hidden), float32, on the CPU.
+    """
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    embeddings = torch.empty(len(sentences), model.config.hidden_size)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer(
+            [sentences[i] for i in rows], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        ).to(model.device)
+        hidden = model(**batch).last_hidden_state.float()  # (batch, length, hidden)
+        mask = batch["attention_mask"].unsqueeze(-1)
+        embeddings[rows] = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu()
+    return embeddings
+
+
+def pair_similarities(embeddings: Tensor, pairs: Tensor) -> Tensor:
+    """Cosine similarities of unit-length embeddings (sentences, hidden) for index pairs (2, pairs)."""
+    return (embeddings[pairs[0]] * embeddings[pairs[1]]).sum(-1)
+
+
+def random_pairs(sentences: int, pairs: int = 20_000, seed: int = 0) -> Tensor:
+    """About `pairs` random pairs of different sentences, (2, pairs); always the same ones."""
+    drawn = torch.randint(sentences, (2, pairs), generator=torch.Generator().manual_seed(seed))
+    return drawn[:, drawn[0] != drawn[1]]
+
+
+def similarity_fidelity(teacher: Tensor, student: Tensor) -> float:
+    """Spearman correlation between the similarities that both give to the same 20,000 random pairs of sentences.
+
+    Args:
+        teacher, student: unit-length embeddings of the same sentences, (sentences, hidden).
+    """
+    pairs = random_pairs(len(teacher))
+    return float(spearmanr(pair_similarities(teacher, pairs), pair_similarities(student, pairs)).statistic)
+
+
+def neighbour_agreement(teacher: Tensor, student: Tensor, neighbours: int = 10) -> float:
+    """Share of the nearest neighbours of each sentence on which both agree, from 0 to 1.
+
+    Args:
+        teacher, student: unit-length embeddings of the same sentences, (sentences, hidden).
+        neighbours: number of nearest other sentences.
+    """
+    nearest = []
+    for embeddings in (teacher, student):
+        similarity = (embeddings @ embeddings.T).fill_diagonal_(-2)
+        chosen = torch.zeros_like(similarity, dtype=torch.bool)
+        nearest.append(chosen.scatter_(1, similarity.topk(neighbours).indices, True))
+    return float((nearest[0] & nearest[1]).sum() / nearest[0].sum())

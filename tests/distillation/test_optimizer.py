@@ -1,0 +1,125 @@
+"""The rule for the learning rates of factors."""
+
+import pytest
+import torch
+from distilling import make_trainer, pair
+from torch import nn
+from transformers import BertForMaskedLM, GPT2LMHeadModel
+
+from kronecker_transformers import KroneckerLinear
+from kronecker_transformers.distillation.optimizer import learning_rate_scales, product_rms, scale_learning_rates
+
+SHAPES = [(12, 10, 6, 5, 1), (12, 10, 2, 5, 3), (12, 10, 12, 1, 4), (8, 30, 4, 1, 2)]
+
+
+def layer(m, n, m1, n1, terms):
+    result = KroneckerLinear(n, m, m1, n1, terms, bias=False)
+    with torch.no_grad():
+        result.A.copy_(0.03 * torch.randn_like(result.A))
+        result.B.copy_(7.0 * torch.randn_like(result.B) + 1)
+    return result
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_of_the_product(shape):
+    found = layer(*shape)
+    assert product_rms(found.A, found.B) == pytest.approx(
+        float(found.to_dense().detach().square().mean().sqrt()), rel=1e-5
+    )
+
+
+def adam(model, rate, **options):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, **{"weight_decay": 0.0, **options})
+    scale_learning_rates(optimizer, model)
+    return optimizer
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[-1] == 1])
+def test_a_step_of_one_factor_moves_the_product_as_far_as_a_dense_step(shape, factor):
+    """The first step of Adam moves every entry by the learning rate."""
+    rate = 1e-3
+    dense = nn.Linear(10, 12, bias=False)
+    before = dense.weight.detach().clone()
+    optimizer = torch.optim.AdamW(dense.parameters(), lr=rate, weight_decay=0.0)
+    dense.weight.grad = torch.randn_like(dense.weight)
+    optimizer.step()
+    step = float((dense.weight.detach() - before).square().mean().sqrt())
+    assert step == pytest.approx(rate, rel=1e-3)
+
+    factored = layer(*shape)
+    before = factored.to_dense().detach()
+    optimizer = adam(factored, rate)
+    getattr(factored, factor).grad = torch.randn_like(getattr(factored, factor))
+    optimizer.step()
+    assert float((factored.to_dense().detach() - before).square().mean().sqrt()) == pytest.approx(step, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_split_of_scale_between_the_factors_does_not_matter(shape):
+    x, target = torch.randn(64, shape[1]), torch.randn(64, shape[0])
+    products = []
+    for share in (1.0, 64.0, 1 / 64):
+        torch.manual_seed(1)
+        model = layer(*shape)
+        with torch.no_grad():
+            model.A.mul_(share)
+            model.B.div_(share)
+        optimizer = adam(model, 1e-2, weight_decay=0.1, eps=1e-30)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (model(x) - target).square().mean().backward()
+            optimizer.step()
+        products.append(model.to_dense().detach())
+    assert (products[0] - layer(*shape).to_dense()).abs().max() > 0.05
+    for other in products[1:]:
+        torch.testing.assert_close(other, products[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_product_decays_as_a_dense_weight():
+    model = layer(*SHAPES[0])
+    before = model.to_dense().detach()
+    optimizer = adam(model, 1e-2, weight_decay=0.5)
+    for factor in (model.A, model.B):
+        factor.grad = torch.zeros_like(factor)
+    optimizer.step()
+    torch.testing.assert_close(model.to_dense(), before * (1 - 1e-2 * 0.5), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dense_class", [BertForMaskedLM, GPT2LMHeadModel])
+def test_groups_of_the_trainer(dense_class, tmp_path):
+    teacher, student = pair(dense_class)
+    trainer = make_trainer(student, teacher, tmp_path, learning_rate=1e-2, weight_decay=0.1, max_steps=4)
+    scales = learning_rate_scales(student)
+    optimizer = trainer.create_optimizer()
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == set(student.parameters())
+    assert {name.rpartition(".")[2] for name, p in student.named_parameters() if p in scales} == {"A", "B"}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            scale = scales.get(parameter, 1.0)
+            assert group["lr"] == pytest.approx(1e-2 * scale)
+            if parameter in scales:
+                assert group["weight_decay"] == pytest.approx(0.1 / (2 * scale))
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+
+
+def test_it_can_be_switched_off(tmp_path):
+    teacher, student = pair(BertForMaskedLM)
+    trainer = make_trainer(student, teacher, tmp_path, factor_learning_rates=False)
+    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {1e-3}
+    own = torch.optim.AdamW(student.parameters(), lr=0.5)
+    make_trainer(student, teacher, tmp_path, trainer={"optimizers": (own, None)}).train()
+    assert len(own.param_groups) == 1
+
+
+@pytest.mark.parametrize(("optim", "scaled"), [("adamw_torch_fused", True), ("sgd", False), ("adafactor", False)])
+def test_optimizers_whose_steps_depend_on_the_gradient_keep_one_rate(optim, scaled, tmp_path, caplog):
+    teacher, student = pair(BertForMaskedLM)
+    trainer = make_trainer(student, teacher, tmp_path, optim=optim)
+    trainer.train()
+    assert (len({group["initial_lr"] for group in trainer.optimizer.param_groups}) > 2) == scaled
+    assert ("all learn at one rate" in caplog.text) != scaled

@@ -2,6 +2,7 @@
 
 from .arguments import OBJECTIVES, TERMS, DistillationArguments
 from .objective import Objective
+from .start import start_student
 from .trainer import DistillationTrainer
 
-__all__ = ["OBJECTIVES", "TERMS", "DistillationArguments", "DistillationTrainer", "Objective"]
+__all__ = ["OBJECTIVES", "TERMS", "DistillationArguments", "DistillationTrainer", "Objective", "start_student"]

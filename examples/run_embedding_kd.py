@@ -1,0 +1,91 @@
+"""Distil a sentence encoder into a factored one, on plain sentences.
+
+    python examples/run_embedding_kd.py --teacher path/to/encoder --train_text sentences.txt \
+        --validation_text held_out.txt --output_dir output/encoder
+
+The student learns the teacher's embedding layer, hidden states and mean-pooled embedding. Text has one sentence on a
+line; a table (.json, .csv, .parquet) or a dataset of the Hub has it in the column `text`. Training goes over all
+sentences once, or as often as --num_train_epochs says; --resume_from_checkpoint true goes on with a run that stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from scipy.stats import spearmanr
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+
+from kronecker_transformers.distillation import DistillationTrainer, start_student
+from kronecker_transformers.experiment import check_output, finish, results_table, teacher_and_tokenizer, train_and_save
+from kronecker_transformers.plan_file import read_plan
+from kronecker_transformers.recipes import RECIPES, parse_script
+from kronecker_transformers.tasks.language_modeling import TextSource, sentence_examples
+from kronecker_transformers.tasks.sentences import encode, neighbour_agreement, similarity_fidelity
+from kronecker_transformers.tasks.tables import read_table
+
+
+@dataclass
+class Options:
+    """The script's own options."""
+
+    teacher: str = field(metadata={"help": "Folder or Hub name of a BERT encoder."})
+    train_text: list[str] = field(metadata={"help": "Text files, tables, or one dataset of the Hub."})
+    output_dir: str = field(metadata={"help": "New folder for checkpoints, the student and results.json."})
+    validation_text: list[str] | None = field(default=None, metadata={"help": "Held-out text to judge fidelity on."})
+    sts_file: str | None = field(
+        default=None, metadata={"help": "Table with the columns sentence1, sentence2 and label (a similarity)."}
+    )
+    recipe: str = field(default="sentence-encoder-7.7x", metadata={"help": "Defaults of the training."})
+    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
+    start: str | None = field(default=None, metadata={"help": "Factored model to go on from, with its own plan."})
+    fraction: float = field(default=1.0, metadata={"help": "Share of the training text, above 0, at most 1."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Tell the story."""
+    options, arguments = parse_script(Options, "embedding", argv)
+    recipe = RECIPES[options.recipe]["embedding"]
+    length = options.max_length or recipe.length
+    folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
+    text = TextSource(tuple(options.train_text), options.fraction)
+
+    teacher, tokenizer = teacher_and_tokenizer(options.teacher)
+    student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
+    examples = Dataset.from_list(list(sentence_examples(text, tokenizer, length)))
+    judges = {"teacher": teacher, "student, undistilled": copy.deepcopy(student).eval(), "student": student}
+
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        arguments,
+        train_dataset=examples,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+    )
+    seen = train_and_save(trainer, tokenizer, folder)
+
+    student.eval()
+    rows: dict[str, list[float]] = {"parameters": [model.num_parameters() for model in judges.values()]}
+    if options.validation_text:
+        held_out = [s for document in TextSource(tuple(options.validation_text)).documents() for s in document]
+        embeddings = [encode(model, tokenizer, held_out, max_length=length) for model in judges.values()]
+        rows["similarity fidelity (Spearman)"] = [similarity_fidelity(embeddings[0], e) for e in embeddings]
+        rows["nearest 10 neighbours in common"] = [neighbour_agreement(embeddings[0], e) for e in embeddings]
+    if options.sts_file:
+        rows["STS, Spearman"] = [sts_spearman(model, tokenizer, options.sts_file) for model in judges.values()]
+    table = results_table(f"{options.recipe}, {seen['samples']:,} sentences seen", judges, rows)
+    finish(folder, table, {"options": vars(options), "models": list(judges), "rows": rows, "training": seen})
+
+
+def sts_spearman(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> float:
+    """Spearman correlation of cosine similarities with the labels of a table of sentence pairs."""
+    table = read_table(path)
+    first, second = (encode(model, tokenizer, table[name][:]) for name in ("sentence1", "sentence2"))
+    return float(spearmanr((first * second).sum(-1), table["label"][:]).statistic)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What the examples share: folders that can be gone on with, prediction, tables of results."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .checkpoint import check_new_folder, load_teacher, save_folder
+from .distillation import DistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+STUDENT, TEACHER = "student", "teacher"
+"""Folders of an experiment: the finished student, and the teacher where it was trained here."""
+
+
+def check_output(folder: str | Path, resume: bool) -> Path:
+    """The folder of an experiment, before long work begins.
+
+    Raises:
+        FileExistsError: it holds something and is not to be gone on with, or already holds a finished student.
+        PermissionError: it could not be made.
+    """
+    if not resume:
+        return check_new_folder(folder)
+    check_new_folder(Path(folder) / STUDENT)
+    return Path(folder)
+
+
+def teacher_and_tokenizer(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_teacher`, for a teacher that must have its tokenizer.
+
+    Raises:
+        ValueError, OSError: as there; or no tokenizer.
+    """
+    teacher, tokenizer = load_teacher(source)
+    if tokenizer is None:
+        raise ValueError(f"teacher {source!r} comes without a tokenizer; save its tokenizer in the same folder")
+    return teacher, tokenizer
+
+
+def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, float]:
+    """Distil, from the last checkpoint if that was asked for, and save the student whole in ``folder/student``.
+
+    Returns:
+        Samples and tokens (padding not counted) that the student has seen, and seconds.
+    """
+    resume = trainer.args.resume_from_checkpoint
+    result = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    save_folder(folder / STUDENT, trainer.model, tokenizer)
+    args, state = trainer.args, trainer.state
+    samples = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "steps": state.global_step,
+        "samples": samples,
+        "tokens": state.num_input_tokens_seen,
+        "seconds": result.metrics["train_runtime"],
+    }
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+    outputs: Iterable[str] = ("logits",),
+    batch_size: int = 64,
+) -> dict[str, list[np.ndarray]]:
+    """Outputs of a model for every example, in their order; examples of similar length are computed together.
+
+    Args:
+        model: put into evaluation mode for this.
+        dataset: with `input_ids`; other columns go to the collator.
+        collator: makes a batch.
+        outputs: which of the model's outputs.
+        batch_size: examples.
+
+    Returns:
+        For each output one array for each example, float32.
+    """
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
+    found: dict[str, list[Any]] = {name: [None] * len(dataset) for name in outputs}
+    for start in tqdm(range(0, len(order), batch_size), desc="predicting", unit="batch", leave=False):
+        rows = order[start : start + batch_size]
+        batch = {key: value.to(model.device) for key, value in collator([dataset[i] for i in rows]).items()}
+        output = model(**{key: value for key, value in batch.items() if "label" not in key})
+        for name, values in found.items():
+            for row, value in zip(rows, output[name].float().cpu().numpy(), strict=True):
+                values[row] = value
+    model.train(was_training)
+    return found
+
+
+def results_table(title: str, columns: Iterable[str], rows: Mapping[str, Iterable[Any]], notes: str = "") -> Table:
+    """A table of results: a name and its values in each row; numbers with four digits, None as a dash."""
+    table = Table(title=title, box=SIMPLE_HEAD, caption=notes or None, caption_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, values in rows.items():
+        table.add_row(name, *(_cell(value) for value in values))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def finish(folder: Path, table: Table, results: Mapping[str, Any]) -> None:
+    """Show the table, and keep the figures in ``results.json``, whole or not at all."""
+    draft = folder / ".results.json"
+    draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    draft.replace(folder / "results.json")
+    Console(width=None).print(table)

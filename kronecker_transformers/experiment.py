@@ -15,10 +15,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .checkpoint import check_new_folder, load_teacher, save_folder
-from .distillation import DistillationTrainer
+from .distillation import DistillationArguments, DistillationTrainer
+
+Collator = Callable[[list[Any]], dict[str, Any]]
+"""Makes a batch of tensors from examples."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,51 @@ def teacher_and_tokenizer(source: str) -> tuple[PreTrainedModel, PreTrainedToken
     return teacher, tokenizer
 
 
+def fine_tune_teacher(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    collator: Collator,
+    folder: Path,
+    epochs: float,
+    learning_rate: float,
+    like: DistillationArguments,
+) -> PreTrainedModel:
+    """Train a dense model on a task and save it whole in ``folder/teacher``; if that is there already, load it.
+
+    Args:
+        model: with the head of the task.
+        tokenizer: saved beside it.
+        dataset: tokenized examples with labels.
+        collator: makes a batch.
+        folder: of the experiment.
+        epochs: how often it sees the examples.
+        learning_rate: at its highest.
+        like: from which batch size, precision, seed and logging are taken.
+    """
+    saved = folder / TEACHER
+    if saved.exists():
+        return load_teacher(saved)[0]
+    same = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16", "use_cpu",
+            "logging_steps", "disable_tqdm", "dataloader_pin_memory")  # fmt: skip
+    arguments = TrainingArguments(
+        output_dir=str(folder / "teacher_checkpoints"),
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        save_strategy="no",
+        report_to=[],
+        **{name: getattr(like, name) for name in same},
+    )
+    use_cache = model.config.use_cache
+    trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
+    trainer.train()
+    model.config.use_cache = use_cache
+    save_folder(saved, model, tokenizer)
+    return model.eval()
+
+
 def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, float]:
     """Distil, from the last checkpoint if that was asked for, and save the student whole in ``folder/student``.
 
@@ -74,7 +122,7 @@ def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerB
 def predict(
     model: PreTrainedModel,
     dataset: Dataset,
-    collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+    collator: Collator,
     outputs: Iterable[str] = ("logits",),
     batch_size: int = 64,
 ) -> dict[str, list[np.ndarray]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from .distillation import DistillationArguments
 
@@ -121,6 +121,8 @@ _Script = TypeVar("_Script")
 def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None = None) -> tuple[_Script, Any]:
     """The command line of an example: its own options, and those of `DistillationArguments` with a recipe's defaults.
 
+    Random numbers begin at the seed of the arguments from here on.
+
     Args:
         script: dataclass of the example's own options, with the field `recipe` and perhaps `task_name`.
         stage: which stage of the recipe it runs.
@@ -165,9 +167,10 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
         chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(own) if f.init}
         inits = {f.name for f in dataclasses.fields(DistillationArguments) if f.init}
         wanted = {key: value for key, value in vars(namespace).items() if key in inits}
-        if wanted["include_num_input_tokens_seen"] == "no":
+        if wanted["include_num_input_tokens_seen"] in ("no", False):
             wanted["include_num_input_tokens_seen"] = "non_padding"  # the results tell how much the student has seen
         arguments = DistillationArguments(**wanted)
+        set_seed(arguments.seed)  # a new head of a teacher is drawn before the Trainer sets it
         return script(**chosen), arguments
     except (ValueError, OSError) as error:
         parser.error(str(error))

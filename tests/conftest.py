@@ -7,6 +7,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the models are tiny: a second thread would only wait, for long where the machine is shared
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -1,0 +1,233 @@
+"""Distil a text classifier into a factored one: GLUE tasks, or files of your own; BERT and GPT-2.
+
+    python examples/run_glue_kd.py --teacher path/to/bert --task_name sst2 --data_dir path/to/GLUE --output_dir out/sst2
+    python examples/run_glue_kd.py --teacher path/to/bert --train_file train.tsv --validation_file dev.tsv \
+        --output_dir out/mine
+
+This is the second stage of KroneckerBERT (section 3.5), and KnGPT2's fine-tuning. A teacher that has no classifier yet
+is fine-tuned first. The student is factored from the teacher, or comes from the first stage (--start, see
+run_mlm_kd.py) and takes the teacher's classifier. Without --data_dir the task comes from the Hub. For the tests of
+GLUE, predictions are written as its server reads them. --resume_from_checkpoint true goes on with a run that stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer, start_student
+from kronecker_transformers.experiment import (
+    check_output,
+    fine_tune_teacher,
+    finish,
+    predict,
+    results_table,
+    teacher_and_tokenizer,
+    train_and_save,
+)
+from kronecker_transformers.plan_file import read_plan
+from kronecker_transformers.recipes import RECIPES, parse_script
+from kronecker_transformers.tasks.glue import glue_task, load_glue, load_text_classification, write_predictions
+from kronecker_transformers.tasks.glue_metric import GlueMetric
+
+
+@dataclass
+class Options:
+    """The script's own options."""
+
+    teacher: str = field(metadata={"help": "Folder or Hub name of a BERT or GPT-2, fine-tuned on the task or not."})
+    output_dir: str = field(metadata={"help": "New folder for the teacher, checkpoints, student and results.json."})
+    task_name: str | None = field(
+        default=None, metadata={"help": "cola, mnli, mrpc, qnli, qqp, rte, sst2 or stsb; or give your own files."}
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "The official GLUE download; default: the Hub."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "tsv, csv, json or parquet with sentence (or sentence1 and sentence2) and label."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "The same, to judge on."})
+    recipe: str = field(default="kroneckerbert-7.7x", metadata={"help": "Defaults of plan and training."})
+    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
+    start: str | None = field(default=None, metadata={"help": "Student of the first stage, with its own plan."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training examples."})
+    teacher_epochs: float = field(default=3.0, metadata={"help": "Epochs of a teacher that is fine-tuned here."})
+    teacher_learning_rate: float = field(default=3e-5, metadata={"help": "Its learning rate."})
+
+    def __post_init__(self) -> None:
+        if (self.task_name is None) == (self.train_file is None or self.validation_file is None):
+            raise ValueError("give either --task_name or both --train_file and --validation_file")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples, columns and labels of a task."""
+
+    data: DatasetDict
+    text_columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    name: str | None
+
+    @property
+    def evaluation_splits(self) -> list[str]:
+        """Splits with labels that are not for training."""
+        return [split for split in self.data if split.startswith("validation")]
+
+    def metrics(self, predictions: np.ndarray, references: Any) -> dict[str, float]:
+        """The task's official metrics; accuracy, or the correlations of STS-B, for a task of one's own."""
+        if self.name is None and self.labels:
+            return {"accuracy": float(np.mean(predictions == np.asarray(references)))}
+        metric = GlueMetric(self.name or "stsb")
+        return metric.compute(predictions=predictions, references=references) or {}
+
+
+def load_task(options: Options) -> Task:
+    """The GLUE task or the user's files."""
+    if options.task_name:
+        spec = glue_task(options.task_name)
+        return Task(load_glue(options.task_name, options.data_dir), spec.text_columns, spec.labels, options.task_name)
+    assert options.train_file is not None
+    data, columns, labels = load_text_classification(options.train_file, options.validation_file)
+    return Task(data, columns, labels, None)
+
+
+def load_classifier(options: Options, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """The teacher with a classifier, its tokenizer, and whether it is fine-tuned already."""
+    config = AutoConfig.from_pretrained(options.teacher)
+    trained = str((config.architectures or [""])[0]).endswith("ForSequenceClassification")
+    if trained:
+        teacher, tokenizer = teacher_and_tokenizer(options.teacher)
+        names, wanted = tuple((teacher.config.id2label or {}).values()), task.labels or ("score",)
+        if len(names) != len(wanted) or (names != wanted and set(names) == set(wanted)):
+            raise ValueError(
+                f"teacher {options.teacher!r} has the labels {', '.join(names)}, where the task has "
+                f"{', '.join(wanted)} in this order; give one that was fine-tuned on it, or one without a classifier"
+            )
+    else:
+        id2label = dict(enumerate(task.labels or ("score",)))
+        teacher = AutoModelForSequenceClassification.from_pretrained(
+            options.teacher, id2label=id2label, label2id={name: i for i, name in id2label.items()}
+        )
+        tokenizer = AutoTokenizer.from_pretrained(options.teacher)
+    if tokenizer.pad_token is None:  # GPT-2
+        tokenizer.pad_token = tokenizer.eos_token
+    teacher.config.pad_token_id = tokenizer.pad_token_id
+    return teacher, tokenizer, trained
+
+
+def tokenized(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """Token ids and labels; nothing is padded here."""
+
+    def convert(batch: dict[str, Any]) -> dict[str, Any]:
+        encoded = tokenizer(*(batch[name] for name in task.text_columns), truncation=True, max_length=length)
+        return {**encoded, "labels": batch["label"]}
+
+    return dataset.map(convert, batched=True, remove_columns=dataset.column_names)
+
+
+def judged(model: PreTrainedModel, task: Task, data: DatasetDict, collator: Any) -> dict[str, float]:
+    """Metrics on every evaluation split, by name."""
+    found: dict[str, float] = {}
+    for split in task.evaluation_splits:
+        predictions = decided(np.stack(predict(model, data[split], collator)["logits"]))
+        suffix = split.removeprefix("validation")
+        metrics = task.metrics(predictions, data[split]["labels"][:])
+        found |= {f"{name}{suffix}": value for name, value in metrics.items()}
+    return found
+
+
+def decided(logits: np.ndarray) -> np.ndarray:
+    """Classes (examples,), or the scores of a regression."""
+    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Tell the story."""
+    options, arguments = parse_script(Options, "glue", argv)
+    recipe = RECIPES[options.recipe]["glue"]
+    length = options.max_length or recipe.length
+    folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
+    task = load_task(options)
+
+    teacher, tokenizer, trained = load_classifier(options, task)
+    collator = DataCollatorWithPadding(tokenizer)
+    data = DatasetDict({name: tokenized(split, task, tokenizer, length) for name, split in task.data.items()})
+    if options.max_train_samples:
+        data["train"] = data["train"].select(range(min(options.max_train_samples, len(data["train"]))))
+    if not trained:
+        teacher = fine_tune_teacher(
+            teacher,
+            tokenizer,
+            data["train"],
+            collator,
+            folder,
+            options.teacher_epochs,
+            options.teacher_learning_rate,
+            like=arguments,
+        )
+
+    student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
+    models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student), "student": student}
+    trainer = distiller(student, teacher, arguments, task, data, collator, tokenizer)
+    seen = train_and_save(trainer, tokenizer, folder)
+
+    metrics = {name: judged(model, task, data, collator) for name, model in models.items()}
+    rows: dict[str, list[Any]] = {"parameters": [model.num_parameters() for model in models.values()]}
+    for name, value in metrics["teacher"].items():
+        values = [found[name] for found in metrics.values()]
+        rows[name] = [*values, 100 * values[-1] / value if value else None]
+    title = f"{options.task_name or options.train_file}, {options.recipe}: {seen['samples']:,} examples seen"
+    finish(
+        folder,
+        results_table(title, [*models, "retained, %"], rows),
+        {"options": vars(options), "metrics": metrics, "training": seen, "parameters": rows["parameters"]},
+    )
+    if options.task_name:
+        for split in glue_task(options.task_name).server_files:
+            if split in data:
+                answers = decided(np.stack(predict(student, data[split], collator)["logits"])).tolist()
+                print(f"For the GLUE server: {write_predictions(options.task_name, split, answers, folder)}")
+
+
+def distiller(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    arguments: DistillationArguments,
+    task: Task,
+    data: DatasetDict,
+    collator: Any,
+    tokenizer: PreTrainedTokenizerBase,
+) -> DistillationTrainer:
+    """The trainer; it evaluates with the task's metrics where the arguments ask for it."""
+
+    def compute_metrics(task: Task, prediction: Any) -> dict[str, float]:
+        return task.metrics(decided(prediction.predictions), prediction.label_ids)
+
+    splits = task.evaluation_splits
+    return DistillationTrainer(
+        student,
+        teacher,
+        arguments,
+        train_dataset=data["train"],
+        eval_dataset=data[splits[0]] if len(splits) == 1 else {split: data[split] for split in splits},
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=partial(compute_metrics, task),
+    )
+
+
+if __name__ == "__main__":
+    main()

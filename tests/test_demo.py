@@ -1,52 +1,20 @@
-import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from scipy.stats import spearmanr
+from examples_runner import load_example
+from PIL import Image
+from transformers import AutoModel, BertModel
+
+from kronecker_transformers.tasks.docstrings import Sentences
 
 ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
-demo = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(demo)
-
-
-def unit_vectors(count, seed):
-    vectors = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize(vectors, dim=-1)
-
-
-def test_a_perfect_student_scores_1_and_a_random_one_0():
-    teacher = unit_vectors(300, 0)
-    assert demo.similarity_fidelity(teacher, teacher) == pytest.approx(1)
-    assert demo.neighbour_agreement(teacher, teacher) == 1
-    rotation = torch.linalg.qr(torch.randn(6, 6)).Q
-    assert demo.neighbour_agreement(teacher, teacher @ rotation) == pytest.approx(1, abs=0.01)
-    assert demo.similarity_fidelity(teacher, unit_vectors(300, 1)) == pytest.approx(0, abs=0.05)
-    assert demo.neighbour_agreement(teacher, unit_vectors(300, 1)) == pytest.approx(10 / 299, abs=0.02)
-
-
-def test_neighbours_against_a_plain_loop():
-    teacher, student = unit_vectors(40, 2), unit_vectors(40, 2) + 0.3 * unit_vectors(40, 3)
-    common = 0
-    for i in range(40):
-        others = [j for j in range(40) if j != i]
-        nearest = [
-            set(sorted(others, key=lambda j: -float(e[i] @ e[j]))[: demo.NEIGHBOURS]) for e in (teacher, student)
-        ]
-        common += len(nearest[0] & nearest[1])
-    assert demo.neighbour_agreement(teacher, student) == pytest.approx(common / (40 * demo.NEIGHBOURS))
-
-
-def test_fidelity_is_a_rank_correlation_of_similarities():
-    teacher, student = unit_vectors(50, 2), unit_vectors(50, 2) + 0.5 * unit_vectors(50, 3)
-    left, right = torch.triu_indices(50, 50, offset=1)
-    everything = [[float(e[i] @ e[j]) for i, j in zip(left, right, strict=True)] for e in (teacher, student)]
-    expected = spearmanr(*everything).statistic
-    assert demo.similarity_fidelity(teacher, student) == pytest.approx(expected, abs=0.02)
+demo = load_example("demo")
 
 
 def test_teacher_with_other_weights_is_refused(monkeypatch):
@@ -65,8 +33,52 @@ def test_missing_teacher_names_the_remedy(monkeypatch):
 @pytest.mark.slow
 def test_the_whole_story(tmp_path):
     process = subprocess.run(
-        [sys.executable, ROOT / "examples" / "demo.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "examples" / "demo.py", "--minutes", "0.5"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "similarity fidelity" in process.stdout
     config = json.loads(next(tmp_path.glob("demo_output/*/config.json")).read_text())
     assert config["factor_plan"]["embeddings.word_embeddings"] == {"m1": 30522, "n1": 48, "terms": 1}
+
+
+def test_the_whole_story_on_a_tiny_teacher(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    tokenizer = tiny.bert_tokenizer(folder)
+    tiny.teacher(BertModel, vocab_size=64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    words = tiny.TEXT.split()
+    sentences = [" ".join(words[(7 * i + j * j) % len(words)] for j in range(3 + i % 6)) for i in range(120)]
+    monkeypatch.setattr(demo, "teacher_folder", lambda: folder)
+    monkeypatch.setattr(demo, "docstring_sentences", lambda: Sentences(sentences[:80], sentences[80:]))
+    for name, value in {"BATCH": 8, "HELD_OUT": 25, "WATCHED": 15, "TIMED": 8, "OUTPUT": tmp_path / "student"}.items():
+        monkeypatch.setattr(demo, name, value)
+    demo.main(["--minutes", "0.01"])
+    shown = capsys.readouterr().out
+    points = [float(value) for value in re.findall(r"step +[\d,]+ of [\d,]+: fidelity (-?[\d.]+)", shown)]
+    assert len(points) >= demo.LOOKS
+    assert points[-1] > points[0]
+    assert "similarity fidelity (Spearman)" in shown
+    assert type(AutoModel.from_pretrained(tmp_path / "student")).__name__ == "KroneckerBertModel"
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "base_model: sentence-transformers/all-MiniLM-L6-v2" in card
+    assert re.search(r"similarity fidelity \(Spearman\) +1\.000 ", card)
+    for name in ("training.png", "similarities.png"):
+        with Image.open(tmp_path / "student" / name) as picture:
+            assert picture.size[0] > 400
+
+
+def test_more_minutes_are_more_steps():
+    """The number of steps follows from the pace of a step."""
+    from distilling import collate, examples, pair
+
+    teacher, student = pair(BertModel)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    batches = [collate(examples(student))] * 6
+    few, many = (demo.affordable_steps(student, teacher, batches, minutes) for minutes in (0.02, 2.0))
+    assert 20 * few < many
+    assert demo.affordable_steps(student, teacher, batches, 0) == demo.LOOKS
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

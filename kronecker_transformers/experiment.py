@@ -140,7 +140,8 @@ def predict(
     """
     was_training = model.training
     model.eval()
-    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    order = sorted(range(len(dataset)), key=lengths.__getitem__)
     found: dict[str, list[Any]] = {name: [None] * len(dataset) for name in outputs}
     for start in tqdm(range(0, len(order), batch_size), desc="predicting", unit="batch", leave=False):
         rows = order[start : start + batch_size]

@@ -46,6 +46,7 @@ _BERT_GLUE = {
     "num_train_epochs": 10.0,
     "weight_decay": 0.01,
     "warmup_steps": 0.1,
+    "factor_learning_rates": False,
 }
 _BERT_MLM = {
     "objective": "kronecker_bert",
@@ -55,11 +56,13 @@ _BERT_MLM = {
     "num_train_epochs": 3.0,
     "weight_decay": 0.01,
     "warmup_steps": 0.1,
+    "factor_learning_rates": False,
 }
 _BERT_SQUAD = {**_BERT_GLUE, "learning_rate": 1e-4, "per_device_train_batch_size": 64, "num_train_epochs": 7.0}
 _BERT_NOTE = (
     "KroneckerBERT, sections 4 and A: plan, batch, length, learning rate, objective; 5 to 15 epochs (CoLA 15 to 30, "
-    "SQuAD 1 to 14), of which this takes a middle. Warm-up and weight decay are not in the paper."
+    "SQuAD 1 to 14), of which this takes a middle; one learning rate for all parameters. Warm-up and weight decay are "
+    "not in the paper."
 )
 _GPT2 = {"objective": "kngpt2", "weight_decay": 0.01, "warmup_steps": 0.1, "per_device_train_batch_size": 16}
 _GPT2_NOTE = (

@@ -1,0 +1,67 @@
+"""What the benchmarks of quality share: examples as processes of their own, and logs that are gone on with."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kronecker_transformers.benchmark import environment
+
+ROOT = Path(__file__).parent
+
+
+def example(name: str, **options: Any) -> dict[str, Any]:
+    """Run a script of examples/ with these options; its results."""
+    command = [sys.executable, str(ROOT.parent / "examples" / f"{name}.py")]
+    for key, value in options.items():
+        command += [f"--{key}", *(map(str, value) if isinstance(value, (list, tuple)) else [str(value)])]
+    subprocess.run(command, check=True)
+    results: dict[str, Any] = json.loads((Path(options["output_dir"]) / "results.json").read_text())
+    return results
+
+
+def shuffled_text(data: Path, work: Path, more: Sequence[str] = ()) -> Path:
+    """One file of all lines of running text in ``data/text``, and more, in random order; without WikiText-2."""
+    target = work / f"text-{len(more)}.txt"
+    if not target.exists():
+        files = sorted(path for path in (data / "text").glob("*.txt") if "wikitext" not in path.name)
+        lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines += more
+        random.Random(0).shuffle(lines)
+        draft = target.with_suffix(".draft")
+        draft.write_text("\n".join(lines), encoding="utf-8")
+        draft.rename(target)
+    return target
+
+
+class RunLog:
+    """Finished runs, one JSON object a line: what identifies each run, its results, and where they were measured."""
+
+    def __init__(self, name: str) -> None:
+        self.path = ROOT / "logs" / f"{name}.jsonl"
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All of them, in order."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The run that `key` identifies, if it is finished."""
+        return next((line for line in self.lines() if key.items() <= line.items()), None)
+
+    def add(self, key: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+        """Keep a run that has just finished."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**key, **results, "environment": environment()}) + "\n")
+
+
+def spread(values: list[float]) -> str | None:
+    """Mean and standard deviation, or the only value; None for none."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else None
+    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}"

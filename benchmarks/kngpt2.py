@@ -1,0 +1,165 @@
+"""KnGPT2's claims at a small scale: a factored student against one with half of the layers, and distillation or none.
+
+    python benchmarks/kngpt2.py --data DIR --work WORK
+
+DIR holds the folders glue (the official files) and text. The teacher is a GPT-2 of 6 layers and hidden size 384 with a
+byte-level BPE of 13,824 entries, both trained here on the text. Its students, of 11.04 M and 11.03 M parameters, learn
+from it on the same data for the same steps: one has its odd layers and its embedding factored by 2 with a tied head, as
+KnGPT2; the other every second layer only, as DistilGPT2. Then all are fine-tuned on SST-2 and CoLA, the students with
+and without distillation. Claims: the factored student wins, and distillation of intermediate layers helps. WORK keeps
+the models; finished runs are lines of logs/kngpt2.jsonl and are not run again. --table shows them without a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import RunLog, example, shuffled_text
+from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from kronecker_transformers.checkpoint import save_folder
+from kronecker_transformers.experiment import results_table
+from kronecker_transformers.tasks.glue_metric import headline
+from kronecker_transformers.tasks.language_modeling import TextSource, TextStream, block_examples
+
+LOG = RunLog("kngpt2")
+VOCABULARY, LAYERS, HIDDEN, HEADS, LENGTH = 13_824, 6, 384, 6, 256
+TEACHER_STEPS, STUDENT_STEPS, TASK_STEPS = 1500, 600, 1000
+STUDENTS: dict[str, dict[str, Any]] = {"KnGPT2-style": {"plan": "kngpt2"}, "DistilGPT2-style": {"layers": "1,3,5"}}
+TASKS = ("sst2", "cola")
+NO_KD = {f"{term}_weight": 0 for term in ("embedding_mse", "attention_kl", "hidden_mse")}
+QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 100}
+
+
+def train_teacher(data: Path, folder: Path) -> None:
+    """A tokenizer and a GPT-2 from scratch."""
+    if folder.exists():
+        return
+    set_seed(0)
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    text = shuffled_text(data, folder.parent)
+    tokenizer.train([str(text)], trainer)
+    files = folder.with_name("tokenizer")
+    files.mkdir(exist_ok=True)
+    tokenizer.model.save(str(files))
+    gpt2_tokenizer = GPT2Tokenizer(str(files / "vocab.json"), str(files / "merges.txt"))
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_layer=LAYERS, n_embd=HIDDEN, n_head=HEADS, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+    arguments = TrainingArguments(
+        str(folder.with_name("teacher_checkpoints")), max_steps=TEACHER_STEPS, per_device_train_batch_size=16,
+        learning_rate=1e-3, warmup_steps=100, lr_scheduler_type="cosine", weight_decay=0.1, save_strategy="no",
+        report_to=[], logging_steps=100, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    source = TextSource((str(text),))
+    blocks = TextStream(lambda seed: block_examples(source, gpt2_tokenizer, LENGTH))
+    Trainer(model, arguments, train_dataset=blocks, data_collator=default_data_collator).train()
+    model.config.use_cache = True
+    save_folder(folder, model, gpt2_tokenizer)
+
+
+def distil(name: str, data: Path, work: Path) -> None:
+    """Light pre-training of a student, and perplexities."""
+    if LOG.find({"student": name, "stage": "clm"}) and (work / name / "student").exists():
+        return
+    shutil.rmtree(work / name, ignore_errors=True)
+    results = example(
+        "run_clm_kd", teacher=work / "teacher", train_text=shuffled_text(data, work), output_dir=work / name,
+        max_length=LENGTH, validation_text=data / "text" / "wikitext2_valid.txt", window=LENGTH, stride=LENGTH // 2,
+        normalisation="wikitext", max_steps=STUDENT_STEPS, per_device_train_batch_size=16, learning_rate=1e-3,
+        dropout=0, **STUDENTS[name], **QUIET,
+    )  # fmt: skip
+    LOG.add({"student": name, "stage": "clm"}, results)
+
+
+def task_runs() -> Iterator[tuple[str, str, bool]]:
+    """Task, student and whether intermediate layers are distilled."""
+    for task in TASKS:
+        for name in STUDENTS:
+            for ilkd in (True, False):
+                yield task, name, ilkd
+
+
+def fine_tune(task: str, name: str, ilkd: bool, data: Path, work: Path) -> None:
+    """A task for one student; the first run of a task fine-tunes the teacher."""
+    key = {"student": name, "stage": task, "ilkd": ilkd}
+    if LOG.find(key):
+        return
+    tuned, output = work / f"teacher-{task}", work / "run"
+    shutil.rmtree(output, ignore_errors=True)
+    results = example(
+        "run_glue_kd", teacher=tuned if tuned.exists() else work / "teacher", task_name=task, data_dir=data / "glue",
+        output_dir=output, start=work / name / "student", recipe="kngpt2", max_steps=TASK_STEPS, learning_rate=3e-4,
+        per_device_train_batch_size=32, teacher_epochs=1 if task == "sst2" else 4, teacher_learning_rate=3e-4,
+        dropout=0, **({"layer_map": [1, 3, 5]} if name == "DistilGPT2-style" else {}), **({} if ilkd else NO_KD),
+        **QUIET,
+    )  # fmt: skip
+    if not tuned.exists():
+        (output / "teacher").rename(tuned)
+    LOG.add(key, {name: results[name] for name in ("metrics", "training", "parameters")})
+
+
+def table(console: Console) -> None:
+    """Perplexities, then the tasks."""
+    rows: dict[str, list[Any]] = {}
+    for name in STUDENTS:
+        for ilkd in (True, False):
+            row = []
+            for task in TASKS:
+                line = LOG.find({"student": name, "stage": task, "ilkd": ilkd})
+                row.append(100 * headline(task, line["metrics"]["student"])[1] if line else None)
+                if line:
+                    rows.setdefault("teacher", []).append(100 * headline(task, line["metrics"]["teacher"])[1])
+            rows[f"{name}, {'ILKD' if ilkd else 'labels only'}"] = row
+    if "teacher" in rows:
+        rows["teacher"] = list(dict.fromkeys(rows["teacher"]))
+    for name in STUDENTS:
+        line = LOG.find({"student": name, "stage": "clm"})
+        console.print(f"{name}: {line['rows'] if line else 'not yet run'}")
+    console.print(results_table("GLUE dev, per cent", ["SST-2, accuracy", "CoLA, Matthews"], rows))
+
+
+def main() -> None:
+    """Run what is missing, then show the tables."""
+    parser = argparse.ArgumentParser(description="KnGPT2's claims at a small scale.")
+    parser.add_argument("--data", type=Path, help="folder with glue and text")
+    parser.add_argument("--work", type=Path, help="folder for the models")
+    parser.add_argument("--table", action="store_true", help="only show what is finished")
+    options = parser.parse_args()
+    if not options.table:
+        options.work.mkdir(parents=True, exist_ok=True)
+        train_teacher(options.data, options.work / "teacher")
+        for name in STUDENTS:
+            distil(name, options.data, options.work)
+        for task, name, ilkd in task_runs():
+            fine_tune(task, name, ilkd, options.data, options.work)
+    table(Console(width=110))
+
+
+if __name__ == "__main__":
+    main()

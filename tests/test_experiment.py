@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from distilling import collate, examples
+from transformers import BertForQuestionAnswering, BertForSequenceClassification
+
+from kronecker_transformers.experiment import check_output, finish, predict, results_table, teacher_and_tokenizer
+
+
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_predictions_come_in_order_whatever_the_batches(batch_size):
+    model = tiny.teacher(BertForSequenceClassification).train()
+    rows = examples(model, 8)
+    found = predict(model, Dataset.from_list(rows), collate, batch_size=batch_size)["logits"]
+    assert model.training
+    assert len(found) == 8
+    model.eval()
+    for row, logits in zip(rows, found, strict=True):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        torch.testing.assert_close(torch.from_numpy(logits), expected)
+
+
+def test_outputs_of_several_names_keep_their_padded_length():
+    model = tiny.teacher(BertForQuestionAnswering)
+    rows = [{key: row[key] for key in ("input_ids", "attention_mask")} for row in examples(model, 8)]
+    found = predict(model, Dataset.from_list(rows), collate, ("start_logits", "end_logits"), batch_size=4)
+    for row, start, end in zip(rows, found["start_logits"], found["end_logits"], strict=True):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([row["input_ids"]]))
+        length = len(row["input_ids"])
+        torch.testing.assert_close(torch.from_numpy(start[:length]), expected.start_logits[0])
+        torch.testing.assert_close(torch.from_numpy(end[:length]), expected.end_logits[0])
+
+
+def test_output_folders_are_not_overwritten(tmp_path):
+    assert check_output(tmp_path / "new", resume=False) == tmp_path / "new"
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="already holds something"):
+        check_output(tmp_path / "begun", resume=False)
+    assert check_output(tmp_path / "begun", resume=True) == tmp_path / "begun"
+    (tmp_path / "begun" / "student").mkdir()
+    (tmp_path / "begun" / "student" / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="student' already holds something"):
+        check_output(tmp_path / "begun", resume=True)
+
+
+def test_teacher_without_a_tokenizer_is_refused(tmp_path):
+    tiny.teacher(BertForSequenceClassification).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="comes without a tokenizer; save its tokenizer in the same folder"):
+        teacher_and_tokenizer(str(tmp_path / "teacher"))
+
+
+def test_table_and_results(tmp_path, capsys):
+    rows = {"parameters": [22713216, 3057804], "accuracy": [0.912345, None], "name": ["a", "b"]}
+    finish(tmp_path, results_table("title", ["teacher", "student"], rows, "a note"), {"rows": rows})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"rows": rows}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json"]
+    shown = capsys.readouterr().out
+    for cell in ("22,713,216", "3,057,804", "0.9123", " - ", "title", "a note"):
+        assert cell in shown, cell

@@ -1,0 +1,76 @@
+import math
+from dataclasses import dataclass
+
+import pytest
+
+from kronecker_transformers.distillation import DistillationArguments
+from kronecker_transformers.models import PRESETS
+from kronecker_transformers.recipes import RECIPES, parse_script
+
+
+@dataclass
+class Options:
+    """A script of two options."""
+
+    output_dir: str
+    task_name: str | None = None
+    recipe: str = "kroneckerbert-7.7x"
+
+
+@pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, stages in RECIPES.items() for stage in stages])
+def test_every_recipe_is_one_of_known_arguments(name, stage, tmp_path):
+    recipe = RECIPES[name][stage]
+    assert any(recipe.plan in presets for presets in PRESETS.values())
+    for task in (None, *recipe.by_task):
+        arguments = DistillationArguments(str(tmp_path), **recipe.for_task(task))
+        assert arguments.weights()
+    assert recipe.note
+
+
+@pytest.mark.parametrize(
+    ("recipe", "task", "learning_rate"),
+    [
+        ("kroneckerbert-7.7x", "sst2", 1e-4), ("kroneckerbert-7.7x", "cola", 5e-5), ("kroneckerbert-7.7x", "rte", 1e-5),
+        ("kroneckerbert-21x", "sst2", 5e-4), ("kroneckerbert-21x", "qqp", 1e-4), ("kroneckerbert-21x", "rte", 5e-5),
+    ],
+)  # fmt: skip
+def test_learning_rates_of_the_paper(recipe, task, learning_rate, tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--task_name", task, "--recipe", recipe, "--use_cpu"]
+    options, arguments = parse_script(Options, "glue", argv)
+    assert options.task_name == task
+    assert arguments.learning_rate == learning_rate
+    assert arguments.per_device_train_batch_size == 32
+    assert (15 <= arguments.num_train_epochs <= 30) if task == "cola" else (5 <= arguments.num_train_epochs <= 15)
+    assert set(arguments.weights().values()) == {1.0}
+    assert not arguments.factor_learning_rates
+
+
+def test_stage_1_of_the_paper(tmp_path):
+    _, arguments = parse_script(Options, "mlm", ["--output_dir", str(tmp_path), "--use_cpu"])
+    assert (arguments.learning_rate, arguments.per_device_train_batch_size, arguments.num_train_epochs) == (1e-3, 64, 3)
+    assert "logits" not in arguments.weights()
+    assert RECIPES["kroneckerbert-7.7x"]["mlm"].length == 512
+
+
+def test_options_given_win_over_the_recipe(tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--learning_rate", "7e-4", "--logits_weight", "0", "--factor_learning_rates"]
+    _, arguments = parse_script(Options, "glue", [*argv, "--use_cpu"])
+    assert math.isclose(arguments.learning_rate, 7e-4)
+    assert "logits" not in arguments.weights()
+    assert arguments.factor_learning_rates
+    assert arguments.output_dir == str(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--recipe", "kngpt3"], "--recipe 'kngpt3' is not known for this stage; choose one of kroneckerbert-7.7x"),
+        (["--learning_rat", "1"], "unknown option '--learning_rat'"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--pooled_weight", "-2"], "pooled_weight=-2.0 must be a finite number >= 0"),
+    ],
+)
+def test_bad_options_end_with_one_message(argv, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_script(Options, "glue", ["--output_dir", str(tmp_path), *argv])
+    assert message in capsys.readouterr().err

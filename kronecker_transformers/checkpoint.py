@@ -66,6 +66,16 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
     return _load_weights(model_class, folder), _load_tokenizer(folder)
 
 
+def load_model(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A dense or factored model and its tokenizer, as its config says.
+
+    Raises:
+        ValueError, OSError: as `load_teacher` and `load_student`.
+    """
+    factored = _load_config(source).model_type.startswith("kronecker_")
+    return load_student(source) if factored else load_teacher(source)
+
+
 def _load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     source = os.fspath(source)
     if os.path.isfile(source):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -95,8 +96,15 @@ def fine_tune_teacher(
     trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
     trainer.train()
     model.config.use_cache = use_cache
-    save_folder(saved, model, tokenizer)
+    save_once(saved, model, tokenizer)
     return model.eval()
+
+
+def save_once(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """As `save_folder`, by the main process only; the others wait for it."""
+    if PartialState().is_main_process:
+        save_folder(folder, model, tokenizer)
+    PartialState().wait_for_everyone()
 
 
 def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, float]:
@@ -107,7 +115,7 @@ def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerB
     """
     resume = trainer.args.resume_from_checkpoint
     result = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    save_folder(folder / STUDENT, trainer.model, tokenizer)
+    save_once(folder / STUDENT, trainer.model, tokenizer)
     args, state = trainer.args, trainer.state
     samples = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
@@ -174,7 +182,9 @@ def _cell(value: Any) -> str:
 
 
 def finish(folder: Path, table: Table, results: Mapping[str, Any]) -> None:
-    """Show the table, and keep the figures in ``results.json``, whole or not at all."""
+    """Show the table, and keep the figures in ``results.json``, whole or not at all; in the main process only."""
+    if not PartialState().is_main_process:
+        return
     draft = folder / ".results.json"
     draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     draft.replace(folder / "results.json")

@@ -2,7 +2,15 @@
 
 from .arguments import OBJECTIVES, TERMS, DistillationArguments
 from .objective import Objective
-from .start import start_student
+from .start import keep_layers, start_student
 from .trainer import DistillationTrainer
 
-__all__ = ["OBJECTIVES", "TERMS", "DistillationArguments", "DistillationTrainer", "Objective", "start_student"]
+__all__ = [
+    "OBJECTIVES",
+    "TERMS",
+    "DistillationArguments",
+    "DistillationTrainer",
+    "Objective",
+    "keep_layers",
+    "start_student",
+]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint import load_student
-from ..compress import compress
+from ..checkpoint import load_model
+from ..compress import STUDENT_CLASSES, compress
 
 
 def start_student(
@@ -23,7 +25,8 @@ def start_student(
     Args:
         teacher: with the head that the student shall have.
         plan: as for `compress`; not used with `start`, which has its own.
-        start: folder or Hub name of a factored model of the same sizes, with any head.
+        start: folder or Hub name of a factored model of the same sizes, with any head; or of a dense one, of as many
+            layers or fewer.
 
     Returns:
         A student whose parameters all train.
@@ -33,8 +36,11 @@ def start_student(
     """
     if start is None:
         return compress(teacher, plan).model.requires_grad_(True).train()
-    earlier, _ = load_student(start)
-    student = compress(teacher, earlier.config.factor_plan).model
+    earlier, _ = load_model(start)
+    if type(earlier) in STUDENT_CLASSES:
+        student = keep_layers(teacher, range(earlier.config.num_hidden_layers))
+    else:
+        student = compress(teacher, earlier.config.factor_plan).model
     wanted, found = student.base_model.state_dict(), earlier.base_model.state_dict()
     for name, value in found.items():
         if name in wanted and wanted[name].shape != value.shape:
@@ -43,4 +49,37 @@ def start_student(
                 "a student of this teacher; start from a student of a teacher of the same sizes"
             )
     student.base_model.load_state_dict(found, strict=False)
+    return student.requires_grad_(True).train()
+
+
+def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A dense student that has some of the teacher's layers and all that is not a layer, as DistilGPT2 has.
+
+    It is distilled with ``layer_map=layers``.
+
+    Args:
+        teacher: a dense BERT or GPT-2 with any head; it is not changed.
+        layers: which of its layers, from 0, in ascending order.
+
+    Returns:
+        A model of the teacher's class whose parameters all train.
+
+    Raises:
+        ValueError: no layers, not in ascending order, or layers that the teacher does not have.
+    """
+    depth, layers = teacher.config.num_hidden_layers, list(layers)
+    if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
+        raise ValueError(
+            f"layers={layers} must be layers of the teacher, from 0 to {depth - 1}, in ascending order; correct them"
+        )
+    student = copy.deepcopy(teacher)
+    base: Any = student.base_model
+    owner, name = (base.encoder, "layer") if hasattr(base, "encoder") else (base, "h")
+    stack = nn.ModuleList(getattr(owner, name)[layer] for layer in layers)
+    setattr(owner, name, stack)
+    for index, layer in enumerate(stack):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # its place in the cache of generation
+                vars(module)["layer_idx"] = index
+    student.config.num_hidden_layers = len(layers)
     return student.requires_grad_(True).train()

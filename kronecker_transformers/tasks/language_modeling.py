@@ -1,29 +1,38 @@
-"""Text for language modelling, read as a stream, and perplexity with its protocol beside it."""
+"""Text for language modelling, read as a stream."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, count, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-from torch.nn import functional as F
+import pyarrow.parquet
+from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from .tables import read_table
+
+logger = logging.getLogger(__name__)
 
 Document = list[str]
 """The sentences, or lines, of one document."""
+Example = dict[str, Any]
+"""One example without padding, by the names of the model's inputs."""
 
-_TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _LOOK_AHEAD = 10_000  # lines of a text file in which a blank line tells that it has documents
 _BUFFERED = 1000  # documents from which a false next sentence is drawn
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 @dataclass(frozen=True)
@@ -32,14 +41,15 @@ class TextSource:
 
     Attributes:
         names: files, or one name on the Hub, its configuration after a colon (``wikimedia/wikipedia:20231101.en``).
-            A text file has one sentence on a line and a blank line between documents; a table (.json, .jsonl, .csv,
-            .parquet) or dataset has one document in each row of `column`.
+            A text file has one sentence on a line and a blank line between documents, in UTF-8; a table (.json,
+            .jsonl, .csv, .tsv, .parquet) or dataset has one document in each row of `column`. Tables of the kinds
+            .jsonl and .parquet, text files and datasets are read bit by bit, the other tables are held in memory.
         fraction: share of the documents that is read, 0 < fraction <= 1; the same ones every time.
         column: name of the column of a table or dataset.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: no source, a fraction out of range, or names of the Hub and files together.
+        ValueError: no source, or a fraction out of range.
     """
 
     names: tuple[str, ...]
@@ -51,20 +61,19 @@ class TextSource:
             raise ValueError("no text was given; name a file or a dataset of the Hub")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction={self.fraction} must be above 0 and at most 1; use 1 for the whole text")
-        local = [Path(name).is_file() for name in self.names]
-        if not all(local):
-            missing = self.names[local.index(False)]
-            if len(self.names) > 1 or Path(missing).suffix in (".txt", *_TABLES) or missing.startswith((".", "/")):
+        for name in self.names:
+            is_path = len(self.names) > 1 or _suffix(name) in (".txt", *_TABLES) or name.startswith((".", "/"))
+            if is_path and not Path(name).is_file():
                 raise FileNotFoundError(
-                    f"text file {missing!r} does not exist; give an existing file or a name of the Hub"
+                    f"text file {name!r} does not exist; give existing files or one dataset of the Hub"
                 )
 
     def has_documents(self) -> bool:
-        """Whether the text says where a document ends; in a text file, a blank line within the first 10,000 lines."""
-        return not all(name.endswith(".txt") and not _has_blank_line(name) for name in self.names)
+        """Whether all of the text says where a document ends; in a text file, a blank line within 10,000 lines."""
+        return all(_has_blank_line(Path(name)) for name in self.names if _is_plain(name))
 
     def documents(self) -> Iterator[Document]:
-        """Every document of the sample; for a text without documents, every line by itself."""
+        """Every document of the sample; in a text file without documents, every line by itself."""
         found = chain.from_iterable(map(self._read, self.names))
         return found if self.fraction == 1 else filter(self._is_sampled, found)
 
@@ -73,73 +82,163 @@ class TextSource:
         return int.from_bytes(digest[:8]) < self.fraction * 2**64
 
     def _read(self, name: str) -> Iterator[Document]:
-        path = Path(name)
-        if path.is_file() and path.suffix not in _TABLES:
-            yield from _text_documents(path)
+        if _is_plain(name):
+            yield from _text_documents(Path(name))
             return
-        if path.is_file():
-            rows = datasets.load_dataset(_TABLES[path.suffix], data_files=name, split="train", streaming=True)
-        else:
-            dataset, _, configuration = name.partition(":")
-            rows = datasets.load_dataset(dataset, configuration or None, split="train", streaming=True)
-        for row in rows:
+        for row in _rows(name):
             if self.column not in row:
                 raise ValueError(
                     f"column {self.column!r} is not in {name!r}, which has {sorted(row)}; name the one that holds text"
                 )
-            if document := _lines(row[self.column].splitlines()):
+            value = row[self.column]
+            lines = [] if value is None else map(str.strip, str(value).splitlines())
+            if document := [line for line in lines if line]:
                 yield document
 
 
-def _lines(lines: Iterable[str]) -> Document:
-    return [line for line in map(str.strip, lines) if line]
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
 
 
-def _has_blank_line(name: str) -> bool:
-    with Path(name).open(encoding="utf-8") as file:
-        lines = [line.strip() for line in islice(file, _LOOK_AHEAD)]
-    inner = "\n".join(lines).strip()
-    return "\n\n" in inner
+def _is_plain(name: str) -> bool:
+    return Path(name).is_file() and _suffix(name) not in _TABLES
+
+
+def _rows(name: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a table, or of a dataset of the Hub."""
+    path = Path(name)
+    if not path.is_file():
+        dataset, _, configuration = name.partition(":")
+        try:
+            yield from datasets.load_dataset(dataset, configuration or None, split="train", streaming=True)
+        except Exception as error:  # of many kinds
+            raise OSError(
+                f"text {name!r} is neither an existing file nor a dataset with a split 'train' on the Hub that can be "
+                f"read ({error}); correct the name, or download the text and name its files"
+            ) from error
+    elif _suffix(name) == ".parquet":
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    elif _suffix(name) == ".jsonl":
+        for number, line in enumerate(_text_lines(path), 1):
+            try:
+                row = json.loads(line or "null")
+            except ValueError as error:
+                raise ValueError(f"line {number} of {name!r} is not JSON ({error}); mend the file") from error
+            if row is not None:
+                yield row
+    else:
+        yield from read_table(path)
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from map(str.strip, file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text file {str(path)!r} is not UTF-8 ({error}); convert it first") from error
+
+
+def _has_blank_line(path: Path) -> bool:
+    return "\n\n" in "\n".join(islice(_text_lines(path), _LOOK_AHEAD)).strip()
 
 
 def _text_documents(path: Path) -> Iterator[Document]:
-    split = _has_blank_line(str(path))
+    split = _has_blank_line(path)
     document: Document = []
-    with path.open(encoding="utf-8") as file:
-        for line in map(str.strip, file):
-            if line:
-                document.append(line)
-            if document and (not line or not split):
-                yield document
-                document = []
-    if document:
-        yield document
+    for line in chain(_text_lines(path), [""]):
+        if line:
+            document.append(line)
+        if document and (not line or not split):
+            yield document
+            document = []
 
 
-def stream(examples: Callable[..., Iterator[dict[str, Any]]], *, seed: int = 0, **arguments: Any) -> Any:
-    """An endless dataset of the examples that a generator function makes, shuffled within a buffer of 2,000."""
-    dataset = datasets.IterableDataset.from_generator(examples, gen_kwargs=arguments)
-    return dataset.shuffle(seed=seed, buffer_size=2000).repeat(None)
+# ---- examples ----
 
 
-def sentence_examples(source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[dict[str, Any]]:
+class TextStream(IterableDataset[Example]):
+    """An endless dataset of the examples that a generator function makes, shuffled within a buffer.
+
+    Args:
+        examples: makes the examples of one pass over a text, given a seed that is another one for each pass.
+        seed: of the first pass and of the order; the same seed gives the same stream.
+        buffer: examples.
+
+    Raises:
+        ValueError: in the first step, if there are no examples.
+    """
+
+    def __init__(self, examples: Callable[[int], Iterable[Example]], seed: int = 0, buffer: int = 2000) -> None:
+        self._examples, self._seed, self._buffer = examples, seed, buffer
+
+    def __iter__(self) -> Iterator[Example]:
+        worker = get_worker_info()
+        for seed in count(self._seed):
+            found = _shuffled(self._examples(seed), self._buffer, random.Random(seed))
+            first = next(found, None)
+            if first is None:
+                raise ValueError("the text gives 0 examples; give more text, a larger fraction or a smaller length")
+            found = chain([first], found)
+            yield from islice(found, worker.id, None, worker.num_workers) if worker else found
+
+
+def _shuffled(examples: Iterable[Example], buffer: int, generator: random.Random) -> Iterator[Example]:
+    held: list[Example] = []
+    for example in examples:
+        if len(held) < buffer:
+            held.append(example)
+        else:
+            place = generator.randrange(buffer)
+            yield held[place]
+            held[place] = example
+    generator.shuffle(held)
+    yield from held
+
+
+def training_steps(arguments: TrainingArguments, examples: Iterable[Example]) -> int:
+    """The steps of a training: `max_steps`, or those of `num_train_epochs` passes over examples that are counted here.
+
+    Args:
+        arguments: with the size of a batch.
+        examples: one pass; not read if `max_steps` is given.
+    """
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    bar = tqdm(examples, desc="counting examples (--max_steps skips this)", disable=arguments.disable_tqdm)
+    number = sum(1 for _ in bar)
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    steps = max(1, math.ceil(number * arguments.num_train_epochs / batch))
+    seconds = bar.format_dict["elapsed"]
+    logger.info("%d examples in one pass, counted in %.0f s, so %d steps", number, seconds, steps)
+    return steps
+
+
+def sentence_examples(source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:
     """One example for each sentence or line, cut at `length` tokens."""
     for document in source.documents():
         for sentence in document:
             yield dict(tokenizer(sentence, truncation=True, max_length=length))
 
 
-def block_examples(source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[dict[str, Any]]:
+def block_examples(source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:
     """Blocks of exactly `length` tokens from documents that follow each other, for causal language modelling.
 
-    A document ends with the end-of-text token; what is left at the very end is dropped.
+    A document ends with the end-of-text token; a text without documents is one running text. What is left at the very
+    end is dropped.
     """
+    has_documents = source.has_documents()
     buffer: list[int] = []
     for document in source.documents():
-        buffer += [*tokenizer("\n".join(document), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        while len(buffer) >= length:
-            block, buffer = buffer[:length], buffer[length:]
+        text = "\n".join(document) + ("" if has_documents else "\n")
+        buffer += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if has_documents:
+            buffer.append(tokenizer.eos_token_id)
+        whole = len(buffer) // length * length
+        for start in range(0, whole, length):
+            block = buffer[start : start + length]
             yield {"input_ids": block, "attention_mask": [1] * length, "labels": list(block)}
+        del buffer[:whole]
 
 
 def masked_examples(
@@ -149,16 +248,21 @@ def masked_examples(
     next_sentence: bool,
     seed: int = 0,
     short: float = 0.1,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Example]:
     """Examples of at most `length` tokens for masked language modelling and next-sentence prediction, as for BERT.
 
-    Sentences that follow each other fill an example. With `next_sentence` it has two segments, and in half of the cases
-    the second comes from another document (label 1; 0 where it really follows). A share `short` of the examples aims at
-    a random smaller length. Words are masked later, by the collator, anew each time.
+    Sentences that follow each other fill an example; a line longer than half of it is divided, at the ends of its
+    sentences where it has any. With `next_sentence` an example has two segments, and for half of them the second comes
+    from another document (label 1; 0 where it really follows). A share `short` of the examples aims at a random smaller
+    length. Words are masked later, by the collator, anew each time.
 
     Raises:
-        ValueError: `next_sentence` for a text without documents.
+        ValueError: `length` or `short` out of range, or `next_sentence` for a text without documents.
     """
+    if length < 8:
+        raise ValueError(f"length={length} must be at least 8 tokens; choose a larger one")
+    if not 0 <= short <= 1:
+        raise ValueError(f"short={short} is a share, from 0 to 1; 0.1 is that of BERT")
     if next_sentence and not source.has_documents():
         raise ValueError(
             f"text {', '.join(source.names)!r} has no documents, so it has no next sentences; "
@@ -166,170 +270,98 @@ def masked_examples(
         )
     generator = random.Random(seed)
     room = length - (3 if next_sentence else 2)
-    seen: list[list[list[int]]] = []
-    for document in source.documents():
-        sentences = [ids for ids in tokenizer(document, add_special_tokens=False).input_ids if ids]
-        for chunk in _chunks(sentences, room, short, generator):
-            if not next_sentence:
-                yield _masked_example(tokenizer, list(chain.from_iterable(chunk))[:room], None, None)
-            elif len(chunk) > 1 or seen:
-                cut = generator.randint(1, max(1, len(chunk) - 1))
-                first, second = list(chain.from_iterable(chunk[:cut])), list(chain.from_iterable(chunk[cut:]))
-                is_other = bool(seen) and (not second or generator.random() < 0.5)
-                if is_other:
-                    other = generator.choice(seen)
-                    start = generator.randrange(len(other))
-                    second = list(chain.from_iterable(other[start:]))
-                _shorten(first, second, room)
-                yield _masked_example(tokenizer, first, second, int(is_other))
-        if sentences and next_sentence:
-            if len(seen) < _BUFFERED:
-                seen.append(sentences)
-            else:
-                seen[generator.randrange(_BUFFERED)] = sentences
+    documents = filter(None, (_pieces(tokenizer, document, room // 2) for document in source.documents()))
+    earlier: list[_Pieces] = []
+    for pieces, following in pairwise(chain(documents, [[]])):
+        if next_sentence:
+            others = [*earlier, following] if following else earlier
+            for first, second, label in _pairs(pieces, others, room, short, generator):
+                yield _masked_example(tokenizer, first, second, label)
+        else:
+            position = 0
+            while position < len(pieces):
+                run = _run(pieces, position, _wanted(room, short, generator))
+                yield _masked_example(tokenizer, _flat(run))
+                position += len(run)
+        if len(earlier) < _BUFFERED:
+            earlier.append(pieces)
+        else:
+            earlier[generator.randrange(_BUFFERED)] = pieces
 
 
-def _chunks(
-    sentences: Sequence[list[int]], room: int, short: float, generator: random.Random
-) -> Iterator[list[list[int]]]:
-    """Runs of sentences that fill the room, or now and then a smaller one."""
-
-    def target() -> int:
-        return generator.randint(2, room) if generator.random() < short else room
-
-    chunk: list[list[int]] = []
-    size, wanted = 0, target()
-    for sentence in sentences:
-        chunk.append(sentence)
-        size += len(sentence)
-        if size >= wanted:
-            yield chunk
-            chunk, size, wanted = [], 0, target()
-    if chunk:
-        yield chunk
+_Pieces = list[list[int]]  # the sentences of a document, or parts of them, as token ids
 
 
-def _shorten(first: list[int], second: list[int], room: int) -> None:
-    """Drop tokens from the end of the longer segment until both fit."""
-    while len(first) + len(second) > room:
-        (first if len(first) > len(second) else second).pop()
+def _pieces(tokenizer: PreTrainedTokenizerBase, document: Document, longest: int) -> _Pieces:
+    """The lines of a document; a longer one divided into its sentences, and these into parts of `longest` tokens."""
+
+    def encoded(lines: list[str]) -> _Pieces:
+        return tokenizer(lines, add_special_tokens=False, verbose=False).input_ids
+
+    pieces = []
+    for line, ids in zip(document, encoded(document), strict=True):
+        for part in [ids] if len(ids) <= longest else encoded(_SENTENCE_END.split(line)):
+            pieces += [part[start : start + longest] for start in range(0, len(part), longest)]
+    return pieces
+
+
+def _wanted(room: int, short: float, generator: random.Random) -> int:
+    return generator.randint(2, room) if generator.random() < short else room
+
+
+def _run(pieces: _Pieces, start: int, size: int) -> _Pieces:
+    """As many pieces from `start` on as fit into `size` tokens, but at least one."""
+    candidates = pieces[start : start + size]
+    fitting = takewhile(lambda total: total <= size, accumulate(map(len, candidates)))
+    return candidates[: max(1, sum(1 for _ in fitting))]
+
+
+def _flat(pieces: _Pieces) -> list[int]:
+    return list(chain.from_iterable(pieces))
+
+
+def _pairs(
+    pieces: _Pieces, others: Sequence[_Pieces], room: int, short: float, generator: random.Random
+) -> Iterator[tuple[list[int], list[int], int]]:
+    """Two segments and whether the second is from another document; so each is about as long in both cases."""
+    if not others:
+        raise ValueError("the text has only 1 document, so no false next sentences; set next_sentence=False")
+    position = 0
+    while position < len(pieces):
+        run = _run(pieces, position, _wanted(room, short, generator))
+        if len(run) == 1:  # it has no sentences to divide it by
+            (piece,) = run
+            if len(piece) == 1:
+                position += 1
+                continue
+            cut = generator.randint(1, len(piece) - 1)
+            pieces[position : position + 1] = run = [piece[:cut], piece[cut:]]
+        cut = generator.randint(1, len(run) - 1)
+        first, second = _flat(run[:cut]), _flat(run[cut:])
+        if generator.random() < 0.5:
+            other = generator.choice(others)
+            false = _flat(_run(other, generator.randrange(len(other)), len(second)))
+            yield first, false[: room - len(first)], 1
+            position += cut  # what the other took the place of comes next
+        else:
+            yield first, second, 0
+            position += len(run)
 
 
 def _masked_example(
-    tokenizer: PreTrainedTokenizerBase, first: list[int], second: list[int] | None, label: int | None
-) -> dict[str, Any]:
-    ids = [tokenizer.cls_token_id, *first, tokenizer.sep_token_id]
-    types = [0] * len(ids)
+    tokenizer: PreTrainedTokenizerBase, first: list[int], second: list[int] | None = None, label: int | None = None
+) -> Example:
+    segments = [[tokenizer.cls_token_id, *first, tokenizer.sep_token_id]]
     if second is not None:
-        ids += [*second, tokenizer.sep_token_id]
-        types += [1] * (len(second) + 1)
-    special = {tokenizer.cls_token_id, tokenizer.sep_token_id}
-    example: dict[str, Any] = {"input_ids": ids, "token_type_ids": types, "attention_mask": [1] * len(ids)}
-    example["special_tokens_mask"] = [int(i in special) for i in ids]
+        segments.append([*second, tokenizer.sep_token_id])
+    ids = _flat(segments)
+    special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    example: Example = {
+        "input_ids": ids,
+        "token_type_ids": [kind for kind, segment in enumerate(segments) for _ in segment],
+        "attention_mask": [1] * len(ids),
+        "special_tokens_mask": [int(i in special) for i in ids],
+    }
     if label is not None:
         example["next_sentence_label"] = label
     return example
-
-
-# ---- perplexity ----
-
-
-def _detokenized(text: str) -> str:
-    """Undo the tokenisation of WikiText: hyphens, punctuation, quotes and brackets close up with their words."""
-    text = re.sub(r" @([-,.])@ ", r"\1", text)
-    text = re.sub(r" ([.,:;?!%)\]])", r"\1", text)
-    text = re.sub(r"([(\[$£]) ", r"\1", text)
-    text = re.sub(r" ('s|'re|'ve|'ll|'d|'m|n't)\b", r"\1", text)
-    return re.sub(r'" ([^"]*?) "', r'"\1"', text)
-
-
-NORMALISATIONS: dict[str, Callable[[str], str]] = {"none": str, "wikitext": _detokenized}
-"""What may be done to a text before it is tokenised."""
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """Perplexity of a text, and how it was measured.
-
-    Attributes:
-        nats: negative log-likelihood of the whole text.
-        tokens: number of predicted tokens.
-        words: number of words of the text before its normalisation, separated by white space.
-        protocol: window, stride and normalisation, in words.
-    """
-
-    nats: float
-    tokens: int
-    words: int
-    protocol: str
-
-    @property
-    def per_token(self) -> float:
-        """exp(nats / tokens); depends on the tokenizer."""
-        return math.exp(self.nats / self.tokens)
-
-    @property
-    def per_word(self) -> float:
-        """exp(nats / words); comparable between tokenizers."""
-        return math.exp(self.nats / self.words)
-
-    def __str__(self) -> str:
-        return f"perplexity {self.per_token:.2f} per token, {self.per_word:.2f} per word ({self.protocol})"
-
-
-@torch.no_grad()
-def perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    *,
-    window: int = 1024,
-    stride: int = 512,
-    normalisation: str = "none",
-    batch_size: int = 8,
-    progress: bool = False,
-) -> Perplexity:
-    """Perplexity of a causal language model on a running text.
-
-    The text is one stream of tokens after the begin-of-text token. Windows of `window` tokens move by `stride`; each
-    token is predicted once, in the first window that holds it, so from at least window - stride tokens of context
-    where there are as many before it.
-
-    Args:
-        model: with logits (batch, length, vocabulary), in evaluation mode.
-        tokenizer: its tokenizer.
-        text: not empty.
-        window: tokens in a window, at most the model's maximum.
-        stride: tokens by which it moves, 1 <= stride < window.
-        normalisation: a name in `NORMALISATIONS`.
-        batch_size: windows computed together; does not change the result.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: an argument out of range, or a text without tokens.
-    """
-    if normalisation not in NORMALISATIONS:
-        raise ValueError(f"normalisation={normalisation!r} is not known; choose one of {', '.join(NORMALISATIONS)}")
-    longest = model.config.max_position_embeddings
-    if not 2 <= window <= longest:
-        raise ValueError(f"window={window} must be from 2 to the model's maximum of {longest} tokens; choose another")
-    if not 1 <= stride < window:
-        raise ValueError(f"stride={stride} must be at least 1 and below window={window}; choose another")
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = tokenizer(NORMALISATIONS[normalisation](text), add_special_tokens=False, verbose=False).input_ids
-    if not ids:
-        raise ValueError("text has no tokens to predict; give another")
-    stream_ids = torch.tensor([start, *ids])
-    nats = 0.0
-    begins = range(0, max(len(stream_ids) - window, 0) + stride, stride)
-    pieces = [(begin, stream_ids[begin : begin + window]) for begin in begins]
-    whole = pieces[:-1]  # the last one may be shorter
-    groups = [*(whole[i : i + batch_size] for i in range(0, len(whole), batch_size)), pieces[-1:]]
-    for group in tqdm(groups, desc="perplexity", unit="batch", disable=not progress):
-        batch = torch.stack([piece for _, piece in group]).to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(group), -1)
-        for (begin, _), row in zip(group, losses.double(), strict=True):
-            nats += float(row[0 if begin == 0 else window - stride - 1 :].sum())
-    protocol = f"window {window}, stride {stride}, text normalisation: {normalisation}"
-    return Perplexity(nats, len(ids), len(text.split()), protocol)

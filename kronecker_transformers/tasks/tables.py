@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet  # type: ignore[import-untyped]
+import pyarrow.parquet
 from datasets import Dataset
 
 # Only numbers that lose nothing when they are read as such: "007" and identifiers of 20 digits stay texts.

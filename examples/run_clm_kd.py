@@ -1,0 +1,149 @@
+"""Distil a GPT-2 into a factored one on plain text: the pre-training and the fine-tuning of KnGPT2 (sections 3 and 4).
+
+    python examples/run_clm_kd.py --teacher path/to/gpt2 --train_text text.txt --validation_text held_out.txt \
+        --max_steps 1000 --output_dir out/kngpt2
+    python examples/run_clm_kd.py ... --layers 0,2,4,7,9,11
+
+The student learns the teacher's embedding layer, attention and hidden states, and to predict the next word. It is
+factored from the teacher, or goes on from an earlier student (--start); with --layers it is a dense model that has some
+of the teacher's layers, as DistilGPT2 has, to compare with. Text has a blank line between documents, or is one running
+text; a table (.json, .csv, .parquet) or a dataset of the Hub has one document in each row of its column `text`. It is
+read as a stream. Perplexity, before and after, stands beside the protocol by which it was measured, for it depends on
+it. --resume_from_checkpoint true goes on with a run that stopped, after it has read again what that run had read.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import GPT2LMHeadModel, PreTrainedModel, default_data_collator
+
+from kronecker_transformers.distillation import DistillationTrainer, keep_layers, start_student
+from kronecker_transformers.experiment import check_output, finish, results_table, teacher_and_tokenizer, train_and_save
+from kronecker_transformers.plan_file import read_plan
+from kronecker_transformers.recipes import RECIPES, parse_script
+from kronecker_transformers.tasks.language_modeling import TextSource, TextStream, block_examples, training_steps
+from kronecker_transformers.tasks.perplexity import NORMALISATIONS, perplexity
+
+
+@dataclass
+class Options:
+    """The script's own options."""
+
+    teacher: str = field(metadata={"help": "Folder or Hub name of a GPT2LMHeadModel."})
+    train_text: list[str] = field(metadata={"help": "Text files, tables, or one dataset of the Hub."})
+    output_dir: str = field(metadata={"help": "New folder for checkpoints, the student and results.json."})
+    validation_text: str | None = field(default=None, metadata={"help": "Text file to measure perplexity on."})
+    window: int | None = field(default=None, metadata={"help": "Tokens in its window; default: the model's maximum."})
+    stride: int | None = field(default=None, metadata={"help": "Tokens by which it moves; default: half of it."})
+    normalisation: str = field(
+        default="none", metadata={"help": "What is done to that text first.", "choices": list(NORMALISATIONS)}
+    )
+    recipe: str = field(default="kngpt2", metadata={"help": "Defaults of plan and training."})
+    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
+    start: str | None = field(default=None, metadata={"help": "Factored model to go on from, with its own plan."})
+    layers: str | None = field(
+        default=None, metadata={"help": "The teacher's layers, from 0, of a dense student: 0,2,4; no plan then."}
+    )
+    fraction: float = field(default=1.0, metadata={"help": "Share of the documents, above 0, at most 1."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
+
+    def __post_init__(self) -> None:
+        if self.layers is not None and (self.plan or self.start):
+            raise ValueError(f"--layers {self.layers} makes a dense student; leave out --plan and --start")
+        if self.layers is not None and not all(part.strip().isdecimal() for part in self.layers.split(",")):
+            raise ValueError(f"--layers {self.layers!r} must be numbers with commas between them, such as 0,2,4")
+        if self.validation_text and not Path(self.validation_text).is_file():
+            raise FileNotFoundError(f"--validation_text {self.validation_text!r} does not exist; give a text file")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Tell the story."""
+    options, arguments = parse_script(Options, "clm", argv)
+    recipe = RECIPES[options.recipe]["clm"]
+    folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
+    text = TextSource(tuple(options.train_text), options.fraction)
+
+    teacher, tokenizer = teacher_and_tokenizer(options.teacher)
+    longest = checked_maximum(teacher, options)
+    length = options.max_length or min(recipe.length, longest)
+    if options.layers:
+        arguments.layer_map = [int(layer) for layer in options.layers.split(",")]
+        student = keep_layers(teacher, arguments.layer_map)
+    else:
+        student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
+    models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student), "student": student}
+
+    def examples(seed: int) -> Any:
+        return block_examples(text, tokenizer, length)
+
+    arguments.max_steps = training_steps(arguments, examples(0))
+    arguments.accelerator_config.dispatch_batches = False  # each process reads the stream and takes its share
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        arguments,
+        train_dataset=TextStream(examples, arguments.seed),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+    )
+    seen = train_and_save(trainer, tokenizer, folder)
+
+    rows: dict[str, list[Any]] = {"parameters": [model.num_parameters() for model in models.values()]}
+    protocol = None
+    if options.validation_text:
+        held_out = Path(options.validation_text).read_text(encoding="utf-8")
+        window = options.window or longest
+        found = [
+            perplexity(
+                model.to(arguments.device),
+                tokenizer,
+                held_out,
+                window=window,
+                stride=options.stride or window // 2,
+                normalisation=options.normalisation,
+                progress=not arguments.disable_tqdm,
+            )
+            for model in models.values()
+        ]
+        rows["perplexity per token"] = [result.per_token for result in found]
+        rows["perplexity per word"] = [result.per_word for result in found]
+        protocol = f"{found[0].protocol}; {found[0].tokens:,} tokens, {found[0].words:,} words"
+    kind = f"layers {options.layers} of the teacher" if options.layers else options.recipe
+    table = results_table(
+        f"{kind}, {seen['samples']:,} blocks of {length} tokens seen",
+        models,
+        rows,
+        notes=f"Perplexity: {protocol}" if protocol else "",
+    )
+    finish(
+        folder,
+        table,
+        {"options": vars(options), "models": list(models), "rows": rows, "training": seen, "protocol": protocol},
+    )
+
+
+def checked_maximum(teacher: PreTrainedModel, options: Options) -> int:
+    """The teacher's longest sequence, in tokens, after a check of the teacher and the lengths that were asked for."""
+    if not isinstance(teacher, GPT2LMHeadModel):
+        raise ValueError(
+            f"teacher {options.teacher!r} is a {type(teacher).__name__}; a GPT2LMHeadModel is needed; give the model "
+            "from before its fine-tuning"
+        )
+    longest: int = teacher.config.max_position_embeddings
+    for name in ("max_length", "window"):
+        value = getattr(options, name)
+        if value is not None and not 2 <= value <= longest:
+            raise ValueError(f"{name}={value} must be from 2 to the teacher's {longest} tokens; choose another")
+    if options.stride is not None and not 1 <= options.stride < (options.window or longest):
+        raise ValueError(
+            f"stride={options.stride} must be at least 1 and below window={options.window or longest}; choose another"
+        )
+    return longest
+
+
+if __name__ == "__main__":
+    main()

@@ -55,7 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
     student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
     examples = Dataset.from_list(list(sentence_examples(text, tokenizer, length)))
-    judges = {"teacher": teacher, "student, undistilled": copy.deepcopy(student).eval(), "student": student}
+    judges = {
+        "teacher": teacher,
+        "student, undistilled": copy.deepcopy(student).eval().to(arguments.device),
+        "student": student,
+    }
 
     trainer = DistillationTrainer(
         student,

@@ -180,7 +180,11 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
-    models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student), "student": student}
+    models = {
+        "teacher": teacher,
+        "student, undistilled": copy.deepcopy(student).to(arguments.device),
+        "student": student,
+    }
     trainer = distiller(student, teacher, arguments, task, data, collator, tokenizer)
     seen = train_and_save(trainer, tokenizer, folder)
 

@@ -35,8 +35,6 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
 )
 
 from kronecker_transformers.checkpoint import load_teacher
@@ -50,6 +48,7 @@ from kronecker_transformers.experiment import (
     save_once,
     teacher_and_tokenizer,
     train_and_save,
+    train_plainly,
 )
 from kronecker_transformers.plan_file import read_plan
 from kronecker_transformers.recipes import RECIPES, parse_script
@@ -231,26 +230,16 @@ def with_heads(
         model: PreTrainedModel = (BertForPreTraining if next_sentence else BertForMaskedLM)(config)
         model.base_model.load_state_dict(base.state_dict(), strict=False)  # a masked LM has no pooler
         model.base_model.requires_grad_(False)
-        arguments = TrainingArguments(
-            output_dir=str(folder / "teacher_checkpoints"),
+        train_plainly(
+            model,
+            stream,
+            collator_for(model, tokenizer),
+            like,
             max_steps=steps,
             learning_rate=like.learning_rate,
-            per_device_train_batch_size=like.per_device_train_batch_size,
-            gradient_accumulation_steps=like.gradient_accumulation_steps,
-            warmup_steps=0.1,
-            seed=like.seed,
-            bf16=like.bf16,
-            fp16=like.fp16,
-            use_cpu=like.use_cpu,
-            logging_steps=like.logging_steps,
-            disable_tqdm=like.disable_tqdm,
-            dataloader_pin_memory=like.dataloader_pin_memory,
             remove_unused_columns=False,
             accelerator_config={"dispatch_batches": False},
-            save_strategy="no",
-            report_to=[],
         )
-        Trainer(model, arguments, train_dataset=stream, data_collator=collator_for(model, tokenizer)).train()
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             setattr(model.config, name, getattr(base.config, name))
         save_once(saved, model, tokenizer)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
 from kronecker_transformers.distillation import DistillationTrainer, start_student
 from kronecker_transformers.experiment import (
@@ -174,7 +174,6 @@ def main(argv: list[str] | None = None) -> None:
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     train, held_out = load_questions(options)
 
-    set_seed(arguments.seed)  # a new output layer is drawn
     teacher, tokenizer, trained = load_answerer(options.teacher)
     if length > (limit := teacher.config.max_position_embeddings):
         raise ValueError(f"max_length is {length}, but the teacher reads at most {limit} tokens; lower --max_length")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def check_output(folder: str | Path, resume: bool) -> Path:
 
 
 def teacher_and_tokenizer(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As `load_teacher`, for a teacher that must have its tokenizer.
+    """As `load_teacher`, for a teacher that must have its tokenizer; in float32, as the student will train in.
 
     Raises:
         ValueError, OSError: as there; or no tokenizer.
@@ -52,7 +53,7 @@ def teacher_and_tokenizer(source: str) -> tuple[PreTrainedModel, PreTrainedToken
     teacher, tokenizer = load_teacher(source)
     if tokenizer is None:
         raise ValueError(f"teacher {source!r} comes without a tokenizer; save its tokenizer in the same folder")
-    return teacher, tokenizer
+    return teacher.float(), tokenizer
 
 
 def fine_tune_teacher(
@@ -80,24 +81,33 @@ def fine_tune_teacher(
     saved = folder / TEACHER
     if saved.exists():
         return load_teacher(saved)[0]
-    same = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16", "use_cpu",
-            "logging_steps", "disable_tqdm", "dataloader_pin_memory")  # fmt: skip
-    arguments = TrainingArguments(
-        output_dir=str(folder / "teacher_checkpoints"),
-        num_train_epochs=epochs,
-        learning_rate=learning_rate,
-        warmup_steps=0.1,
-        weight_decay=0.01,
-        save_strategy="no",
-        report_to=[],
-        **{name: getattr(like, name) for name in same},
-    )
     use_cache = model.config.use_cache
-    trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
-    trainer.train()
+    train_plainly(
+        model, dataset, collator, like, num_train_epochs=epochs, learning_rate=learning_rate, weight_decay=0.01
+    )
     model.config.use_cache = use_cache
     save_once(saved, model, tokenizer)
     return model.eval()
+
+
+def train_plainly(
+    model: PreTrainedModel, dataset: Any, collator: Collator, like: DistillationArguments, **changes: Any
+) -> None:
+    """Train a model with the stock Trainer, without checkpoints.
+
+    Args:
+        model: whose parameters that require a gradient are trained.
+        dataset: tokenized examples with labels.
+        collator: makes a batch.
+        like: from which batch size, precision, seed and logging are taken.
+        **changes: further or other `TrainingArguments`.
+    """
+    same = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16", "use_cpu",
+            "logging_steps", "disable_tqdm", "dataloader_pin_memory", "remove_unused_columns")  # fmt: skip
+    chosen = {name: getattr(like, name) for name in same} | {"warmup_steps": 0.1, **changes}
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(scratch, save_strategy="no", report_to=[], **chosen)
+        Trainer(model, arguments, train_dataset=dataset, data_collator=collator).train()
 
 
 def save_once(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -113,17 +123,28 @@ def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerB
     Returns:
         Samples and tokens (padding not counted) that the student has seen, and seconds.
     """
-    resume = trainer.args.resume_from_checkpoint
-    result = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    resume: str | bool | None = trainer.args.resume_from_checkpoint
+    if str(resume).lower() == "true":  # a run may have stopped before its first checkpoint
+        resume = any(Path(trainer.args.output_dir or "").glob("checkpoint-*"))
+    result = trainer.train(resume_from_checkpoint=resume)
     save_once(folder / STUDENT, trainer.model, tokenizer)
-    args, state = trainer.args, trainer.state
-    samples = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    state = trainer.state
     return {
         "steps": state.global_step,
-        "samples": samples,
+        "samples": _samples_seen(trainer),
         "tokens": state.num_input_tokens_seen,
         "seconds": result.metrics["train_runtime"],
     }
+
+
+def _samples_seen(trainer: DistillationTrainer) -> int:
+    args, steps = trainer.args, trainer.state.global_step
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if not isinstance(trainer.train_dataset, Sized):
+        return steps * batch
+    size = len(trainer.train_dataset)
+    epochs, rest = divmod(steps, -(-size // batch))  # the last batch of an epoch may be smaller
+    return epochs * size + min(rest * batch, size)
 
 
 @torch.no_grad()

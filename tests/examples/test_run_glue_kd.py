@@ -103,6 +103,19 @@ def test_files_of_ones_own_with_gpt2_and_an_earlier_student(workplace):
     assert again["parameters"] == results["parameters"]
 
 
+def test_samples_are_counted_as_they_come_and_a_run_resumes_before_its_first_checkpoint(workplace):
+    teacher = save_teacher(workplace / "teacher", BertModel)
+    arguments = {
+        "teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue", "plan": workplace / "bert.yaml",
+        "teacher_epochs": 1, "per_device_train_batch_size": 3, "max_steps": 7, "save_strategy": "no",
+    }  # fmt: skip
+    results = run_example("run_glue_kd", workplace / "out", **arguments)
+    assert results["training"]["samples"] == 16 + 3  # six batches make an epoch, the last of them of one example
+    shutil.rmtree(workplace / "out" / "student")
+    again = run_example("run_glue_kd", workplace / "out", **arguments, resume_from_checkpoint="true")
+    assert again["metrics"] == results["metrics"]
+
+
 def test_regression(workplace):
     teacher = save_teacher(workplace / "teacher", BertModel)
     results = run_example(

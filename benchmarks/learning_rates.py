@@ -32,7 +32,6 @@ from rich.console import Console
 from transformers import (
     AutoModel,
     AutoTokenizer,
-    BertModel,
     DataCollatorWithPadding,
     PreTrainedModel,
     PrinterCallback,
@@ -41,7 +40,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress, to_dense
-from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer, Objective
+from kronecker_transformers.distillation import OBJECTIVES, DistillationArguments, DistillationTrainer, Objective
 from kronecker_transformers.experiment import results_table
 
 LOG = RunLog("learning_rates")
@@ -51,10 +50,6 @@ STEPS = {"fresh": 150, "good": 60, "start": 400}
 LOOKS = (10, 25, 50, 60, 100, 150)
 STUDENTS = (("dense", False), ("7.7x", True), ("21x", True), ("7.7x", False), ("21x", False))
 """Plan, and whether the rule is used; a dense student has no factors."""
-
-
-class DenseEncoder(BertModel):
-    """A BertModel under a name that the Trainer trains: it refuses the stock class for want of a loss of its own."""
 
 
 def runs() -> Iterator[dict[str, Any]]:
@@ -74,7 +69,7 @@ class Looks(TrainerCallback):
 
     def look(self, model: PreTrainedModel, step: int) -> None:
         """Add a point."""
-        objective = Objective(model, self.teacher, DistillationArguments("x", objective="sentence_encoder").weights())
+        objective = Objective(model, self.teacher, OBJECTIVES["sentence_encoder"])
         objective.attach(model.eval())
         with torch.no_grad():
             parts = [objective.terms(model, batch, {"sequences": 256}) for batch in self.batches]
@@ -112,10 +107,7 @@ class Bench:
                 self.distil(model, 3e-3, rule=True, steps=STEPS["start"], schedule="linear")
                 self._good[factored] = model
             model.load_state_dict(self._good[factored].state_dict())
-        if plan == "dense":
-            model = to_dense(model)
-            model.__class__ = DenseEncoder
-        return model
+        return to_dense(model) if plan == "dense" else model
 
     def distil(self, model: PreTrainedModel, rate: float, rule: bool, steps: int, schedule: str) -> dict[int, float]:
         """Train a student; the curve of its objective on held-out lines."""

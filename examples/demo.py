@@ -50,7 +50,7 @@ from transformers.utils.logging import disable_progress_bar
 from kronecker_transformers import Report, compress
 from kronecker_transformers.benchmark import environment, in_turn
 from kronecker_transformers.checkpoint import save_folder
-from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer, Objective
+from kronecker_transformers.distillation import OBJECTIVES, DistillationArguments, DistillationTrainer, Objective
 from kronecker_transformers.tasks.docstrings import docstring_sentences
 from kronecker_transformers.tasks.sentences import (
     encode,
@@ -130,7 +130,7 @@ class Watch(TrainerCallback):
 def affordable_steps(student: PreTrainedModel, teacher: PreTrainedModel, batches: list[Any], minutes: float) -> int:
     """How many steps of distillation this machine makes in so many minutes, from a try with a copy of the student."""
     copied = copy.deepcopy(student).train()
-    objective = Objective(copied, teacher, DistillationArguments("unused", objective="sentence_encoder").weights())
+    objective = Objective(copied, teacher, OBJECTIVES["sentence_encoder"])
     objective.attach(copied)
     optimizer = torch.optim.AdamW(copied.parameters())
     seconds = []

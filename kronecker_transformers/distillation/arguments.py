@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 TERMS = ("embedding_mse", "attention_mse", "attention_kl", "hidden_mse", "pooled", "logits", "supervised")
@@ -65,7 +66,7 @@ class DistillationArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.device.type == "cpu":
+        if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn of it
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVES)}")

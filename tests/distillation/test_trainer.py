@@ -136,6 +136,17 @@ def test_a_copy_of_the_teacher_has_no_distance_from_it_in_bf16(tmp_path):
     assert log["supervised"] > 0.1
 
 
+@pytest.mark.gpu
+def test_teacher_comes_to_the_device_of_the_training(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    trainer = make_trainer(student, teacher, tmp_path, max_steps=1, use_cpu=False, bf16=True)
+    assert {p.device.type for p in (*teacher.parameters(), *student.parameters())} == {trainer.args.device.type}
+    assert trainer.args.device.type != "cpu"
+    trainer.train()
+    exact = one_step(BertForSequenceClassification, tmp_path)
+    assert trainer.state.log_history[0]["hidden_mse"] == pytest.approx(exact[0]["hidden_mse"], rel=0.1)
+
+
 class Spy(TrainerCallback):
     """Looks at the teacher during the training."""
 

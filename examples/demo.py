@@ -67,6 +67,7 @@ BATCH, LENGTH, LEARNING_RATE, SEED = 64, 64, 3e-3, 0
 HELD_OUT = 2000  # sentences to judge fidelity on
 WATCHED = 500  # other held-out sentences, for the curve
 LOOKS = 12  # points of the curve
+TRIED = 8  # batches on which the pace is measured
 NEIGHBOURS = 10
 TIMED = 512  # sentences in each round of timing
 ROUNDS = 5
@@ -134,14 +135,14 @@ def affordable_steps(student: PreTrainedModel, teacher: PreTrainedModel, batches
     objective.attach(copied)
     optimizer = torch.optim.AdamW(copied.parameters())
     seconds = []
-    for batch in batches:
+    for batch in [*batches, *batches]:  # the first time to warm up
         start = time.perf_counter()
         torch.stack(list(objective.terms(copied, batch, objective.count(batch)).values())).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
     objective.detach()
-    return max(LOOKS, int(60 * minutes / statistics.median(seconds[1:])))  # the first one is slow
+    return max(LOOKS, int(60 * minutes / statistics.mean(seconds[len(batches) :])))
 
 
 def distil(
@@ -155,8 +156,11 @@ def distil(
     """Train the student on the teacher's hidden states and embeddings; returns the number of steps."""
     examples = Dataset.from_dict(dict(tokenizer(sentences, truncation=True, max_length=LENGTH)))
     collator = DataCollatorWithPadding(tokenizer)
-    tried = [collator([examples[j] for j in range(i * BATCH, (i + 1) * BATCH)]) for i in range(8)]
-    steps = affordable_steps(student, teacher, tried, minutes)
+    tried = sorted(examples.select(range(TRIED * BATCH)), key=lambda example: -len(example["input_ids"]))
+    batches = [
+        collator(tried[i : i + BATCH]) for i in range(0, len(tried), BATCH)
+    ]  # as in the training: alike in length
+    steps = affordable_steps(student, teacher, batches, minutes)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationArguments(
             output_dir=scratch,
@@ -204,7 +208,7 @@ def draw(folder: Path, watch: Watch, teacher: Tensor, student: Tensor) -> None:
     losses.set(xlabel="step", ylabel="mean since the point before", yscale="log", title="Terms of the loss")
     losses.legend()
     fidelity.plot(watch.steps, watch.fidelity, marker=".", color="black")
-    fidelity.set(xlabel="step", ylim=(0, 1), title=f"Similarity fidelity (Spearman), {WATCHED} held-out sentences")
+    fidelity.set(xlabel="step", ylim=(0, 1), title=f"Fidelity (Spearman), {WATCHED} held-out sentences")
     figure.savefig(folder / "training.png", dpi=110)
 
     pairs = random_pairs(len(teacher), 5000)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import RunLog, example, shuffled_text
+from common import QUIET, RunLog, example, shuffled_text
 from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -45,7 +45,6 @@ TEACHER_STEPS, STUDENT_STEPS, TASK_STEPS = 1500, 600, 1000
 STUDENTS: dict[str, dict[str, Any]] = {"KnGPT2-style": {"plan": "kngpt2"}, "DistilGPT2-style": {"layers": "1,3,5"}}
 TASKS = ("sst2", "cola")
 NO_KD = {f"{term}_weight": 0 for term in ("embedding_mse", "attention_kl", "hidden_mse")}
-QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": 100}
 
 
 def train_teacher(data: Path, folder: Path) -> None:
@@ -74,7 +73,8 @@ def train_teacher(data: Path, folder: Path) -> None:
     arguments = TrainingArguments(
         str(folder.with_name("teacher_checkpoints")), max_steps=TEACHER_STEPS, per_device_train_batch_size=16,
         learning_rate=1e-3, warmup_steps=100, lr_scheduler_type="cosine", weight_decay=0.1, save_strategy="no",
-        report_to=[], logging_steps=100, disable_tqdm=True, dataloader_pin_memory=False,
+        report_to=[], logging_steps=100, disable_tqdm=True, dataloader_pin_memory=False, bf16=QUIET["bf16"],
+        use_cpu=QUIET["use_cpu"],
     )  # fmt: skip
     source = TextSource((str(text),))
     blocks = TextStream(lambda seed: block_examples(source, gpt2_tokenizer, LENGTH))
@@ -90,7 +90,7 @@ def distil(name: str, data: Path, work: Path) -> None:
     shutil.rmtree(work / name, ignore_errors=True)
     results = example(
         "run_clm_kd", teacher=work / "teacher", train_text=shuffled_text(data, work), output_dir=work / name,
-        max_length=LENGTH, validation_text=data / "text" / "wikitext2_valid.txt", window=LENGTH, stride=LENGTH // 2,
+        max_length=LENGTH, validation_text=data / "text" / "wikitext2_valid.txt", window=LENGTH, stride=LENGTH,
         normalisation="wikitext", max_steps=STUDENT_STEPS, per_device_train_batch_size=16, learning_rate=1e-3,
         dropout=0, **STUDENTS[name], **QUIET,
     )  # fmt: skip
@@ -126,6 +126,7 @@ def fine_tune(task: str, name: str, ilkd: bool, data: Path, work: Path) -> None:
 
 def table(console: Console) -> None:
     """Perplexities, then the tasks."""
+    console.print(LOG.environments(), highlight=False)
     rows: dict[str, list[Any]] = {}
     for name in STUDENTS:
         for ilkd in (True, False):

@@ -134,6 +134,7 @@ def label(run: dict[str, Any]) -> str:
 
 def show(console: Console) -> None:
     """Two tables and one picture."""
+    console.print(LOG.environments(), highlight=False)
     lines = LOG.lines()
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, (start, rates) in zip(figure.subplots(1, 2), RATES.items(), strict=True):
@@ -151,7 +152,7 @@ def show(console: Console) -> None:
             done = [(rate, value) for rate, value in zip(rates, values, strict=True) if value is not None]
             axes.plot(*zip(*done, strict=True), marker="o", linestyle="--" if "plain" in name else "-", label=name)
         title = "fresh: objective after 150 steps" if start == "fresh" else "good: worst objective over its start"
-        axes.set(xscale="log", yscale="log", xlabel="learning rate", title=title)
+        axes.set(xscale="log", xlabel="learning rate", title=title)
         axes.legend()
         console.print(results_table(title, ["start", *(f"{rate:g}" for rate in rates)], rows))
     figure.savefig(LOG.path.with_suffix(".png"), dpi=110)

@@ -103,11 +103,14 @@ def train_plainly(
         **changes: further or other `TrainingArguments`.
     """
     same = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16", "use_cpu",
-            "logging_steps", "disable_tqdm", "dataloader_pin_memory", "remove_unused_columns")  # fmt: skip
+            "logging_steps", "disable_tqdm", "dataloader_pin_memory", "remove_unused_columns",
+            "train_sampling_strategy")  # fmt: skip
     chosen = {name: getattr(like, name) for name in same} | {"warmup_steps": 0.1, **changes}
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(scratch, save_strategy="no", report_to=[], **chosen)
-        Trainer(model, arguments, train_dataset=dataset, data_collator=collator).train()
+        trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
+        trainer.train()
+    _without_autocast(trainer)
 
 
 def save_once(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -127,6 +130,7 @@ def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerB
     if str(resume).lower() == "true":  # a run may have stopped before its first checkpoint
         resume = any(Path(trainer.args.output_dir or "").glob("checkpoint-*"))
     result = trainer.train(resume_from_checkpoint=resume)
+    _without_autocast(trainer)
     save_once(folder / STUDENT, trainer.model, tokenizer)
     state = trainer.state
     return {
@@ -135,6 +139,11 @@ def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerB
         "tokens": state.num_input_tokens_seen,
         "seconds": result.metrics["train_runtime"],
     }
+
+
+def _without_autocast(trainer: Trainer) -> None:
+    """Take away the autocast that a training in half precision leaves on its model, which is judged in full."""
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def _samples_seen(trainer: DistillationTrainer) -> int:

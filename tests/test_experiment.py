@@ -4,10 +4,19 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from distilling import collate, examples
+from distilling import collate, examples, make_trainer, pair
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
-from kronecker_transformers.experiment import check_output, finish, predict, results_table, teacher_and_tokenizer
+from kronecker_transformers.distillation import DistillationArguments
+from kronecker_transformers.experiment import (
+    check_output,
+    finish,
+    predict,
+    results_table,
+    teacher_and_tokenizer,
+    train_and_save,
+    train_plainly,
+)
 
 
 @pytest.mark.parametrize("batch_size", [3, 100])
@@ -22,6 +31,21 @@ def test_predictions_come_in_order_whatever_the_batches(batch_size):
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
         torch.testing.assert_close(torch.from_numpy(logits), expected)
+
+
+def test_models_are_in_full_precision_again_after_a_training_in_bf16(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    rows = examples(teacher)
+    arguments = {"bf16": True, "use_cpu": True, "max_steps": 1}
+    train_plainly(teacher, rows, collate, DistillationArguments(str(tmp_path / "teacher"), **arguments), max_steps=1)
+    trainer = make_trainer(student, teacher, tmp_path / "student", **arguments)
+    train_and_save(trainer, tiny.bert_tokenizer(tmp_path), tmp_path)
+    assert trainer.accelerator.mixed_precision == "bf16"
+    for model in (teacher, student):
+        copy = type(model)(model.config).eval()
+        copy.load_state_dict(model.state_dict())
+        found, expected = (predict(m, Dataset.from_list(rows), collate)["logits"] for m in (model, copy))
+        assert all((one == other).all() for one, other in zip(found, expected, strict=True))
 
 
 def test_outputs_of_several_names_keep_their_padded_length():

@@ -53,7 +53,7 @@ def attention_scores(query: Tensor, key: Tensor, heads: int, scaling: float) -> 
         (S, heads, L, L), row i for query i, column j for key j.
     """
     Q, K = (_wide(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))  # (S, heads, L, d)
-    return scaling * (Q @ K.transpose(-1, -2))
+    return (scaling * Q) @ K.transpose(-1, -2)  # the smaller tensor is scaled
 
 
 def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool = False) -> Tensor:

@@ -3,7 +3,7 @@
 Adam moves every entry by about the learning rate, whatever its size. The factors of W = sum over r of A_r (x) B_r have
 entries of very different sizes: of a 384 x 384 weight at 7.7x those of the large factor are several times smaller than
 those of W, those of the small one a hundred times larger. So one learning rate makes a step of several per cent in one
-factor, which wrecks a good start, and none to speak of in the other.
+factor and none to speak of in the other, and which rate is best depends on the plan.
 
 The rule: a factor X of W learns at
 

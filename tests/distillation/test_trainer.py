@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel, TrainerCallback
 
 from kronecker_transformers.distillation import DistillationArguments
+from kronecker_transformers.distillation import trainer as trainer_module
 
 _NAME = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(DistillationArguments, name)
@@ -122,6 +123,19 @@ def test_bf16_autocast_of_student_and_teacher(tmp_path):
         assert mixed[1][name].dtype == torch.float32
         error = (mixed[1][name] - gradient).norm() / gradient.norm().clamp(min=1e-2)
         assert error < 0.2, name
+
+
+@pytest.mark.parametrize(("bf16", "short", "flash"), [(True, 12, False), (True, 11, True), (False, 12, True)])
+def test_flash_attention_is_left_out_for_short_sequences_in_bf16_on_a_cpu(tmp_path, monkeypatch, bf16, short, flash):
+    """The batch has 12 tokens; `short` is the longest sequence that counts as short."""
+    monkeypatch.setattr(trainer_module, "_SHORT", short)
+    teacher, student = pair(BertForSequenceClassification)
+    seen = []
+    for model in (teacher, student):
+        model.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+    make_trainer(student, teacher, tmp_path, max_steps=1, bf16=bf16).train()
+    assert seen == [flash, flash]
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_a_copy_of_the_teacher_has_no_distance_from_it_in_bf16(tmp_path):

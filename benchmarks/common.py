@@ -18,7 +18,7 @@ from kronecker_transformers.benchmark import environment
 
 ROOT = Path(__file__).parent
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
-"""For glibc: memory that was freed is kept for the next step; a fifth of the time of a step on a CPU is saved."""
+"""For glibc: memory that was freed is kept for the next step."""
 QUIET: dict[str, Any] = {
     "bf16": True,
     "use_cpu": not torch.cuda.is_available(),

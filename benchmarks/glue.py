@@ -119,8 +119,7 @@ def table(console: Console) -> None:
         teacher = line["metrics"]["teacher"][metric]
         values[name, line["task"]].append(100 * student)
         retained[name, line["task"]].append(100 * student / teacher)
-        if 100 * teacher not in values["teacher", line["task"]]:  # once for each teacher
-            values["teacher", line["task"]].append(100 * teacher)
+        values["teacher", line["task"]] = [100 * teacher]  # all students of a task have one teacher
         seen[line["task"]] = [line["training"]["samples"], line["training"]["tokens"]]
     names = list(dict.fromkeys(name for name, _ in values))
     rows: dict[str, list[Any]] = {}

@@ -90,7 +90,7 @@ def distil(name: str, data: Path, work: Path) -> None:
     shutil.rmtree(work / name, ignore_errors=True)
     results = example(
         "run_clm_kd", teacher=work / "teacher", train_text=shuffled_text(data, work), output_dir=work / name,
-        max_length=LENGTH, validation_text=data / "text" / "wikitext2_valid.txt", window=LENGTH, stride=LENGTH,
+        max_length=LENGTH, validation_text=data / "text" / "wikitext2_valid.txt", window=LENGTH, stride=LENGTH * 3 // 4,
         normalisation="wikitext", max_steps=STUDENT_STEPS, per_device_train_batch_size=16, learning_rate=1e-3,
         dropout=0, **STUDENTS[name], **QUIET,
     )  # fmt: skip
@@ -127,18 +127,19 @@ def fine_tune(task: str, name: str, ilkd: bool, data: Path, work: Path) -> None:
 def table(console: Console) -> None:
     """Perplexities, then the tasks."""
     console.print(LOG.environments(), highlight=False)
-    rows: dict[str, list[Any]] = {}
+    first = [LOG.find({"stage": task}) for task in TASKS]  # all students of a task have one teacher
+    values = [
+        100 * headline(task, line["metrics"]["teacher"])[1] if line else None
+        for task, line in zip(TASKS, first, strict=True)
+    ]
+    rows: dict[str, list[Any]] = {"teacher": values}
     for name in STUDENTS:
         for ilkd in (True, False):
             row = []
             for task in TASKS:
                 line = LOG.find({"student": name, "stage": task, "ilkd": ilkd})
                 row.append(100 * headline(task, line["metrics"]["student"])[1] if line else None)
-                if line:
-                    rows.setdefault("teacher", []).append(100 * headline(task, line["metrics"]["teacher"])[1])
             rows[f"{name}, {'ILKD' if ilkd else 'labels only'}"] = row
-    if "teacher" in rows:
-        rows["teacher"] = list(dict.fromkeys(rows["teacher"]))
     for name in STUDENTS:
         line = LOG.find({"student": name, "stage": "clm"})
         console.print(f"{name}: {line['rows'] if line else 'not yet run'}")

@@ -21,7 +21,7 @@ from .optimizer import scale_learning_rates
 logger = logging.getLogger(__name__)
 
 _SHORT = 128
-"""Tokens; from twice as many on both forms of attention take as long."""
+"""Tokens; with twice as many flash attention is the faster one (benchmarks/attention.py)."""
 
 
 class DistillationTrainer(Trainer):
@@ -168,7 +168,7 @@ class DistillationTrainer(Trainer):
         return loss
 
     def _attention_kernel(self, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
-        """For short sequences in bf16 on a CPU the plain form: flash attention is several times slower there."""
+        """For short sequences in bf16 on a CPU the plain form: flash attention is slower there."""
         if self.args.bf16 and self.args.device.type == "cpu" and inputs["input_ids"].shape[-1] <= _SHORT:
             return sdpa_kernel(SDPBackend.MATH)
         return nullcontext()

@@ -8,7 +8,9 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,24 @@ def example(name: str, **options: Any) -> dict[str, Any]:
     return results
 
 
+def in_parallel(jobs: Iterable[Callable[[], object]], processes: int) -> None:
+    """Do all jobs, so many at a time; the processes that they start share the cores evenly.
+
+    Two trainings of one thread each get more done than one after the other with two.
+    """
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)  # what `environment` tells
+    with ThreadPoolExecutor(processes) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def shuffled_text(data: Path, work: Path, more: Sequence[str] = ()) -> Path:
     """One file of all lines of running text in ``data/text``, and more, in random order; without WikiText-2."""
     target = work / f"text-{len(more)}.txt"
@@ -60,6 +80,7 @@ class RunLog:
 
     def __init__(self, name: str) -> None:
         self.path = ROOT / "logs" / f"{name}.jsonl"
+        self._lock = threading.Lock()
 
     def lines(self) -> list[dict[str, Any]]:
         """All of them, in order."""
@@ -75,7 +96,7 @@ class RunLog:
 
     def add(self, key: Mapping[str, Any], results: Mapping[str, Any]) -> None:
         """Keep a run that has just finished."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**key, **results, "environment": environment()}) + "\n")
 
 

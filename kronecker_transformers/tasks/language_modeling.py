@@ -32,6 +32,7 @@ Example = dict[str, Any]
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _LOOK_AHEAD = 10_000  # lines of a text file in which a blank line tells that it has documents
 _BUFFERED = 1000  # documents from which a false next sentence is drawn
+_SORTED = 50  # groups of examples of similar length that are made at once
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -164,15 +165,22 @@ class TextStream(IterableDataset[Example]):
         examples: makes the examples of one pass over a text, given a seed that is another one for each pass.
         seed: of the first pass and of the order; the same seed gives the same stream.
         buffer: examples.
+        group: so many examples of similar length follow each other, so that a batch of them needs little padding;
+            1 leaves them in random order.
 
     Raises:
         ValueError: in the first step, if there are no examples.
     """
 
-    def __init__(self, examples: Callable[[int], Iterable[Example]], seed: int = 0, buffer: int = 2000) -> None:
-        self._examples, self._seed, self._buffer = examples, seed, buffer
+    def __init__(
+        self, examples: Callable[[int], Iterable[Example]], seed: int = 0, buffer: int = 2000, group: int = 1
+    ) -> None:
+        self._examples, self._seed, self._buffer, self._group = examples, seed, buffer, group
 
     def __iter__(self) -> Iterator[Example]:
+        return _grouped(self._passes(), self._group, random.Random(self._seed)) if self._group > 1 else self._passes()
+
+    def _passes(self) -> Iterator[Example]:
         worker = get_worker_info()
         for seed in count(self._seed):
             found = _shuffled(self._examples(seed), self._buffer, random.Random(seed))
@@ -194,6 +202,20 @@ def _shuffled(examples: Iterable[Example], buffer: int, generator: random.Random
             held[place] = example
     generator.shuffle(held)
     yield from held
+
+
+def _grouped(examples: Iterator[Example], size: int, generator: random.Random) -> Iterator[Example]:
+    """Groups of similar length out of `_SORTED` of them at a time, in random order."""
+    while held := sorted(islice(examples, _SORTED * size), key=lambda example: len(example["input_ids"])):
+        groups = [held[start : start + size] for start in range(0, len(held), size)]
+        generator.shuffle(groups)
+        yield from chain.from_iterable(groups)
+
+
+def length_group(arguments: TrainingArguments) -> int:
+    """The `group` of a `TextStream` for ``train_sampling_strategy``, which the Trainer ignores for streams."""
+    by_length = arguments.train_sampling_strategy == "group_by_length"
+    return arguments.train_batch_size * arguments.world_size if by_length else 1  # a batch of all processes
 
 
 def training_steps(arguments: TrainingArguments, examples: Iterable[Example]) -> int:

@@ -1,5 +1,7 @@
 """The values of the terms, and that neither padding nor the split into batches changes them."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -136,6 +138,17 @@ def test_presets_use_their_terms_only(objective, tmp_path):
     terms = {key.removesuffix("_weight") for key in ALL_TERMS} & log.keys()
     assert terms == set(OBJECTIVES[objective])
     assert log["loss"] == pytest.approx(sum(log[term] for term in terms), rel=1e-5)
+
+
+def test_a_teacher_is_not_run_where_labels_alone_count(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    for module in (teacher, teacher.base_model):
+        module.register_forward_pre_hook(lambda *_: pytest.fail("the teacher runs"))
+    others = {key: 0.0 for key in ALL_TERMS if key != "supervised_weight"}
+    trainer = make_trainer(student, teacher, tmp_path, max_steps=1, **others)
+    expected = float(copy.deepcopy(student).eval()(**collate(examples(student))).loss)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_papers_objectives():

@@ -116,6 +116,22 @@ def test_samples_are_counted_as_they_come_and_a_run_resumes_before_its_first_che
     assert again["metrics"] == results["metrics"]
 
 
+def test_teacher_alone(workplace):
+    teacher = save_teacher(workplace / "teacher", BertModel)
+    arguments = {
+        "task_name": "sst2", "data_dir": workplace / "glue", "teacher_epochs": 1, "per_device_train_batch_size": 4,
+        "plan": workplace / "bert.yaml",
+    }  # fmt: skip
+    alone = run_example("run_glue_kd", workplace / "alone", teacher=teacher, teacher_only=True, **arguments)
+    assert set(alone["metrics"]) == {"teacher"}
+    assert not (workplace / "alone" / "student").exists()
+    both = run_example("run_glue_kd", workplace / "both", teacher=teacher, **arguments)
+    later = run_example("run_glue_kd", workplace / "later", teacher=workplace / "alone" / "teacher", **arguments)
+    assert alone["metrics"]["teacher"] == both["metrics"]["teacher"] == later["metrics"]["teacher"]
+    weights = [(workplace / name / "teacher" / "model.safetensors").read_bytes() for name in ("alone", "both")]
+    assert weights[0] == weights[1]
+
+
 def test_regression(workplace):
     teacher = save_teacher(workplace / "teacher", BertModel)
     results = run_example(

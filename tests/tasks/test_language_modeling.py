@@ -16,6 +16,7 @@ from kronecker_transformers.tasks.language_modeling import (
     TextSource,
     TextStream,
     block_examples,
+    length_group,
     masked_examples,
     sentence_examples,
     training_steps,
@@ -174,6 +175,31 @@ def test_a_stream_repeats_without_end_and_shuffles():
         return [example["number"] for example in itertools.islice(TextStream(numbered, seed, 20), 80)]
 
     assert order(7) == order(7) != order(8)
+
+
+def of_length(seed, count=50):
+    """Examples of 1 to 10 tokens in an order that is not theirs, each with its number."""
+    for number in range(count):
+        yield {"number": number, "input_ids": [1] * (1 + 7 * number % 10)}
+
+
+def test_groups_of_a_stream_have_similar_length_and_nothing_is_lost():
+    found = list(itertools.islice(TextStream(of_length, seed=7, group=5), 250))  # five passes, sorted at once
+    assert sorted(example["number"] for example in found) == sorted(5 * list(range(50)))
+    lengths = [[len(example["input_ids"]) for example in found[start : start + 5]] for start in range(0, 250, 5)]
+    assert all(len(set(group)) == 1 for group in lengths)  # 25 examples of each length
+    assert lengths != sorted(lengths)
+    again = list(itertools.islice(TextStream(of_length, seed=7, group=5), 250))
+    other = list(itertools.islice(TextStream(of_length, seed=8, group=5), 250))
+    assert found == again != other
+
+
+@pytest.mark.parametrize(("strategy", "group"), [("random", 1), ("group_by_length", 4)])
+def test_streams_follow_the_sampling_strategy(tmp_path, strategy, group):
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, per_device_train_batch_size=4, train_sampling_strategy=strategy
+    )
+    assert length_group(arguments) == group
 
 
 def test_workers_divide_a_stream():

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import GPT2LMHeadModel, PreTrainedModel, default_data_collator
@@ -36,7 +35,10 @@ class Options:
     teacher: str = field(metadata={"help": "Folder or Hub name of a GPT2LMHeadModel."})
     train_text: list[str] = field(metadata={"help": "Text files, tables, or one dataset of the Hub."})
     output_dir: str = field(metadata={"help": "New folder for checkpoints, the student and results.json."})
-    validation_text: str | None = field(default=None, metadata={"help": "Text file to measure perplexity on."})
+    validation_text: str | None = field(
+        default=None,
+        metadata={"help": "Text file, table or dataset (its split validation) to measure perplexity on."},
+    )
     window: int | None = field(default=None, metadata={"help": "Tokens in its window; default: the model's maximum."})
     stride: int | None = field(default=None, metadata={"help": "Tokens by which it moves; default: half of it."})
     normalisation: str = field(
@@ -56,8 +58,6 @@ class Options:
             raise ValueError(f"--layers {self.layers} makes a dense student; leave out --plan and --start")
         if self.layers is not None and not all(part.strip().isdecimal() for part in self.layers.split(",")):
             raise ValueError(f"--layers {self.layers!r} must be numbers with commas between them, such as 0,2,4")
-        if self.validation_text and not Path(self.validation_text).is_file():
-            raise FileNotFoundError(f"--validation_text {self.validation_text!r} does not exist; give a text file")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     recipe = RECIPES[options.recipe]["clm"]
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     text = TextSource(tuple(options.train_text), options.fraction)
+    held_out = TextSource((options.validation_text,), split="validation").text() if options.validation_text else None
 
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
     longest = checked_maximum(teacher, options)
@@ -94,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
     rows: dict[str, list[Any]] = {"parameters": [model.num_parameters() for model in models.values()]}
     protocol = None
-    if options.validation_text:
-        held_out = Path(options.validation_text).read_text(encoding="utf-8")
+    if held_out is not None:
         window = options.window or longest
         found = [
             perplexity(

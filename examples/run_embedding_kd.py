@@ -4,14 +4,17 @@
         --validation_text held_out.txt --output_dir output/encoder
 
 The student learns the teacher's embedding layer, hidden states and mean-pooled embedding. Text has one sentence on a
-line; a table (.json, .csv, .parquet) or a dataset of the Hub has it in the column `text`. Training goes over all
-sentences once, or as often as --num_train_epochs says; --resume_from_checkpoint true goes on with a run that stopped.
+line; a table (.json, .csv, .parquet) or a dataset of the Hub has it in the column `text`. It is read as a stream.
+Training goes over all sentences once, or as often as --num_train_epochs says; --resume_from_checkpoint true goes on
+with a run that stopped.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 from datasets import Dataset
 from scipy.stats import spearmanr
@@ -21,7 +24,14 @@ from kronecker_transformers.distillation import DistillationTrainer, start_stude
 from kronecker_transformers.experiment import check_output, finish, results_table, teacher_and_tokenizer, train_and_save
 from kronecker_transformers.plan_file import read_plan
 from kronecker_transformers.recipes import RECIPES, parse_script
-from kronecker_transformers.tasks.language_modeling import TextSource, sentence_examples
+from kronecker_transformers.tasks.language_modeling import (
+    Example,
+    TextSource,
+    TextStream,
+    length_group,
+    sentence_examples,
+    training_steps,
+)
 from kronecker_transformers.tasks.sentences import encode, neighbour_agreement, similarity_fidelity
 from kronecker_transformers.tasks.tables import read_table
 
@@ -33,7 +43,9 @@ class Options:
     teacher: str = field(metadata={"help": "Folder or Hub name of a BERT encoder."})
     train_text: list[str] = field(metadata={"help": "Text files, tables, or one dataset of the Hub."})
     output_dir: str = field(metadata={"help": "New folder for checkpoints, the student and results.json."})
-    validation_text: list[str] | None = field(default=None, metadata={"help": "Held-out text to judge fidelity on."})
+    validation_text: list[str] | None = field(
+        default=None, metadata={"help": "Held-out text to judge fidelity on; of a dataset, its split validation."}
+    )
     sts_file: str | None = field(
         default=None, metadata={"help": "Table with the columns sentence1, sentence2 and label (a similarity)."}
     )
@@ -52,20 +64,33 @@ def main(argv: list[str] | None = None) -> None:
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     text = TextSource(tuple(options.train_text), options.fraction)
 
+    held_out: list[str] = []
+    if options.validation_text:
+        source = TextSource(tuple(options.validation_text), split="validation")
+        held_out += (sentence for document in source.documents() for sentence in document)
+        if len(held_out) < 3:
+            raise ValueError(f"validation_text gives {len(held_out)} sentences; at least 3 are needed; give more text")
+    sts = read_table(options.sts_file) if options.sts_file else None
+
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
+    teacher = cast(PreTrainedModel, teacher.base_model)  # a head has nothing to say here
     student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
-    examples = Dataset.from_list(list(sentence_examples(text, tokenizer, length)))
     judges = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).eval().to(arguments.device),
         "student": student,
     }
 
+    def examples(seed: int) -> Iterable[Example]:
+        return sentence_examples(text, tokenizer, length)
+
+    arguments.max_steps = training_steps(arguments, examples(arguments.seed))
+    arguments.accelerator_config.dispatch_batches = False  # each process reads the stream and takes its share
     trainer = DistillationTrainer(
         student,
         teacher,
         arguments,
-        train_dataset=examples,
+        train_dataset=TextStream(examples, arguments.seed, group=length_group(arguments)),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
@@ -73,20 +98,18 @@ def main(argv: list[str] | None = None) -> None:
 
     student.eval()
     rows: dict[str, list[float]] = {"parameters": [model.num_parameters() for model in judges.values()]}
-    if options.validation_text:
-        held_out = [s for document in TextSource(tuple(options.validation_text)).documents() for s in document]
+    if held_out:
         embeddings = [encode(model, tokenizer, held_out, max_length=length) for model in judges.values()]
         rows["similarity fidelity (Spearman)"] = [similarity_fidelity(embeddings[0], e) for e in embeddings]
         rows["nearest 10 neighbours in common"] = [neighbour_agreement(embeddings[0], e) for e in embeddings]
-    if options.sts_file:
-        rows["STS, Spearman"] = [sts_spearman(model, tokenizer, options.sts_file) for model in judges.values()]
+    if sts is not None:
+        rows["STS, Spearman"] = [sts_spearman(model, tokenizer, sts) for model in judges.values()]
     table = results_table(f"{options.recipe}, {seen['samples']:,} sentences seen", judges, rows)
     finish(folder, table, {"options": vars(options), "models": list(judges), "rows": rows, "training": seen})
 
 
-def sts_spearman(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> float:
+def sts_spearman(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: Dataset) -> float:
     """Spearman correlation of cosine similarities with the labels of a table of sentence pairs."""
-    table = read_table(path)
     first, second = (encode(model, tokenizer, table[name][:]) for name in ("sentence1", "sentence2"))
     return float(spearmanr((first * second).sum(-1), table["label"][:]).statistic)
 

@@ -127,15 +127,19 @@ def load_classifier(options: Options, task: Task) -> tuple[PreTrainedModel, PreT
         tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     if tokenizer.pad_token is None:  # GPT-2
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # GPT-2 counts positions from the left, padding included
     teacher.config.pad_token_id = tokenizer.pad_token_id
-    return teacher, tokenizer, trained
+    return teacher.float(), tokenizer, trained  # whatever precision it was saved in: it is to be trained
 
 
 def tokenized(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """Token ids and labels; nothing is padded here."""
+    """Token ids and labels; nothing is padded here. Two texts are divided by a line break where there is no [SEP]."""
 
     def convert(batch: dict[str, Any]) -> dict[str, Any]:
-        encoded = tokenizer(*(batch[name] for name in task.text_columns), truncation=True, max_length=length)
+        first, *second = (batch[name] for name in task.text_columns)
+        if second and tokenizer.sep_token is None:  # GPT-2
+            first = [f"{text}\n" for text in first]
+        encoded = tokenizer(first, *second, truncation=True, max_length=length)
         return {**encoded, "labels": batch["label"]}
 
     return dataset.map(convert, batched=True, remove_columns=dataset.column_names)
@@ -162,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     options, arguments = parse_script(Options, "glue", argv)
     recipe = RECIPES[options.recipe]["glue"]
     length = options.max_length or recipe.length
+    plan = read_plan(options.plan or recipe.plan)
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     task = load_task(options)
 
@@ -171,6 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.max_train_samples:
         data["train"] = data["train"].select(range(min(options.max_train_samples, len(data["train"]))))
     if not trained:
+        if not options.teacher_only:  # a plan that does not fit is refused now, not after the training
+            start_student(teacher, plan, options.start)
         teacher = fine_tune_teacher(
             teacher,
             tokenizer,
@@ -194,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
 
-    student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
+    student = start_student(teacher, plan, options.start)
     models = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).to(arguments.device),

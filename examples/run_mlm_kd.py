@@ -74,7 +74,9 @@ class Options:
     teacher: str = field(metadata={"help": "Folder or Hub name of a BERT, with its pre-training heads or without."})
     train_text: list[str] = field(metadata={"help": "Text files, tables, or one dataset of the Hub."})
     output_dir: str = field(metadata={"help": "New folder for checkpoints, the student and results.json."})
-    validation_text: list[str] | None = field(default=None, metadata={"help": "Held-out text to judge on."})
+    validation_text: list[str] | None = field(
+        default=None, metadata={"help": "Held-out text to judge on; of a dataset, its split validation."}
+    )
     validation_examples: int = field(default=1000, metadata={"help": "How many examples of it, from its start."})
     recipe: str = field(default="kroneckerbert-7.7x", metadata={"help": "Defaults of plan and training."})
     plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
@@ -121,6 +123,13 @@ def main(argv: list[str] | None = None) -> None:
     student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
     collator = collator_for(student, tokenizer)
     models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student).eval(), "student": student}
+    kept: list[Example] = []
+    if options.validation_text:
+        held_out = TextSource(tuple(options.validation_text), split="validation")
+        pairs = next_sentence and held_out.has_following_sentences()
+        kept += islice(masked_examples(held_out, tokenizer, length, pairs, short=0), options.validation_examples)
+        if not kept:
+            raise ValueError(f"validation_text={options.validation_text} gives 0 examples; give more text")
 
     arguments.max_steps = training_steps(arguments, examples(arguments.seed))
     arguments.remove_unused_columns = False  # the collator needs what the model does not take
@@ -138,9 +147,6 @@ def main(argv: list[str] | None = None) -> None:
     student.eval()
     rows: dict[str, list[Any]] = {"parameters": [model.num_parameters() for model in models.values()]}
     if options.validation_text:
-        held_out = TextSource(tuple(options.validation_text))
-        pairs = next_sentence and held_out.has_documents()
-        kept = list(islice(masked_examples(held_out, tokenizer, length, pairs, short=0), options.validation_examples))
         batches = fixed_batches(kept, collator)
         judge = masked_quality if has_head else partial(last_layer_distance, teacher)
         found = [judge(model.to(arguments.device), batches) for model in models.values()]
@@ -189,6 +195,8 @@ def has_next_sentence(
         note(f"no next-sentence prediction: the teacher is a {type(teacher).__name__} without {part} for it")
     elif not text.has_documents():
         note("no next-sentence prediction: the text has no documents (a blank line between two of them)")
+    elif not text.has_following_sentences():
+        note("no next-sentence prediction: the documents of the text are single sentences")
     else:
         return True
     return False

@@ -26,7 +26,6 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrai
 
 from kronecker_transformers.distillation import DistillationTrainer, start_student
 from kronecker_transformers.experiment import (
-    TEACHER,
     check_output,
     fine_tune_teacher,
     finish,
@@ -188,8 +187,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not trained:
         start_student(teacher, plan, options.start)  # a plan that does not fit is refused now, not after the training
-        if (folder / TEACHER).exists() and not any(Path(arguments.output_dir).glob("checkpoint-*")):
-            arguments.resume_from_checkpoint = None  # the run stopped after its teacher, before the first checkpoint
         teacher = fine_tune_teacher(
             teacher,
             tokenizer,

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from .checkpoint import check_new_folder, load_teacher, save_folder
 from .distillation import DistillationArguments, DistillationTrainer
+from .distillation.trainer import is_complete
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 """Makes a batch of tensors from examples."""
@@ -127,8 +128,8 @@ def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerB
         Samples and tokens (padding not counted) that the student has seen, and seconds.
     """
     resume: str | bool | None = trainer.args.resume_from_checkpoint
-    if str(resume).lower() == "true":  # a run may have stopped before its first checkpoint
-        resume = any(Path(trainer.args.output_dir or "").glob("checkpoint-*"))
+    if str(resume).lower() == "true":  # a run may have stopped before its first checkpoint was whole
+        resume = any(map(is_complete, Path(trainer.args.output_dir or "").glob("checkpoint-*")))
     result = trainer.train(resume_from_checkpoint=resume)
     _without_autocast(trainer)
     save_once(folder / STUDENT, trainer.model, tokenizer)

@@ -94,7 +94,7 @@ class DistillationTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_checkpoint(self.args.output_dir or ""))
-        elif resume_from_checkpoint and not _is_complete(Path(resume_from_checkpoint)):
+        elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
             raise ValueError(
                 f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is not a complete checkpoint (no readable "
                 "trainer_state.json); give another, or True for the newest complete one"
@@ -230,14 +230,14 @@ def newest_checkpoint(folder: str | Path) -> Path:
     """
     found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
-        if _is_complete(path):
+        if is_complete(path):
             return path
         logger.warning("%s was not written to its end and is passed over", path)
     raise ValueError(f"output_dir={str(folder)!r} holds no complete checkpoint to resume from; start anew")
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer has written the last of its files."""
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the Trainer has written the last of the files of a checkpoint."""
     try:
         TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     except (OSError, ValueError, TypeError):

@@ -280,9 +280,10 @@ def load_text_classification(
         labels = train.features["label"].names
     found = train.unique("label")
     is_regression = labels is None and any(isinstance(label, float) for label in found)
-    if None in found or len(found) < 2:
+    empty = [label for label in found if label is None or label == "" or str(label).isspace()]
+    if empty or len(found) < 2:
         raise ValueError(
-            f"{str(train_file)!r} has {len(found)} different labels, {found.count(None)} of them None; every row needs "
+            f"{str(train_file)!r} has {len(found)} different labels, {len(empty)} of them empty; every row needs "
             "a label, and a task two different ones; mend the file"
         )
     names = () if is_regression else tuple(map(str, labels or sorted(found)))

@@ -47,6 +47,7 @@ class TextSource:
             .jsonl and .parquet, text files and datasets are read bit by bit, the other tables are held in memory.
         fraction: share of the documents that is read, 0 < fraction <= 1; the same ones every time.
         column: name of the column of a table or dataset.
+        split: of a dataset of the Hub.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -56,6 +57,7 @@ class TextSource:
     names: tuple[str, ...]
     fraction: float = 1.0
     column: str = "text"
+    split: str = "train"
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -73,6 +75,23 @@ class TextSource:
         """Whether all of the text says where a document ends; in a text file, a blank line within 10,000 lines."""
         return all(_has_blank_line(Path(name)) for name in self.names if _is_plain(name))
 
+    def has_following_sentences(self) -> bool:
+        """Whether a document has a sentence that follows another: one of the first 1,000 documents, of several."""
+        return self.has_documents() and any(
+            len(document) > 1 or len(_SENTENCE_END.split(document[0])) > 1
+            for document in islice(self.documents(), _BUFFERED)
+        )
+
+    def text(self) -> str:
+        """All of it as one text: files of text as they stand, documents of tables and datasets a blank line apart."""
+        parts = (
+            Path(name).read_text(encoding="utf-8-sig")
+            if _is_plain(name)
+            else "\n\n".join(map("\n".join, self._read(name)))
+            for name in self.names
+        )
+        return "\n\n".join(parts)
+
     def documents(self) -> Iterator[Document]:
         """Every document of the sample; in a text file without documents, every line by itself."""
         found = chain.from_iterable(map(self._read, self.names))
@@ -86,7 +105,7 @@ class TextSource:
         if _is_plain(name):
             yield from _text_documents(Path(name))
             return
-        for row in _rows(name):
+        for row in _rows(name, self.split):
             if self.column not in row:
                 raise ValueError(
                     f"column {self.column!r} is not in {name!r}, which has {sorted(row)}; name the one that holds text"
@@ -105,17 +124,17 @@ def _is_plain(name: str) -> bool:
     return Path(name).is_file() and _suffix(name) not in _TABLES
 
 
-def _rows(name: str) -> Iterator[Mapping[str, Any]]:
+def _rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
     """The rows of a table, or of a dataset of the Hub."""
     path = Path(name)
     if not path.is_file():
         dataset, _, configuration = name.partition(":")
         try:
-            yield from datasets.load_dataset(dataset, configuration or None, split="train", streaming=True)
+            yield from datasets.load_dataset(dataset, configuration or None, split=split, streaming=True)
         except Exception as error:  # of many kinds
             raise OSError(
-                f"text {name!r} is neither an existing file nor a dataset with a split 'train' on the Hub that can be "
-                f"read ({error}); correct the name, or download the text and name its files"
+                f"text {name!r} is neither an existing file nor a dataset with a split {split!r} on the Hub that can "
+                f"be read ({error}); correct the name, or download the text and name its files"
             ) from error
     elif _suffix(name) == ".parquet":
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():

@@ -67,11 +67,16 @@ def neighbour_agreement(teacher: Tensor, student: Tensor, neighbours: int = 10) 
 
     Args:
         teacher, student: unit-length embeddings of the same sentences, (sentences, hidden).
-        neighbours: number of nearest other sentences.
+        neighbours: number of nearest other sentences; all others where there are fewer.
+
+    Raises:
+        ValueError: fewer than two sentences.
     """
+    if len(teacher) < 2:
+        raise ValueError(f"{len(teacher)} sentences have no neighbours; at least 2 are needed; give more text")
     nearest = []
     for embeddings in (teacher, student):
         similarity = (embeddings @ embeddings.T).fill_diagonal_(-2)
         chosen = torch.zeros_like(similarity, dtype=torch.bool)
-        nearest.append(chosen.scatter_(1, similarity.topk(neighbours).indices, True))
+        nearest.append(chosen.scatter_(1, similarity.topk(min(neighbours, len(teacher) - 1)).indices, True))
     return float((nearest[0] & nearest[1]).sum() / nearest[0].sum())

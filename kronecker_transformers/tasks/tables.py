@@ -56,9 +56,13 @@ def read_table(path: str | os.PathLike[str]) -> Dataset:
 
 
 def _read_delimited(file: Path, **dialect: Any) -> Dataset:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        lines = csv.reader(stream, strict=True, **dialect)
-        rows = [(lines.line_num, row) for row in lines if row]
+    usual = csv.field_size_limit(2**31 - 1)  # a document may be longer than 131,072 characters
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            lines = csv.reader(stream, strict=True, **dialect)
+            rows = [(lines.line_num, row) for row in lines if row]
+    finally:
+        csv.field_size_limit(usual)
     header = rows[0][1] if rows else []
     if len(set(header)) < len(header):
         raise ValueError(f"the header {header} names a column twice")

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -125,6 +126,18 @@ def test_clear_refusals(options, message, workplace):
         run(workplace, **options)
 
 
+def test_perplexity_of_a_table_is_that_of_its_documents(workplace):
+    documents = (workplace / "held_out.txt").read_text().splitlines()
+    (workplace / "held_out.txt").write_text("\n\n".join(documents))
+    (workplace / "held_out.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    one, other = (
+        run(workplace, name, validation_text=workplace / f"held_out.{name}", max_steps=1) for name in ("txt", "jsonl")
+    )
+    assert one["rows"] == other["rows"]
+    with pytest.raises(FileNotFoundError, match=r"'missing\.txt' does not exist"):
+        run(workplace, "missing", validation_text="missing.txt")
+
+
 def test_refuses_a_teacher_without_its_head(workplace):
     save_teacher(workplace / "base", GPT2Model)
     with pytest.raises(ValueError, match="is a GPT2Model; a GPT2LMHeadModel is needed"):
@@ -142,7 +155,6 @@ def test_too_little_text_is_an_error(workplace):
     [
         (["--layers", "0,2", "--plan", "kngpt2"], "--layers 0,2 makes a dense student; leave out --plan and --start"),
         (["--layers", "a"], "--layers 'a' must be numbers with commas between them"),
-        (["--validation_text", "missing"], "--validation_text 'missing' does not exist"),
         (["--normalisation", "lower"], "invalid choice: 'lower'"),
     ],
 )

@@ -3,7 +3,10 @@ from itertools import pairwise
 import pytest
 import tiny
 from examples_runner import run_example
-from transformers import AutoModel, BertModel
+from scipy.stats import spearmanr
+from transformers import AutoModel, BertForMaskedLM, BertModel
+
+from kronecker_transformers.tasks.sentences import encode
 
 SENTENCES = ["the quick brown fox", "a lazy dog jumps over a small model", "what a large model knows", "the dog"] * 5
 
@@ -25,14 +28,50 @@ def test_end_to_end(teacher, tmp_path, capsys):
     rows = [f"{a},{b},{i}.5" for i, (a, b) in enumerate(pairwise(SENTENCES[:5]))]
     sts.write_text("\n".join(["sentence1,sentence2,label", *rows]))
     plan = tmp_path / "plan.yaml"
-    plan.write_text("encoder.layer.*.intermediate.dense: {m1: 4, n1: 2}\n")
+    plan.write_text("embeddings.word_embeddings: {m1: 64, n1: 4}\nencoder.layer.*.attention.*: {m1: 8, n1: 8}\n")
     results = run_example(
         "run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[text], validation_text=[text], sts_file=sts,
-        plan=plan, per_device_train_batch_size=4,
+        plan=plan, per_device_train_batch_size=4, max_steps=60, learning_rate=1e-2,
     )  # fmt: skip
-    assert results["training"]["samples"] == 12
-    assert results["rows"]["similarity fidelity (Spearman)"][0] == pytest.approx(1)
+    assert results["training"]["samples"] == 240
+    exact, undistilled, distilled = results["rows"]["similarity fidelity (Spearman)"]
+    assert exact == pytest.approx(1)
+    assert undistilled < distilled
     assert results["rows"]["parameters"][2] < results["rows"]["parameters"][0]
     student = AutoModel.from_pretrained(tmp_path / "out" / "student")
     assert type(student).__name__ == "KroneckerBertModel"
     assert "similarity fidelity" in capsys.readouterr().out
+    first, second = (encode(student.eval(), tiny.bert_tokenizer(tmp_path), SENTENCES[i : i + 4]) for i in (0, 1))
+    expected = spearmanr((first * second).sum(-1), range(4)).statistic
+    assert results["rows"]["STS, Spearman"][2] == pytest.approx(expected)
+
+
+def test_a_teacher_with_a_head_teaches_without_it_for_an_epoch(tmp_path):
+    tokenizer = tiny.bert_tokenizer(tmp_path)
+    tiny.teacher(BertForMaskedLM).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    text, plan = tmp_path / "train.txt", tmp_path / "plan.yaml"
+    text.write_text("\n".join(SENTENCES))
+    plan.write_text("encoder.layer.*.intermediate.dense: {m1: 4, n1: 2}\n")
+    results = run_example(
+        "run_embedding_kd", tmp_path / "out", teacher=tmp_path / "teacher", train_text=[text], plan=plan,
+        per_device_train_batch_size=4, max_steps=-1, num_train_epochs=1, train_sampling_strategy="group_by_length",
+    )  # fmt: skip
+    assert results["training"]["samples"] == len(SENTENCES)
+    assert type(AutoModel.from_pretrained(tmp_path / "out" / "student")).__name__ == "KroneckerBertModel"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"validation_text": ["missing.txt"]}, FileNotFoundError, r"'missing\.txt' does not exist"),
+        ({"sts_file": "missing.csv"}, FileNotFoundError, r"'missing\.csv' does not exist"),
+    ],
+)
+def test_what_it_judges_on_is_missed_before_the_training(teacher, tmp_path, options, error, message):
+    (tmp_path / "train.txt").write_text("\n".join(SENTENCES))
+    with pytest.raises(error, match=message):
+        run_example(
+            "run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[tmp_path / "train.txt"], **options
+        )
+    assert not (tmp_path / "out").exists()

@@ -2,8 +2,17 @@ import shutil
 
 import pytest
 import tiny
+import torch
 from examples_runner import load_example, run_example
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertModel, GPT2Model
+from scipy.stats import pearsonr
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
+    DataCollatorWithPadding,
+    GPT2Model,
+)
+from transformers.trainer_callback import TrainerState
 
 BERT_PLAN = "encoder.layer.*.intermediate.dense: {m1: 4, n1: 2}\nembeddings.word_embeddings: {m1: 64, n1: 8}\n"
 GPT2_PLAN = "wte: {m1: 72, n1: 16}\nh.1.mlp.c_proj: {m1: 16, n1: 96}\n"
@@ -137,8 +146,105 @@ def test_regression(workplace):
     results = run_example(
         "run_glue_kd", workplace / "out", teacher=teacher, train_file=workplace / "train_scores.csv",
         validation_file=workplace / "dev_scores.csv", plan=workplace / "bert.yaml", per_device_train_batch_size=4,
+        teacher_epochs=30, teacher_learning_rate=3e-3,
     )  # fmt: skip
     assert set(results["metrics"]["student"]) == {"pearson", "spearmanr"}
+    student = AutoModelForSequenceClassification.from_pretrained(workplace / "out" / "student").eval()
+    tokenizer = tiny.bert_tokenizer(workplace)
+    with torch.no_grad():
+        scores = [float(student(**tokenizer(sentence(i), return_tensors="pt")).logits) for i in range(6)]
+    expected = pearsonr(scores, [i / 4 for i in range(6)]).statistic
+    assert results["metrics"]["student"]["pearson"] == pytest.approx(expected, abs=1e-4)
+    assert results["metrics"]["teacher"]["pearson"] > 0.8  # it has learnt these six, which it was trained on
+
+
+def test_mnli_with_evaluation_on_both_of_its_splits(workplace):
+    """Official columns; the wanted ones are found by their names."""
+    names = ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse",
+             "sentence1_parse", "sentence2_parse", "sentence1", "sentence2"]  # fmt: skip
+    labels = ("neutral", "entailment", "contradiction")
+    folder = workplace / "glue" / "MNLI"
+    folder.mkdir()
+    for name, rows in (("train", 12), ("dev_matched", 6), ("dev_mismatched", 5), ("test_matched", 4),
+                       ("test_mismatched", 3)):  # fmt: skip
+        judged = [] if name.startswith("test") else ["label1", "gold_label"]
+        lines = ["\t".join([*names, *judged])]
+        for i in range(rows):
+            found = [str(i), "1", "1n", "fiction", "( a )", "( b )", "(ROOT", "(ROOT", sentence(i), sentence(i + 2)]
+            lines.append("\t".join([*found, *([labels[i % 3]] * len(judged))]))
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
+    teacher = save_teacher(workplace / "teacher", BertModel)
+    results = run_example(
+        "run_glue_kd", workplace / "out", teacher=teacher, task_name="mnli", data_dir=workplace / "glue",
+        plan=workplace / "bert.yaml", teacher_epochs=1, per_device_train_batch_size=4, eval_strategy="steps",
+        eval_steps=2, save_strategy="steps",
+    )  # fmt: skip
+    assert set(results["metrics"]["student"]) == {"accuracy_matched", "accuracy_mismatched"}
+    history = TrainerState.load_from_json(
+        workplace / "out" / "checkpoints" / "checkpoint-3" / "trainer_state.json"
+    ).log_history
+    for split, rows in (("matched", 6), ("mismatched", 5)):
+        values = [line[key] for line in history for key in line if key == f"eval_validation_{split}_accuracy"]
+        assert len(values) == 2  # after steps 2 and 3
+        assert values[-1] == results["metrics"]["student"][f"accuracy_{split}"]
+        assert values[-1] * rows == pytest.approx(round(values[-1] * rows))
+    for name, rows in (("MNLI-m.tsv", 4), ("MNLI-mm.tsv", 3)):
+        lines = (workplace / "out" / name).read_text().splitlines()
+        assert lines[0] == "index\tprediction"
+        assert len(lines) == rows + 1
+        assert {line.split("\t")[1] for line in lines[1:]} <= set(labels)
+
+
+def test_gpt2_is_padded_on_the_right_and_its_two_texts_are_divided(workplace):
+    teacher = save_teacher(workplace / "teacher", GPT2Model)
+    tokenizer = tiny.gpt2_tokenizer(workplace)
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(teacher)
+    script = load_example("run_glue_kd")
+    options = script.Options(
+        teacher=str(teacher), output_dir="", train_file=str(workplace / "train.csv"),
+        validation_file=str(workplace / "dev.csv"),
+    )  # fmt: skip
+    task = script.load_task(options)
+    model, tokenizer, _ = script.load_classifier(options, task)
+    asked = []
+
+    class Recorder:
+        sep_token = tokenizer.sep_token
+
+        def __call__(self, *texts, **options):
+            asked.append(texts)
+            return tokenizer(*texts, **options)
+
+    rows = script.tokenized(task.data["train"], task, Recorder(), 40)
+    assert asked[-1][0][3] == f"{sentence(3)}\n"
+    assert asked[-1][1][3] == sentence(4)
+    batch = DataCollatorWithPadding(tokenizer)([rows[0], rows[5]])
+    with torch.no_grad():
+        together = model.eval()(**{key: value for key, value in batch.items() if key != "labels"}).logits[0]
+        alone = model(input_ids=torch.tensor([rows[0]["input_ids"]])).logits[0]
+    torch.testing.assert_close(together, alone)
+
+
+def test_a_teacher_in_half_precision_is_fine_tuned_in_full(workplace):
+    teacher = save_teacher(workplace / "teacher", BertModel)
+    BertModel.from_pretrained(teacher).half().save_pretrained(teacher)
+    run_example(
+        "run_glue_kd", workplace / "out", teacher=teacher, task_name="sst2", data_dir=workplace / "glue",
+        plan=workplace / "bert.yaml", teacher_epochs=1, per_device_train_batch_size=4,
+    )  # fmt: skip
+    for name in ("teacher", "student"):
+        model = AutoModelForSequenceClassification.from_pretrained(workplace / "out" / name)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_the_teacher_is_trained(workplace, monkeypatch):
+    teacher = save_teacher(workplace / "teacher", BertModel)
+    glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
+    monkeypatch.setattr("kronecker_transformers.experiment.train_plainly", lambda *_, **__: pytest.fail("is trained"))
+    with pytest.raises(ValueError, match=r"wte"):
+        run_example("run_glue_kd", workplace / "out", **glue, plan=workplace / "gpt2.yaml")
 
 
 def test_clear_errors(workplace, capsys):

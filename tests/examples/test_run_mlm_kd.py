@@ -92,6 +92,14 @@ def test_both_heads_without_documents(workplace):
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)  # weight decay alone
 
 
+def test_both_heads_with_documents_of_one_sentence(workplace):
+    lines = (workplace / "lines.txt").read_text().splitlines()
+    (workplace / "rows.csv").write_text("\n".join(["text", *lines]))
+    results = run(workplace, BertForPreTraining, "rows.csv")
+    assert results["notes"][0] == "no next-sentence prediction: the documents of the text are single sentences"
+    assert "next sentence, accuracy" not in results["rows"]
+
+
 def test_masked_words_alone_when_asked_or_without_the_head(workplace):
     results = run(workplace, BertForPreTraining, no_next_sentence=True, short_fraction=0.5)
     assert len(results["notes"]) == 1
@@ -182,6 +190,12 @@ def test_epochs_are_counted_in_steps_and_a_student_goes_on(workplace):
     shutil.rmtree(workplace / "teacher")
     results = run(workplace, BertForPreTraining, out="out2", start=workplace / "out" / "student", fraction=0.7)
     assert results["rows"]["parameters"][2] < results["rows"]["parameters"][0]
+
+
+def test_what_it_judges_on_is_missed_before_the_training(workplace):
+    with pytest.raises(FileNotFoundError, match=r"'missing\.txt' does not exist"):
+        run(workplace, BertModel, validation_text=["missing.txt"])
+    assert not (workplace / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -290,8 +290,9 @@ def test_other_formats_and_class_names_from_parquet(tmp_path):
         ({"words": ["a", "b"], "label": [0, 1]}, None, None, r"has the columns words, label; it must have label and "
          r"one of sentence1 \+ sentence2, .*, sentence, text; rename its columns"),
         ({"text": ["a", "b"], "class": [0, 1]}, None, None, "has the columns text, class; it must have label"),
-        ({"text": ["a", "b"], "label": [1, 1]}, None, None, "1 different labels, 0 of them None; every row needs"),
-        ({"text": ["a", "b"], "label": ["x", None]}, None, None, "2 different labels, 1 of them None; every row"),
+        ({"text": ["a", "b"], "label": [1, 1]}, None, None, "1 different labels, 0 of them empty; every row needs"),
+        ({"text": ["a", "b"], "label": ["x", None]}, None, None, "2 different labels, 1 of them empty; every row"),
+        ({"text": list("abc"), "label": ["0", " ", "1"]}, None, None, "3 different labels, 1 of them empty; every"),
         ({"text": ["a", "b"], "label": [0, 1]}, None, ["one"], "label 1 in .* must be one of 0; mend"),
         ({"text": ["a", "b"], "label": ["x", "z"]}, None, ["x", "y"], r"label 'z' in .*train\.jsonl' must be one of x"),
         ({"text": ["a", "b"], "label": [0, 2]}, None, ["x", "y"], r"label 2 in .*train\.jsonl' must be one of 0, 1"),

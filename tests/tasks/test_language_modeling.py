@@ -106,6 +106,18 @@ def test_a_dataset_of_the_hub_is_streamed(monkeypatch):
     options = {"split": "train", "streaming": True}
     assert asked[0] == (("wikimedia/wikipedia", "20231101.en"), options)
     assert asked[1] == (("owner/name", None), options)
+    assert TextSource(("owner/name",), split="validation").text() == "one line\nand another\n\n2020-01-01"
+    assert asked[-1] == (("owner/name", None), {"split": "validation", "streaming": True})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a. b\n\nc", True), ("a\nb\n\nc", True), ("a\n\nb\n\nc", False), ("a\nb\nc", False)],
+)
+def test_sentences_that_follow_each_other(tmp_path, text, expected):
+    source = TextSource((write(tmp_path / "text.txt", text),))
+    assert source.has_following_sentences() is expected
+    assert source.text() == text
 
 
 def test_a_dataset_that_cannot_be_reached():

@@ -32,6 +32,13 @@ def test_neighbours_against_a_plain_loop():
     assert neighbour_agreement(teacher, student) == pytest.approx(common / (40 * 10))
 
 
+def test_few_sentences_have_few_neighbours():
+    teacher, student = unit_vectors(4, 2), unit_vectors(4, 3)
+    assert neighbour_agreement(teacher, student) == 1  # all three others
+    with pytest.raises(ValueError, match="1 sentences have no neighbours; at least 2 are needed"):
+        neighbour_agreement(teacher[:1], student[:1])
+
+
 def test_fidelity_is_a_rank_correlation_of_similarities():
     teacher, student = unit_vectors(50, 2), unit_vectors(50, 2) + 0.5 * unit_vectors(50, 3)
     left, right = torch.triu_indices(50, 50, offset=1)

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import tempfile
@@ -66,6 +67,13 @@ def test_numbers_are_read_where_nothing_is_lost(tmp_path, column, values):
     found = read_table(file)["value"][:]
     assert found == values
     assert list(map(type, found)) == list(map(type, values))
+
+
+def test_a_document_may_be_long(tmp_path):
+    file, text = tmp_path / "long.csv", "word " * 40_000
+    file.write_text(f"text,label\n{text},1\n")
+    assert read_table(file)["text"][:] == [text]
+    assert csv.field_size_limit() == 131_072
 
 
 def test_a_field_that_an_object_lacks_is_none(tmp_path):

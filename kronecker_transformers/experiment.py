@@ -110,6 +110,7 @@ def train_plainly(
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(scratch, save_strategy="no", report_to=[], **chosen)
         trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
+        trainer.model_accepts_loss_kwargs = False  # it would not divide a classifier's loss by the accumulation steps
         trainer.train()
     _without_autocast(trainer)
 

@@ -33,6 +33,21 @@ def test_predictions_come_in_order_whatever_the_batches(batch_size):
         torch.testing.assert_close(torch.from_numpy(logits), expected)
 
 
+def test_gradient_accumulation_does_not_change_how_a_teacher_is_trained(tmp_path):
+    weights = []
+    for batch, steps in ((8, 1), (2, 4)):
+        model = tiny.teacher(BertForSequenceClassification, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        arguments = DistillationArguments(
+            str(tmp_path), use_cpu=True, per_device_train_batch_size=batch, gradient_accumulation_steps=steps
+        )
+        changes = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1.0, "warmup_steps": 0}
+        before = model.classifier.weight.detach().clone()
+        train_plainly(model, examples(model), collate, arguments, **changes)
+        weights.append(model.classifier.weight.detach())
+        assert not torch.equal(weights[-1], before)
+    torch.testing.assert_close(*weights)
+
+
 def test_models_are_in_full_precision_again_after_a_training_in_bf16(tmp_path):
     teacher, student = pair(BertForSequenceClassification)
     rows = examples(teacher)

@@ -79,15 +79,30 @@ class Objective:
         self._student_tap.detach()
         self._teacher_tap.detach()
 
+    def idle_parameters(self, student: PreTrainedModel) -> list[nn.Parameter]:
+        """The student's parameters that no term reaches: its head, and the pooler, where nothing needs its logits."""
+        if self.weights.keys() & {"logits", "supervised"}:
+            return []
+        base = student.base_model
+        pooler = getattr(base, "pooler", None)
+        reached = {id(p) for module in base.children() if module is not pooler for p in module.parameters()}
+        return [parameter for parameter in student.parameters() if id(parameter) not in reached]
+
     def count(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
         """What a batch adds to the counts of its step.
 
         Raises:
-            ValueError: the batch lacks its input ids, or labels that the supervised term needs.
+            ValueError: the batch lacks its input ids, or labels that the supervised term needs; or it is padded on the
+                left for GPT-2, which counts positions from there.
         """
         if "input_ids" not in inputs:
             raise ValueError(f"batch with {sorted(inputs)} must hold 'input_ids'; tokenize it first")
         ids = inputs["input_ids"]
+        if self.causal and not real_positions(inputs)[..., 0].all():
+            raise ValueError(
+                "attention_mask has padding on the left, where GPT-2 begins to count positions; set the tokenizer's "
+                "padding_side='right'"
+            )
         counts = {"sequences": ids.numel() // ids.shape[-1], "examples": len(ids)}
         if "supervised" in self.weights:
             for head in self.heads:
@@ -120,7 +135,7 @@ class Objective:
             output = student(**features)
         values: dict[str, Tensor] = {}
         if self._has_hidden:
-            values |= self._hidden_terms(mine.hidden_states, theirs.hidden_states, mask)
+            values |= self._hidden_terms(mine, theirs, mask)
         if self._has_attention:
             values |= self._attention_terms(mine.attention, theirs.attention, mask)
         terms = {name: value.sum() / counts["sequences"] for name, value in values.items()}
@@ -135,7 +150,8 @@ class Objective:
         if not (self._has_hidden or self._has_attention or "logits" in self.weights):
             return None, Reading()
         self.teacher.eval()
-        module = self.teacher if "logits" in self.weights else self.teacher.base_model
+        several = features["input_ids"].ndim > 2  # choices, which the head puts side by side
+        module = self.teacher if several or "logits" in self.weights else self.teacher.base_model
         with torch.no_grad(), self._autocast(), self._teacher_tap.reading() as reading:
             output = module(**features)
         return output, reading
@@ -152,15 +168,20 @@ class Objective:
         ]
         return torch.stack(shares).sum()
 
-    def _hidden_terms(self, student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> dict[str, Tensor]:
+    def _hidden_terms(self, student: Reading, teacher: Reading, mask: Tensor) -> dict[str, Tensor]:
         values = {}
         if "embedding_mse" in self.weights:
-            values["embedding_mse"] = losses.hidden_state_mse(student[0], teacher[0], mask)
+            values["embedding_mse"] = losses.hidden_state_mse(student.embeddings, teacher.embeddings, mask)
         if "hidden_mse" in self.weights:
-            pairs = zip(student[1:], (teacher[layer + 1] for layer in self.layer_map), strict=True)
-            values["hidden_mse"] = _total(losses.hidden_state_mse(s, t, mask) for s, t in pairs)
+            ends = len(student.layers) - 1, len(teacher.layers) - 1
+            values["hidden_mse"] = _total(  # GPT-2's last states are compared after its last norm, others before it
+                losses.hidden_state_mse(student.last, teacher.last, mask)
+                if pair == ends
+                else losses.hidden_state_mse(student.layers[pair[0]], teacher.layers[pair[1]], mask)
+                for pair in enumerate(self.layer_map)
+            )
         if "pooled" in self.weights:
-            values["pooled"] = losses.pooled_distance(student[-1], teacher[-1], mask)
+            values["pooled"] = losses.pooled_distance(student.last, teacher.last, mask)
         return values
 
     def _attention_terms(self, student: list[QueryKey], teacher: list[QueryKey], mask: Tensor) -> dict[str, Tensor]:

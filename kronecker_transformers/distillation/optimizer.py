@@ -11,10 +11,12 @@ The rule: a factor X of W learns at
 
 rms the root mean square of the entries at the start. A step of A alone, or of B alone, then changes W by the same root
 mean square as a step of a dense W, the learning rate itself; so the same learning rate suits a dense model and every
-plan (benchmarks/learning_rates.py shows it). The rule depends on W only, not on how its scale is split between A and
-B, so the factors need no balancing: A c and B / c train to the same products. Weight decay is divided by the same
-ratio, and halved as both factors decay: W shrinks as a dense weight would. The rule is for Adam and other optimizers
-whose steps do not depend on the scale of the gradient.
+plan (benchmarks/learning_rates.py shows it). That is for one term; with several, whose singular values s differ, it is
+(sum s) / sqrt(R sum s^2) times the learning rate, which is at most 1. The rule depends on W only, not on how its scale
+is split between A and B, so the factors need no balancing: A c and B / c train to the same products, as long as the
+norm of the gradient, which depends on c, is not clipped. Weight decay is divided by the same ratio, and halved as both
+factors decay: W shrinks as a dense weight would. The rule is for Adam and other optimizers whose steps do not depend on
+the scale of the gradient.
 
 Qiu et al., "Compute Better Spent" (ICML 2024), argue for structure-aware learning rates from the fan-in of each factor;
 those assume factors at their initial scale for training from scratch, where here they come from a trained weight.

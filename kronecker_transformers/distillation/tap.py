@@ -28,16 +28,33 @@ class QueryKey(NamedTuple):
 
 @dataclass
 class Reading:
-    """What one forward pass showed.
+    """What one forward pass showed; what was not asked for is empty.
 
     Attributes:
-        hidden_states: the output of the embedding layer, then of each layer, (batch, length, hidden); GPT-2's last one
-            after its final norm. As `output_hidden_states` of transformers gives them.
+        states: the output of the embedding layer, then of each layer, then, for GPT-2, of its final norm,
+            (batch, length, hidden) each.
+        depth: number of layers.
         attention: query and key of each layer.
     """
 
-    hidden_states: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    depth: int = 0
     attention: list[QueryKey] = field(default_factory=list)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """Output of the embedding layer."""
+        return self.states[0]
+
+    @property
+    def layers(self) -> list[Tensor]:
+        """Output of each layer."""
+        return self.states[1 : self.depth + 1]
+
+    @property
+    def last(self) -> Tensor:
+        """The last hidden state of the model."""
+        return self.states[-1]
 
 
 class Tap:
@@ -56,6 +73,7 @@ class Tap:
         self._reading = False
         self._found: dict[str, Tensor] = {}
         self._layers: list[Any] = []
+        self._states: list[Any] = []
         self._handles: list[RemovableHandle] = []
 
     def attach(self, model: PreTrainedModel) -> None:
@@ -65,12 +83,12 @@ class Tap:
         if hasattr(base, "encoder"):  # BERT
             blocks = list(base.encoder.layer)
             self._layers = [block.attention.self for block in blocks]
-            states = [base.embeddings, *blocks]
+            self._states = [base.embeddings, *blocks]
         else:
             self._layers = [block.attn for block in base.h]
-            states = [base.drop, *base.h[:-1], base.ln_f]
+            self._states = [base.drop, *base.h, base.ln_f]
         if self._wants_hidden:
-            for i, module in enumerate(states):
+            for i, module in enumerate(self._states):
                 self._hook(module, f"hidden {i}")
         if self._wants_attention:
             for i, layer in enumerate(self._layers):
@@ -103,12 +121,12 @@ class Tap:
         Raises:
             RuntimeError: a module was not run, or no gradient can flow back from a query.
         """
-        result = Reading()
+        result = Reading(depth=len(self._layers))
         self._reading = True
         try:
             yield result
             if self._wants_hidden:
-                result.hidden_states += [self._take(f"hidden {i}") for i in range(len(self._layers) + 1)]
+                result.states += [self._take(f"hidden {i}") for i in range(len(self._states))]
             if self._wants_attention:
                 for i, layer in enumerate(self._layers):
                     query, key = self._take(f"query {i}"), self._take(f"key {i}")

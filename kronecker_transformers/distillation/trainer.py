@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from .arguments import DistillationArguments
 from .objective import Objective, check_tokenizers
@@ -77,8 +78,7 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 f"n_gpu={args.n_gpu} in one process is not supported; start one process per GPU with torchrun"
             )
-        if self.place_model_on_device:
-            self._move_model_to_device(teacher, args.device)
+        self._move_model_to_device(teacher, args.device)
         # so that the loss comes back as it is: it is divided by the counts of the whole step already
         self.model_accepts_loss_kwargs = True
         self._window: dict[str, Tensor] = {}
@@ -87,6 +87,8 @@ class DistillationTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the base class; `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end.
+
+        Parameters that no term reaches, such as a pooler that is not compared, are left as they are.
 
         Raises:
             FloatingPointError: the loss is no longer finite.
@@ -99,8 +101,13 @@ class DistillationTrainer(Trainer):
                 f"resume_from_checkpoint={str(resume_from_checkpoint)!r} is not a complete checkpoint (no readable "
                 "trainer_state.json); give another, or True for the newest complete one"
             )
+        if resume_from_checkpoint and (done := self._finished(str(resume_from_checkpoint))):
+            return done
         dropouts = {module: module.p for module in self.model.modules() if isinstance(module, nn.Dropout)}
+        idle = [parameter for parameter in self.objective.idle_parameters(self.model) if parameter.requires_grad]
         try:
+            for parameter in idle:  # several processes would wait for their gradients
+                parameter.requires_grad_(False)
             if self.args.dropout is not None:
                 for module in dropouts:
                     module.p = self.args.dropout
@@ -109,6 +116,17 @@ class DistillationTrainer(Trainer):
             self.objective.detach()
             for module, p in dropouts.items():
                 module.p = p
+            for parameter in idle:
+                parameter.requires_grad_(True)
+
+    def _finished(self, checkpoint: str) -> TrainOutput | None:
+        """The end of a training of which this is the last checkpoint; the base class would do one step more."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return None
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        return TrainOutput(state.global_step, 0.0, {"train_runtime": 0.0})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the base class; then every factor gets the learning rate that suits it (see `optimizer`)."""
@@ -133,6 +151,8 @@ class DistillationTrainer(Trainer):
             if str(error).startswith("Batch does not contain any data"):
                 raise self._out_of_data() from error
             raise
+        if len(samples) < num_batches and not isinstance(self.train_dataset, Sized):
+            samples = []  # the end of a stream: what makes no whole step is left out
         if not samples:
             return [], None
         counts = [self.objective.count(batch) for batch in samples]
@@ -156,9 +176,9 @@ class DistillationTrainer(Trainer):
             output = model(**{key: value for key, value in inputs.items() if key not in labels})
             counts = {head.labels: head.count(inputs) for head in self.objective.heads}
             loss = self.objective.supervised(output, inputs, counts)
-            return (loss, output) if return_outputs else loss
-        with self._attention_kernel(inputs):
-            terms = self.objective.terms(model, inputs, num_items_in_batch)
+            logits = {head.logits: output[head.logits] for head in self.objective.heads}  # no hidden states
+            return (loss, logits) if return_outputs else loss
+        terms = self.objective.terms(model, inputs, num_items_in_batch)
         self._check_finite(terms)
         # the gradients of all processes will be averaged, where the terms are shares of one sum
         terms = {name: value * self.accelerator.num_processes for name, value in terms.items()}
@@ -166,6 +186,11 @@ class DistillationTrainer(Trainer):
             self._window[name] = self._window.get(name, 0) + value.detach()
         loss = torch.stack([self.objective.weights[name] * value for name, value in terms.items()]).sum()
         return loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the base class, with the attention that is the faster one, in the backward pass too."""
+        with self._attention_kernel(inputs):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def _attention_kernel(self, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
         """For short sequences in bf16 on a CPU the plain form: flash attention is slower there."""
@@ -185,7 +210,8 @@ class DistillationTrainer(Trainer):
     def _out_of_data(self) -> ValueError:
         return ValueError(
             f"train_dataset gave no more data after step {self.state.global_step} of {self.state.max_steps}; "
-            "give a dataset that can be read again from its start, or set max_steps to what it holds"
+            "give a dataset that can be read again from its start (to resume, a stream without end), or set max_steps "
+            "to what it holds"
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

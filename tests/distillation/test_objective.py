@@ -46,23 +46,51 @@ def test_other_sequence_labels_under_gradient_accumulation(problem_type, tmp_pat
         assert logs[0][term] == pytest.approx(logs[1][term], rel=1e-5)
 
 
+def divergence(student, teacher, temperature):
+    """T^2 KL of one example, mean over its positions."""
+    p, q = ((x / temperature).softmax(-1) for x in (teacher, student))
+    return temperature**2 * float((p * (p / q).log()).sum(-1).mean())
+
+
+def stock_scores(model, hidden_states):
+    """Q K^T / sqrt(d) of each layer, (batch, heads, length, length), from the states that go into it."""
+    base = model.base_model
+    for i, state in enumerate(hidden_states[:-1]):
+        if hasattr(base, "encoder"):
+            attention = base.encoder.layer[i].attention.self
+            query, key = attention.query(state), attention.key(state)
+        else:
+            query, key, _ = base.h[i].attn.c_attn(base.h[i].ln_1(state)).split(state.shape[-1], -1)
+        query, key = (x.unflatten(-1, (model.config.num_attention_heads, -1)).transpose(1, 2) for x in (query, key))
+        yield query @ key.mT / query.shape[-1] ** 0.5
+
+
 @pytest.mark.parametrize("dense_class", DENSE, ids=lambda cls: cls.__name__)
 def test_terms_against_the_stock_outputs_in_float64(dense_class, tmp_path):
     """Each sequence alone, without padding, through eager attention and the loss of transformers itself."""
-    log, _ = one_step(dense_class, tmp_path)
+    log, _ = one_step(dense_class, tmp_path, temperature=2.0)
     teacher, student = pair(dense_class)
     head = dense_class.__name__
     rows = examples(student)
-    sums = dict.fromkeys(("embedding_mse", "hidden_mse", "attention_kl", "pooled"), 0.0)
-    sequences = 0
+    sums = dict.fromkeys(("embedding_mse", "hidden_mse", "attention_mse", "attention_kl", "pooled"), 0.0)
+    sequences, logits = 0, 0.0
     for model in (student, teacher):
         model.double().eval().set_attn_implementation("eager")
     for row in rows:
         batch = {key: value for key, value in collate([row]).items() if key in ("input_ids", "attention_mask")}
         with torch.no_grad():
             s, t = (m(**batch, output_hidden_states=True, output_attentions=True) for m in (student, teacher))
+            scores = [list(stock_scores(m, o.hidden_states)) for m, o in ((student, s), (teacher, t))]
+        logits += sum(divergence(s[name][0], t[name][0], 2.0) for name in s if "logits" in name) / (
+            2 if "QuestionAnswering" in head else 1  # start and end count half each
+        )
         for one in range(s.hidden_states[0].shape[0]):
             sequences += 1
+            for mine, theirs in zip(*scores, strict=True):
+                squares = (mine[one] - theirs[one]).square().mean(0)
+                length = squares.shape[-1]
+                visible = [(i, j) for i in range(length) for j in range(i + 1 if "GPT2" in head else length)]
+                sums["attention_mse"] += sum(float(squares[i, j]) for i, j in visible) / len(visible)
             distances = [
                 float((a[one] - b[one]).square().mean()) for a, b in zip(s.hidden_states, t.hidden_states, strict=True)
             ]
@@ -75,6 +103,8 @@ def test_terms_against_the_stock_outputs_in_float64(dense_class, tmp_path):
             sums["pooled"] += 1 - float(u @ v / u.norm() / v.norm())
     for term, value in sums.items():
         assert log[term] == pytest.approx(value / sequences, rel=1e-4, abs=1e-6), term
+    if head not in ("BertModel", "GPT2Model"):
+        assert log["logits"] == pytest.approx(logits / len(rows), rel=1e-4, abs=1e-6)
     if head not in ("BertModel", "GPT2Model", "BertForQuestionAnswering", "GPT2ForQuestionAnswering"):
         with torch.no_grad():
             stock_loss = student(**collate(rows)).loss
@@ -180,3 +210,37 @@ def test_layer_map_compares_the_layers_it_names(layer_map, tmp_path):
     log = trainer.state.log_history[0]
     assert log["hidden_mse"] == pytest.approx(hidden, rel=1e-4)
     assert log["attention_kl"] == pytest.approx(attention, rel=1e-4)
+
+
+@pytest.mark.parametrize("layer_map", [[0, 1], [2, 0], [1, 2]])
+def test_layers_of_gpt2_are_compared_before_its_last_norm_unless_both_are_the_last(layer_map, tmp_path):
+    teacher = tiny.teacher(GPT2LMHeadModel)
+    student = compress(tiny.teacher(GPT2LMHeadModel, seed=1, n_layer=2), {"wte": (72, 16, 1)}).model
+    arguments = {"hidden_mse_weight": 1.0, **{key: 0.0 for key in ALL_TERMS if key != "hidden_mse_weight"}}
+    trainer = make_trainer(student.eval(), teacher, tmp_path, max_steps=1, layer_map=layer_map, **arguments)
+    rows, states = examples(student), {}
+    for model in (student, teacher):
+        for name, module in ((str(i), block) for i, block in enumerate(model.transformer.h)):
+            module.register_forward_hook(lambda m, a, o, key=(model, name): states.update({key: o}))
+        module = model.transformer.ln_f
+        module.register_forward_hook(lambda m, a, o, key=(model, "normed"): states.update({key: o}))
+    expected = 0.0
+    for row in rows:
+        with torch.no_grad():
+            for model in (student, teacher):
+                model(input_ids=torch.tensor([row["input_ids"]]))
+        for mine, theirs in enumerate(layer_map):
+            names = ("normed", "normed") if (mine, theirs) == (1, 2) else (str(mine), str(theirs))
+            outputs = [states[key] for key in zip((student, teacher), names, strict=True)]
+            s, t = (o[0] if isinstance(o, tuple) else o for o in outputs)
+            expected += float((s - t).square().mean()) / len(rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["hidden_mse"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_multiple_choice_without_its_logits(tmp_path):
+    log, _ = one_step(transformers.BertForMultipleChoice, tmp_path)
+    less, _ = one_step(transformers.BertForMultipleChoice, tmp_path, **{**ALL_TERMS, "logits_weight": 0.0})
+    assert "logits" not in less
+    for term in ("hidden_mse", "attention_kl", "supervised"):
+        assert less[term] == pytest.approx(log[term], rel=1e-5)

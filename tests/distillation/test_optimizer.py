@@ -55,6 +55,24 @@ def test_a_step_of_one_factor_moves_the_product_as_far_as_a_dense_step(shape, fa
     assert float((factored.to_dense().detach() - before).square().mean().sqrt()) == pytest.approx(step, rel=1e-3)
 
 
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_step_with_several_terms_is_shorter_by_the_spread_of_their_singular_values(factor):
+    """W has the given singular values in its rearranged form, so its terms are orthogonal."""
+    values = torch.tensor([4.0, 2.0, 1.0])
+    left, right = torch.linalg.qr(torch.randn(6 * 5, 3)).Q, torch.linalg.qr(torch.randn(2 * 2, 3)).Q
+    factored = layer(12, 10, 6, 5, 3)  # A (6, 3, 5), B (2, 3, 2)
+    with torch.no_grad():
+        factored.A.copy_((left * values.sqrt()).reshape(6, 5, 3).transpose(1, 2))
+        factored.B.copy_((right * values.sqrt()).reshape(2, 2, 3).transpose(1, 2))
+    before = factored.to_dense().detach()
+    assert float(before.square().sum()) == pytest.approx(float(values.square().sum()), rel=1e-5)
+    optimizer = adam(factored, 1e-4)
+    getattr(factored, factor).grad = torch.randn_like(getattr(factored, factor))
+    optimizer.step()
+    step = float((factored.to_dense().detach() - before).square().mean().sqrt())
+    assert step == pytest.approx(1e-4 * 7 / (3 * 21) ** 0.5, rel=1e-2)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_split_of_scale_between_the_factors_does_not_matter(shape):
     x, target = torch.randn(64, shape[1]), torch.randn(64, shape[0])

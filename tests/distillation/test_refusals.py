@@ -141,3 +141,11 @@ def test_data_that_runs_out_is_an_error_and_too_little_is_not_hidden(tmp_path):
     with pytest.raises(ValueError, match="train_dataset gave no more data after step 0 of 5"):
         make_trainer(student, teacher, tmp_path, Once([]), max_steps=5).train()
     assert make_trainer(student, teacher, tmp_path, examples(student, 16), max_steps=5).train().global_step == 5
+
+
+def test_left_padding_of_gpt2(tmp_path):
+    teacher, student = pair(GPT2LMHeadModel)
+    rows = examples(student)
+    rows[2]["attention_mask"][0] = 0
+    with pytest.raises(ValueError, match=r"attention_mask has padding on the left.*padding_side='right'"):
+        make_trainer(student, teacher, tmp_path, rows=rows).train()

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from distilling import ALL_TERMS, assert_same_step, collate, examples, make_trainer, one_step, pair
+from distilling import (
+    ALL_TERMS,
+    KeepGradients,
+    assert_same_step,
+    collate,
+    examples,
+    make_trainer,
+    one_step,
+    pair,
+)
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel, TrainerCallback
@@ -33,8 +42,10 @@ def script(folder, arguments, *die_at, launcher=()):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_two_processes_equal_one(tmp_path):
-    arguments = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "model": "BertForMaskedLM"}
+@pytest.mark.parametrize("model", ["BertForMaskedLM", "BertModel"])
+def test_two_processes_equal_one(tmp_path, model):
+    """A `BertModel` has a pooler that no term reaches."""
+    arguments = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "model": model, "weight_decay": 0.1}
     one = script(tmp_path / "one", {**arguments, "per_device_train_batch_size": 8})
     assert one.returncode == 0, one.stderr[-3000:]
     # accelerate launch --cpu starts a single process where there is no MPI
@@ -46,11 +57,16 @@ def test_two_processes_equal_one(tmp_path):
     one, two = (torch.load(tmp_path / name / "result.pt", weights_only=True) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     for mine, other in zip(one["log"][:3], two["log"][:3], strict=True):
-        for key in ("loss", *(term.removesuffix("_weight") for term in ALL_TERMS)):
+        terms = {term.removesuffix("_weight") for term in ALL_TERMS} & mine.keys()
+        assert len(terms) == (7 if model == "BertForMaskedLM" else 5)
+        for key in ("loss", *terms):
             assert other[key] == pytest.approx(mine[key], rel=1e-4, abs=1e-6), key
     for mine, other in zip(one["gradients"], two["gradients"], strict=True):
         for name, gradient in mine.items():
             torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-5)
+        assert mine.keys() == other.keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_resumed_after_kill_9_it_ends_bit_for_bit_the_same(tmp_path):
@@ -78,6 +94,37 @@ def test_resumed_after_kill_9_it_ends_bit_for_bit_the_same(tmp_path):
         }
 
 
+def test_a_training_that_had_come_to_its_end_is_not_gone_on_with(tmp_path):
+    arguments = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    teacher, student = pair(BertForSequenceClassification)
+    make_trainer(student, teacher, tmp_path, **arguments).train()
+    _, fresh = pair(BertForSequenceClassification)
+    trainer = make_trainer(fresh, teacher, tmp_path, **arguments)
+    assert trainer.train(resume_from_checkpoint=True).global_step == trainer.state.global_step == 3
+    for name, weight in student.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], weight), name
+
+
+def test_what_makes_no_whole_step_at_the_end_of_a_stream_is_left_out(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    rows = examples(student, 5)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows)
+
+    keep = KeepGradients()
+    trainer = make_trainer(
+        student, teacher, tmp_path, rows=Stream(), callbacks=[keep], max_steps=3, learning_rate=0.0,
+        per_device_train_batch_size=1, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    first, second, third = keep.steps  # the third begins the stream again
+    assert any(not torch.equal(second[name], gradient) for name, gradient in first.items())
+    for name, gradient in first.items():
+        torch.testing.assert_close(third[name], gradient)
+
+
 def test_only_complete_checkpoints_are_resumed_from(tmp_path):
     teacher, student = pair(BertModel)
     trainer = make_trainer(student, teacher, tmp_path)
@@ -88,9 +135,21 @@ def test_only_complete_checkpoints_are_resumed_from(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
 
 
+def test_parameters_that_no_term_reaches_stay_as_they_are(tmp_path):
+    teacher, student = pair(BertModel)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    trainer = make_trainer(student, teacher, tmp_path, weight_decay=0.5)
+    trainer.train()
+    same = {name for name, value in student.state_dict().items() if torch.equal(value, before[name])}
+    assert same == {name for name in before if name.startswith("pooler.")}
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("dense_class", [BertForMaskedLM, GPT2LMHeadModel])
-def test_gradient_checkpointing_changes_nothing(dense_class, tmp_path):
-    assert_same_step(one_step(dense_class, tmp_path, **CHECKPOINTING[0]), one_step(dense_class, tmp_path))
+def test_gradient_checkpointing_changes_nothing(dense_class, bf16, tmp_path):
+    checkpointed = one_step(dense_class, tmp_path, bf16=bf16, **CHECKPOINTING[0])
+    assert_same_step(checkpointed, one_step(dense_class, tmp_path, bf16=bf16))
 
 
 def test_checkpointing_that_would_lose_the_gradient_is_refused(tmp_path):
@@ -221,6 +280,7 @@ def test_the_students_config_keeps_its_cache(tmp_path):
 
 def test_evaluation_gives_logits_only_and_the_stock_loss(tmp_path):
     teacher, student = pair(BertForSequenceClassification)
+    student.config.output_hidden_states = True
     rows = examples(student)
     trainer = make_trainer(student, teacher, tmp_path, per_device_eval_batch_size=8)
     result = trainer.predict(rows)

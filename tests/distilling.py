@@ -172,6 +172,7 @@ def main():
             },
             folder / "result.pt",
         )
+    trainer.accelerator.end_training()  # processes leave their group together
 
 
 if __name__ == "__main__":

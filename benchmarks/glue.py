@@ -70,7 +70,7 @@ class Run:
 
 def runs() -> Iterator[Run]:
     """All of them, the most telling first."""
-    for task in ("stsb", "mrpc", "sst2", "rte", "cola"):
+    for task in ("stsb", "mrpc", "sst2", "cola", "rte"):
         for seed in SEEDS.get(task, (0,)):
             for plan in PLANS:
                 yield Run(task, plan, STAGE_1_STEPS, True, seed)
@@ -150,32 +150,33 @@ def perform(run: Run, data: Path, work: Path) -> None:
     shutil.rmtree(output)
 
 
-def scores() -> tuple[dict[Run, float], dict[str, float]]:
-    """The headline metric of every finished run, and of the teachers, in per cent."""
-    students: dict[Run, float] = {}
-    teachers: dict[str, float] = {}
+def scores() -> dict[Run, tuple[float, float]]:
+    """The headline metric of every finished run's student and of its teacher, in per cent."""
+    found: dict[Run, tuple[float, float]] = {}
     for line in LOG.lines():
         run = Run(**{name: line[name] for name in Run.__dataclass_fields__})
         metric, value = headline(run.task, line["metrics"]["student"])
-        students[run] = 100 * value
-        teachers[run.task] = 100 * line["metrics"]["teacher"][metric]  # all students of a task have one teacher
-    return students, teachers
+        found[run] = 100 * value, 100 * line["metrics"]["teacher"][metric]
+    return found
 
 
 def table(console: Console) -> None:
     """Teacher and students by task: mean and standard deviation over the students' seeds, and what is retained."""
-    students, teachers = scores()
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for run, score in students.items():
+    retained: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    teachers: dict[str, list[float]] = defaultdict(list)
+    for run, (student, teacher) in scores().items():
         if run.stage_1_steps in (0, STAGE_1_STEPS):
             stages = "stages 1 and 2" if run.stage_1_steps else "stage 2"
-            values[f"{run.plan}, {stages}{'' if run.kd else ', no KD in stage 2'}"][run.task].append(score)
+            name = f"{run.plan}, {stages}{'' if run.kd else ', no KD in stage 2'}"
+            values[name][run.task].append(student)
+            retained[name][run.task].append(100 * student / teacher)
+            if teacher not in teachers[run.task]:  # another one where a run was made with a new work folder
+                teachers[run.task].append(teacher)
     seen = {line["task"]: line["training"] for line in LOG.lines()}
-    rows: dict[str, list[Any]] = {
-        "teacher": [*(spread([teachers[t]]) if t in teachers else None for t in TASKS), None, None]
-    }
+    rows: dict[str, list[Any]] = {"teacher": [*(spread(teachers.get(task, [])) for task in TASKS), None, None]}
     for name, found in sorted(values.items(), reverse=True):
-        kept = {task: 100 * statistics.mean(found[task]) / teachers[task] for task in TASKS if task in found}
+        kept = {task: statistics.mean(shares) for task, shares in retained[name].items()}
         reached = f"{sum(share >= 99 for share in kept.values())} of {len(kept)}"
         rows[name] = [*(spread(found.get(task, [])) for task in TASKS), statistics.mean(kept.values()), reached]
         rows[f"  of the teacher's, {name}"] = [*(kept.get(task) for task in TASKS), None, None]
@@ -196,22 +197,19 @@ def table(console: Console) -> None:
 
 def picture() -> None:
     """What stage 1 learns, and what it is worth for STS-B."""
-    students, teachers = scores()
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for line in STAGE_1.lines():
         for term, style in (("hidden_mse", "-"), ("embedding_mse", "--")):
             points = [(entry["step"], entry[term]) for entry in line["log"]]
             left.plot(*zip(*points, strict=True), style, label=f"{line['plan']}, {term}")
+    found = {run: score for run, score in scores().items() if run.task == "stsb" and run.seed == 0}
     for plan in PLANS:
-        chosen = sorted(
-            (r.stage_1_steps, v) for r, v in students.items() if (r.task, r.plan, r.seed) == ("stsb", plan, 0)
-        )
-        if chosen:
-            right.plot(*zip(*chosen, strict=True), marker="o", label=plan)
-    if "stsb" in teachers:
-        right.axhline(teachers["stsb"], color="grey", label="teacher")
-        right.axhline(0.95 * teachers["stsb"], color="grey", linestyle=":", label="95 % of it")
+        points = sorted((run.stage_1_steps, student) for run, (student, _) in found.items() if run.plan == plan)
+        right.plot(*zip(*points, strict=True), marker="o", label=plan)
+    if reached := [teacher for run, (_, teacher) in found.items() if run.stage_1_steps]:
+        right.axhline(reached[0], color="grey", label="teacher")
+        right.axhline(0.95 * reached[0], color="grey", linestyle=":", label="95 % of it")
     left.set(xlabel="steps of stage 1", title="stage 1: distance from the teacher", yscale="log")
     right.set(xlabel="steps of stage 1", title="STS-B after stage 2, Spearman, per cent", ylim=(0, 100))
     for axes in (left, right):

@@ -20,7 +20,8 @@ def start_student(
     """A student of `teacher`: factored from it, or the student of an earlier stage with the teacher's head.
 
     KroneckerBERT, section 3.5: for a task the student comes from the first stage and its prediction layer from the
-    teacher. What the earlier student lacks, such as a pooler, comes from the teacher as well.
+    teacher. What the earlier student lacks comes from the teacher as well, and so does the pooler of one without a
+    head: no term of its stage has reached it, where the teacher's belongs to the prediction layer.
 
     Args:
         teacher: with the head that the student shall have.
@@ -42,6 +43,8 @@ def start_student(
     else:
         student = compress(teacher, earlier.config.factor_plan).model
     wanted, found = student.base_model.state_dict(), earlier.base_model.state_dict()
+    if earlier.base_model is earlier:
+        found = {name: value for name, value in found.items() if not name.startswith("pooler.")}
     for name, value in found.items():
         if name in wanted and wanted[name].shape != value.shape:
             raise ValueError(

@@ -9,10 +9,11 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain, count, islice, pairwise, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow.parquet
@@ -84,12 +85,13 @@ class TextSource:
 
     def text(self) -> str:
         """All of it as one text: files of text as they stand, documents of tables and datasets a blank line apart."""
-        parts = (
-            Path(name).read_text(encoding="utf-8-sig")
-            if _is_plain(name)
-            else "\n\n".join(map("\n".join, self._read(name)))
-            for name in self.names
-        )
+        parts = []
+        for name in self.names:
+            if not _is_plain(name):
+                parts.append("\n\n".join(map("\n".join, self._read(name))))
+                continue
+            with _utf8(Path(name)) as file:
+                parts.append(file.read())
         return "\n\n".join(parts)
 
     def documents(self) -> Iterator[Document]:
@@ -151,12 +153,18 @@ def _rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
         yield from read_table(path)
 
 
-def _text_lines(path: Path) -> Iterator[str]:
+@contextmanager
+def _utf8(path: Path) -> Iterator[TextIO]:
     try:
         with path.open(encoding="utf-8-sig") as file:
-            yield from map(str.strip, file)
+            yield file
     except UnicodeDecodeError as error:
         raise ValueError(f"text file {str(path)!r} is not UTF-8 ({error}); convert it first") from error
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    with _utf8(path) as file:
+        yield from map(str.strip, file)
 
 
 def _has_blank_line(path: Path) -> bool:

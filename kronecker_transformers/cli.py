@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import chain, islice
 
 from rich.console import Console
 
@@ -13,6 +14,7 @@ from .checkpoint import check_new_folder, load_student, recorded_errors, save_fo
 from .compress import compress, to_dense
 from .plan_file import read_plan
 from .report import Report, describe
+from .tasks.language_modeling import TextSource
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,6 +35,18 @@ def _parser() -> argparse.ArgumentParser:
         "--plan",
         default="7.7x",
         help="7.7x or 21x (BERT), kngpt2 (GPT-2), or a YAML or JSON file (default: %(default)s)",
+    )
+    command.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text on which the factors shall be near the dense layers: a file with one sentence or document per line, "
+        "a table (.csv, .tsv, .json, .jsonl, .parquet), or a dataset of the Hub",
+    )
+    command.add_argument(
+        "--calibration-column", default="text", metavar="NAME", help="of a table or dataset (default: %(default)s)"
+    )
+    command.add_argument(
+        "--calibration-texts", type=int, default=512, metavar="N", help="how many are read (default: %(default)s)"
     )
     command.add_argument("--output", required=True, metavar="DIR", help="new folder for the factored model")
     command.set_defaults(run=_compress)
@@ -58,10 +72,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _compress(arguments: argparse.Namespace, console: Console) -> None:
     check_new_folder(arguments.output)
-    result = compress(arguments.teacher, read_plan(arguments.plan), progress=True)
+    texts = _calibration_texts(arguments) if arguments.calibration else None
+    result = compress(arguments.teacher, read_plan(arguments.plan), calibration=texts, progress=True)
     result.save(arguments.output)
     _show(result.report, console)
     console.print(f"Saved in {arguments.output}. Distil it before use: an undistilled student is poor.")
+
+
+def _calibration_texts(arguments: argparse.Namespace) -> list[str]:
+    source = TextSource((arguments.calibration,), column=arguments.calibration_column)
+    return list(islice(chain.from_iterable(source.documents()), arguments.calibration_texts))
 
 
 def _inspect(arguments: argparse.Namespace, console: Console) -> None:

@@ -8,27 +8,19 @@ they compute. A part of the text is held out: a layer whose nearest factors do b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, seeing
 from .factorization.calibrated import Moments, MomentSums, calibrated_kronecker, kronecker_product, weighted_kronecker
 from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 
-LENGTH = 128
-"""Tokens of a calibration sequence, at most."""
-BATCH_TOKENS = 4096
-"""Tokens that go through the models at a time, at most, padding included."""
-HELD_OUT = 10
-"""One sequence in so many is held out."""
 UNSEEN = 0.1
 """Occurrences that every row of an embedding is taken to have beside those in the text."""
 
@@ -44,129 +36,6 @@ class LayerErrors(NamedTuple):
     """Of the nearest factors."""
     calibrated: float
     """Of the factors that the student has now."""
-
-
-class CalibrationBatch(NamedTuple):
-    """Sequences of similar length, padded on the right."""
-
-    input_ids: Tensor
-    """(batch, length)"""
-    attention_mask: Tensor
-    """(batch, length), 1 for what is not padding."""
-    held_out: bool
-
-    @property
-    def real(self) -> Tensor:
-        """Positions that are not padding, (batch, length), bool."""
-        return self.attention_mask.bool()
-
-
-def calibration_batches(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int = LENGTH
-) -> list[CalibrationBatch]:
-    """Encode calibration text for BERT, text by text, or for GPT-2, in blocks; longer texts are cut into pieces.
-
-    Args:
-        texts: sentences or documents.
-        tokenizer: of the teacher.
-        model: the teacher, or its student.
-        length: tokens of a sequence, at most; cut to what the model can take.
-
-    Returns:
-        Batches of sequences of similar length, some of them held out.
-
-    Raises:
-        TypeError: a text is not a string, or all is one string.
-        ValueError: too few texts.
-    """
-    if isinstance(texts, str):
-        raise TypeError("calibration text is one string; give a list of strings")
-    texts = list(texts)
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"calibration text {index} is of type {type(text).__name__}; give strings")
-    texts = [text for text in texts if text.strip()]
-    length = min(length, model.config.max_position_embeddings)
-    if model.config.model_type.endswith("gpt2"):
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids = list(chain.from_iterable([*row, *end] for row in tokenizer(texts)["input_ids"])) if texts else []
-        rows = [ids[start : start + length] for start in range(0, len(ids), length)]
-    else:
-        cut = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
-        rows = tokenizer(texts, **cut)["input_ids"] if texts else []
-    if len(rows) < HELD_OUT:
-        raise ValueError(
-            f"calibration text of {len(texts)} texts gives {len(rows)} sequences of at most {length} tokens; at least "
-            f"{HELD_OUT} are needed, and some hundred sentences do well"
-        )
-    rows.sort(key=len)
-    held_out = rows[HELD_OUT // 2 :: HELD_OUT]
-    del rows[HELD_OUT // 2 :: HELD_OUT]
-    return [*_batches(rows, False), *_batches(held_out, True)]
-
-
-def _batches(rows: list[list[int]], held_out: bool) -> Iterator[CalibrationBatch]:
-    """Batches of sorted rows; padded with 0, since the mask hides what stands there."""
-    while rows:
-        size = next((n for n in range(1, len(rows)) if (n + 1) * len(rows[n]) > BATCH_TOKENS), len(rows))
-        batch, rows = rows[:size], rows[size:]
-        ids, mask = torch.zeros(2, size, len(batch[-1]), dtype=torch.long)
-        for i, row in enumerate(batch):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        yield CalibrationBatch(ids, mask, held_out)
-
-
-@dataclass
-class _Stream:
-    """A batch on its way through one model: what its next layer is called with."""
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def through(self, layer: nn.Module) -> Tensor:
-        output = layer(self.hidden, *self.args, **self.kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
-
-
-@dataclass
-class _Batch:
-    """A batch on its way through both models."""
-
-    real: Tensor
-    """Positions that are not padding, (batch, length)."""
-    held_out: bool
-    teacher: _Stream
-    student: _Stream
-
-
-class _Seen(Exception):  # noqa: N818 - not an error
-    """All that was wanted has been seen; the rest of the forward pass is not needed."""
-
-
-@contextmanager
-def _seeing(modules: Mapping[str, nn.Module], outputs: bool = False) -> Iterator[dict[str, Any]]:
-    """Run something in this block until all modules were called: their (args, kwargs), or their outputs, by name."""
-    found: dict[str, Any] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-            found[name] = output if outputs else (args, kwargs)
-            if len(found) == len(modules):
-                raise _Seen
-
-        return hook
-
-    register = nn.Module.register_forward_hook if outputs else nn.Module.register_forward_pre_hook
-    handles = [register(module, keep(name), with_kwargs=True) for name, module in modules.items()]
-    try:
-        with suppress(_Seen):
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -218,17 +87,18 @@ def _calibrate(
 
         for name, counts in _looked_up(dense, names, batches).items():
             note(name, _fit_embedding(factored.get_submodule(name), dense.get_submodule(name), counts))
-        flow = _enter(dense, factored, batches)
-        place, layers = _layers(dense)
-        for index, (layer, student_layer) in enumerate(zip(layers, _layers(factored)[1], strict=True)):
-            for group in _groups(student_layer, flow[0].student):
-                for name, found in _fit_group(layer, student_layer, group, flow):
+        streams, student_streams = enter(dense, batches), enter(factored, batches)
+        place, layers = layers_of(dense)
+        for index, (layer, student_layer) in enumerate(zip(layers, layers_of(factored)[1], strict=True)):
+            inner = [name for name, module in student_layer.named_modules() if _is_factored(module)]
+            for group in groups_of(student_layer, inner, student_streams[0]):
+                for name, found in _fit_group(layer, student_layer, group, streams, student_streams):
                     note(f"{place}.{index}.{name}", found)
-            for batch in flow:
-                batch.teacher.hidden = batch.teacher.through(layer)
-                batch.student.hidden = batch.student.through(student_layer)
+            for stream, student_stream in zip(streams, student_streams, strict=True):
+                stream.advance(layer)
+                student_stream.advance(student_layer)
         if "pooler.dense" in names:
-            note("pooler.dense", _fit_pooler(dense, factored, flow))
+            note("pooler.dense", _fit_pooler(dense, factored, streams, student_streams))
     return {name: errors[name] for name in names if name in errors}
 
 
@@ -246,56 +116,18 @@ def _check_amount(batches: Sequence[CalibrationBatch], student: nn.Module) -> No
         )
 
 
-def _layers(base: Any) -> tuple[str, nn.ModuleList]:
-    """Name and modules of the stack of layers of a base model."""
-    return ("encoder.layer", base.encoder.layer) if hasattr(base, "encoder") else ("h", base.h)
-
-
-def _enter(dense: Any, factored: Any, batches: Sequence[CalibrationBatch]) -> list[_Batch]:
-    """All batches before the first layer of both models."""
-    flow = []
-    for batch in batches:
-        ids, mask = batch.input_ids.to(dense.device), batch.attention_mask.to(dense.device)
-        streams = []
-        for model in (dense, factored):
-            with _seeing({"first": _layers(model)[1][0]}) as seen:
-                model(ids, attention_mask=mask, use_cache=False)
-            (hidden, *args), kwargs = seen["first"]
-            streams.append(_Stream(hidden, tuple(args), kwargs))
-        flow.append(_Batch(mask.bool(), batch.held_out, *streams))
-    return flow
-
-
-def _groups(layer: nn.Module, stream: _Stream) -> list[list[str]]:
-    """The factored modules of a layer in the order in which they compute; those that share their input together."""
-    modules = {name: module for name, module in layer.named_modules() if _is_factored(module)}
-    if not modules:
-        return []
-    with _seeing(modules) as seen:
-        stream.through(layer)
-    groups: list[list[str]] = []
-    last = None
-    for name, ((x, *_), _) in seen.items():
-        if x is last:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-        last = x
-    return groups
-
-
 def _fit_group(
-    layer: nn.Module, student_layer: nn.Module, group: list[str], flow: Sequence[_Batch]
+    layer: nn.Module, student_layer: nn.Module, group: list[str], streams: list[Stream], student_streams: list[Stream]
 ) -> Iterator[tuple[str, LayerErrors]]:
     """Fit modules of one layer that share their input."""
     sums = {held_out: MomentSums() for held_out in (False, True)}
-    for batch in flow:
-        with _seeing({name: layer.get_submodule(name) for name in group}, outputs=True) as outputs:
-            batch.teacher.through(layer)
-        with _seeing({"x": student_layer.get_submodule(group[0])}) as inputs:
-            batch.student.through(student_layer)
-        y = torch.cat([outputs[name][batch.real] for name in group], -1)
-        sums[batch.held_out].add(inputs["x"][0][0][batch.real], y)
+    for stream, student_stream in zip(streams, student_streams, strict=True):
+        with seeing({name: layer.get_submodule(name) for name in group}, outputs=True) as outputs:
+            stream.through(layer)
+        with seeing({"x": student_layer.get_submodule(group[0])}) as inputs:
+            student_stream.through(student_layer)
+        y = torch.cat([outputs[name][stream.real] for name in group], -1)
+        sums[stream.held_out].add(inputs["x"][0][0][stream.real], y)
     try:
         fit, held_out = sums[False].finish(), sums[True].finish()
     except ValueError as error:
@@ -307,12 +139,11 @@ def _fit_group(
         yield name, _fit(module, layer.get_submodule(name), fit.rows(rows), held_out.rows(rows))
 
 
-def _fit_pooler(dense: Any, factored: Any, flow: Sequence[_Batch]) -> LayerErrors:
+def _fit_pooler(dense: Any, factored: Any, streams: list[Stream], student_streams: list[Stream]) -> LayerErrors:
     """Fit BERT's pooler, which sees the first token only."""
     sums = {held_out: MomentSums() for held_out in (False, True)}
-    for batch in flow:
-        y = dense.pooler.dense(batch.teacher.hidden[:, 0])
-        sums[batch.held_out].add(batch.student.hidden[:, 0], y)
+    for stream, student_stream in zip(streams, student_streams, strict=True):
+        sums[stream.held_out].add(student_stream.hidden[:, 0], dense.pooler.dense(stream.hidden[:, 0]))
     return _fit(factored.pooler.dense, dense.pooler.dense, sums[False].finish(), sums[True].finish())
 
 
@@ -341,7 +172,7 @@ def _looked_up(dense: Any, names: Sequence[str], batches: Sequence[CalibrationBa
     }
     for batch in batches if modules else ():
         mask = batch.attention_mask.to(dense.device)
-        with _seeing(modules) as seen:
+        with seeing(modules) as seen:
             dense(batch.input_ids.to(dense.device), attention_mask=mask, use_cache=False)
         for name, ((rows, *_), _) in seen.items():
             counts[name] += torch.bincount(rows.expand(mask.shape)[mask.bool()], minlength=len(counts[name]))

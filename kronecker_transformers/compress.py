@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from .calibration import calibrate, calibration_batches
+from .activations import calibration_batches
+from .calibration import calibrate
 from .checkpoint import load_teacher, save_folder
 from .factorization.nearest import nearest_kronecker
 from .models import DENSE_CLASSES

@@ -6,7 +6,8 @@ from tiny import TEXT, bert_tokenizer, gpt2_tokenizer, teacher
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 from kronecker_transformers import calibration, compress, describe
-from kronecker_transformers.calibration import CalibrationBatch, calibrate, calibration_batches
+from kronecker_transformers.activations import CalibrationBatch, calibration_batches
+from kronecker_transformers.calibration import calibrate
 from kronecker_transformers.checkpoint import load_student, recorded_errors
 from kronecker_transformers.cli import main
 

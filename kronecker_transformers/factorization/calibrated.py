@@ -70,7 +70,7 @@ class Moments:
     def relative_error(self, A: Tensor, B: Tensor, bias: Tensor) -> float:
         """Root of E || y - W' x' - bias ||^2 / E || y - E y ||^2."""
         total = float(self.output_variance.sum())
-        M, H = _normal_equations(_rearranged(self.inputs, A.shape[2]), self._cross_blocks(A, B), B.double())
+        M, H = _normal_equations(rearranged(self.inputs, A.shape[2]), self._cross_blocks(A, B), B.double())
         a = A.double().flatten(1)  # (m1, R n1)
         squared = total - 2 * float((a * H).sum()) + float(((a @ M) * a).sum())
         mean = kronecker_product(A, B) @ self.input_mean + bias.double()
@@ -269,26 +269,26 @@ def _alternate(
 ) -> tuple[Tensor, Tensor, list[float]]:
     m2, n2 = len(D) // m1, len(C) // n1
     blocks = D.reshape(m1, m2, n1, n2)
-    rearranged = _rearranged(C, n1)
+    form = rearranged(C, n1)
     # of three starts the best: the nearest sum to the regression, as it is and with its columns weighted, and to W
     regression = torch.cholesky_solve(D.t(), torch.linalg.cholesky(C)).t()
     targets = (regression, regression * C.diagonal().sqrt(), W.double())
     starts = [_orthonormal(nearest_kronecker(target, m1, n1, terms).B) for target in targets]
-    A, value = min((_solve(rearranged, blocks, B, total) for B in starts), key=itemgetter(1))
+    A, value = min((_solve(form, blocks, B, total) for B in starts), key=itemgetter(1))
     history = [value / scale]
     for _ in range(MAX_SWEEPS):
         A = _orthonormal(A)
-        B, value = _solve(rearranged.t(), blocks.permute(1, 0, 3, 2), A, total)
+        B, value = _solve(form.t(), blocks.permute(1, 0, 3, 2), A, total)
         history.append(value / scale)
         if len(history) > 2 and history[-3] - history[-1] < TOLERANCE:
             break
         B = _orthonormal(B)
-        A, value = _solve(rearranged, blocks, B, total)
+        A, value = _solve(form, blocks, B, total)
         history.append(value / scale)
     return *_canonical(A, B), history
 
 
-def _rearranged(C: Tensor, n1: int) -> Tensor:
+def rearranged(C: Tensor, n1: int) -> Tensor:
     """C (n, n) as (n1 n1, n2 n2)."""
     n2 = len(C) // n1
     return C.reshape(n1, n2, n1, n2).permute(0, 2, 1, 3).reshape(n1 * n1, n2 * n2)

@@ -85,7 +85,7 @@ def _calibrate(
             errors[name] = found
             bar.update()
 
-        for name, counts in _looked_up(dense, names, batches).items():
+        for name, counts in looked_up(dense, names, batches).items():
             note(name, _fit_embedding(factored.get_submodule(name), dense.get_submodule(name), counts))
         streams, student_streams = enter(dense, batches), enter(factored, batches)
         place, layers = layers_of(dense)
@@ -98,7 +98,8 @@ def _calibrate(
                 stream.advance(layer)
                 student_stream.advance(student_layer)
         if "pooler.dense" in names:
-            note("pooler.dense", _fit_pooler(dense, factored, streams, student_streams))
+            fit, held_out = pooler_moments(dense, factored, streams, student_streams)
+            note("pooler.dense", _fit(factored.pooler.dense, dense.pooler.dense, fit, held_out))
     return {name: errors[name] for name in names if name in errors}
 
 
@@ -120,6 +121,22 @@ def _fit_group(
     layer: nn.Module, student_layer: nn.Module, group: list[str], streams: list[Stream], student_streams: list[Stream]
 ) -> Iterator[tuple[str, LayerErrors]]:
     """Fit modules of one layer that share their input."""
+    fit, held_out = group_moments(layer, student_layer, group, streams, student_streams)
+    start = 0
+    for name in group:
+        module: Any = student_layer.get_submodule(name)
+        rows = slice(start, start := start + module.out_features)
+        yield name, _fit(module, layer.get_submodule(name), fit.rows(rows), held_out.rows(rows))
+
+
+def group_moments(
+    layer: nn.Module, student_layer: nn.Module, group: list[str], streams: list[Stream], student_streams: list[Stream]
+) -> tuple[Moments, Moments]:
+    """Moments of modules of one layer that share their input, their outputs one after the other: to fit, and held out.
+
+    Raises:
+        ValueError: activations that are not finite.
+    """
     sums = {held_out: MomentSums() for held_out in (False, True)}
     for stream, student_stream in zip(streams, student_streams, strict=True):
         with seeing({name: layer.get_submodule(name) for name in group}, outputs=True) as outputs:
@@ -129,22 +146,19 @@ def _fit_group(
         y = torch.cat([outputs[name][stream.real] for name in group], -1)
         sums[stream.held_out].add(inputs["x"][0][0][stream.real], y)
     try:
-        fit, held_out = sums[False].finish(), sums[True].finish()
+        return sums[False].finish(), sums[True].finish()
     except ValueError as error:
         raise ValueError(f"layer {group[0]!r}: {error}") from error
-    start = 0
-    for name in group:
-        module: Any = student_layer.get_submodule(name)
-        rows = slice(start, start := start + module.out_features)
-        yield name, _fit(module, layer.get_submodule(name), fit.rows(rows), held_out.rows(rows))
 
 
-def _fit_pooler(dense: Any, factored: Any, streams: list[Stream], student_streams: list[Stream]) -> LayerErrors:
-    """Fit BERT's pooler, which sees the first token only."""
+def pooler_moments(
+    dense: Any, factored: Any, streams: list[Stream], student_streams: list[Stream]
+) -> tuple[Moments, Moments]:
+    """The same for BERT's pooler, which sees the first token only; streams are at the end of the last layer."""
     sums = {held_out: MomentSums() for held_out in (False, True)}
     for stream, student_stream in zip(streams, student_streams, strict=True):
         sums[stream.held_out].add(student_stream.hidden[:, 0], dense.pooler.dense(stream.hidden[:, 0]))
-    return _fit(factored.pooler.dense, dense.pooler.dense, sums[False].finish(), sums[True].finish())
+    return sums[False].finish(), sums[True].finish()
 
 
 def _fit(module: KroneckerLinear, dense: nn.Module, fit: Moments, held_out: Moments) -> LayerErrors:
@@ -163,7 +177,7 @@ def _fit(module: KroneckerLinear, dense: nn.Module, fit: Moments, held_out: Mome
     return LayerErrors(nearest, calibrated)
 
 
-def _looked_up(dense: Any, names: Sequence[str], batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
+def looked_up(dense: Any, names: Sequence[str], batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
     """How often the text looks up each row of the embeddings among these modules."""
     modules = {name: dense.get_submodule(name) for name in names}
     modules = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
@@ -183,13 +197,14 @@ def _fit_embedding(module: KroneckerEmbedding, dense: nn.Module, counts: Tensor)
     """Factors that are nearest for the rows that the text looks up."""
     W: Any = dense.weight
     m1, terms, n1 = module.A.shape
-    nearest = _row_error(W, module.A, module.B, counts)
+    nearest = row_error(W, module.A, module.B, counts)
     A, B = weighted_kronecker(W, counts + UNSEEN, m1, n1, terms)
     module.A.copy_(A)
     module.B.copy_(B)
-    return LayerErrors(nearest, _row_error(W, A, B, counts))
+    return LayerErrors(nearest, row_error(W, A, B, counts))
 
 
-def _row_error(W: Tensor, A: Tensor, B: Tensor, counts: Tensor) -> float:
+def row_error(W: Tensor, A: Tensor, B: Tensor, counts: Tensor) -> float:
+    """Relative error of the rows of an embedding (m, n), each counted as often as the text looks it up (m,)."""
     squared = (W - kronecker_product(A, B)).square().sum(1) @ counts
     return float((squared / (W.double().square().sum(1) @ counts)).sqrt())

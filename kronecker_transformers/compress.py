@@ -78,21 +78,13 @@ def compress(
             too little text, no tokenizer, or activations that are not finite.
         OSError: the teacher cannot be read.
     """
-    if not isinstance(teacher, (PreTrainedModel, str, os.PathLike)):
-        raise TypeError(f"teacher of type {type(teacher).__name__} must be a name, a folder or a loaded model")
-    if not isinstance(teacher, PreTrainedModel):
-        teacher, own_tokenizer = load_teacher(teacher)
-        tokenizer = tokenizer or own_tokenizer
-    if type(teacher) not in STUDENT_CLASSES:
-        supported = ", ".join(sorted(dense.__name__ for dense in STUDENT_CLASSES))
-        raise ValueError(f"teacher of class {type(teacher).__name__} is not supported; supported are {supported}")
+    teacher, tokenizer = check_teacher(teacher, tokenizer)
     student_class: Any = STUDENT_CLASSES[type(teacher)]
     config = student_class.config_class.from_dense(teacher.config, plan)
     config.name_or_path = teacher.config.name_or_path
     head = teacher.get_output_embeddings()
     if head is not None and head.weight is not teacher.get_input_embeddings().weight:
         config.tie_word_embeddings = False
-    _check_finite(teacher)
     batches = None
     if calibration is not None:
         if tokenizer is None:
@@ -129,6 +121,26 @@ def compress(
                 "nearest_output_error": found.nearest,
             }
     return CompressionResult(student, tokenizer, describe(student).with_errors(errors))
+
+
+def check_teacher(
+    teacher: str | os.PathLike[str] | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A teacher that can be compressed, loaded if it is not, and its tokenizer.
+
+    Raises:
+        TypeError, ValueError, OSError: as `compress`.
+    """
+    if not isinstance(teacher, (PreTrainedModel, str, os.PathLike)):
+        raise TypeError(f"teacher of type {type(teacher).__name__} must be a name, a folder or a loaded model")
+    if not isinstance(teacher, PreTrainedModel):
+        teacher, own_tokenizer = load_teacher(teacher)
+        tokenizer = tokenizer or own_tokenizer
+    if type(teacher) not in STUDENT_CLASSES:
+        supported = ", ".join(sorted(dense.__name__ for dense in STUDENT_CLASSES))
+        raise ValueError(f"teacher of class {type(teacher).__name__} is not supported; supported are {supported}")
+    _check_finite(teacher)
+    return teacher, tokenizer
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .models import DENSE_CLASSES
-from .report import Report
+from .report import ERRORS, Report
 
 logger = logging.getLogger(__name__)
 
@@ -216,8 +216,8 @@ def _umask() -> int:
     return mask
 
 
-def recorded_errors(folder: str | os.PathLike[str], factors_sha256: str) -> dict[str, float]:
-    """Relative error by layer as recorded at compression; empty without a record of exactly these factors."""
+def recorded_errors(folder: str | os.PathLike[str], factors_sha256: str) -> dict[str, dict[str, float]]:
+    """The errors of each layer as recorded at compression; empty without a record of exactly these factors."""
     path = Path(folder) / REPORT_FILE
     if not path.is_file():
         return {}
@@ -225,7 +225,10 @@ def recorded_errors(folder: str | os.PathLike[str], factors_sha256: str) -> dict
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["factors_sha256"] != factors_sha256:
             return {}
-        return {layer["name"]: float(layer["relative_error"]) for layer in record["layers"]}
+        return {
+            layer["name"]: {name: float(value) for name, value in layer.items() if name in ERRORS and value is not None}
+            for layer in record["layers"]
+        }
     except (ValueError, TypeError, KeyError) as error:
         logger.warning("%s is not a record of a compression and is passed over: %r", path, error)
         return {}

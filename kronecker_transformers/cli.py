@@ -1,18 +1,21 @@
-"""The command line: compress, inspect, expand."""
+"""The command line: compress, search, inspect, expand."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import chain, islice
 
 from rich.console import Console
 
 from . import __version__
 from .checkpoint import check_new_folder, load_student, recorded_errors, save_folder
 from .compress import compress, to_dense
-from .plan_file import read_plan
+from .plan_file import check_plan_path, read_plan
 from .report import Report, describe
+from .search import search_plan
+from .tasks.language_modeling import TextSource
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,8 +37,26 @@ def _parser() -> argparse.ArgumentParser:
         default="7.7x",
         help="7.7x or 21x (BERT), kngpt2 (GPT-2), or a YAML or JSON file (default: %(default)s)",
     )
+    _add_calibration(command, required=False)
     command.add_argument("--output", required=True, metavar="DIR", help="new folder for the factored model")
     command.set_defaults(run=_compress)
+
+    command = commands.add_parser(
+        "search",
+        help="find the best plan for a budget",
+        description="Find the best plan for a budget, or for two, and write it as a file for compress.",
+    )
+    command.add_argument("teacher", metavar="TEACHER", help="name on the Hub, or folder, of the dense model")
+    command.add_argument("--ratio", type=float, metavar="X", help="parameters of the base model, teacher over student")
+    command.add_argument("--parameters", type=int, metavar="N", help="of the base model, at most")
+    command.add_argument("--size-bytes", type=int, metavar="N", help="of these parameters, at most")
+    command.add_argument(
+        "--flops", type=float, metavar="N", help="of its linear layers for 128 tokens, at most (1e9 for one GFLOP)"
+    )
+    _add_calibration(command, required=True)
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="plan file, .yaml or .json")
+    command.add_argument("--picture", metavar="FILE", help="PNG of predicted change against size")
+    command.set_defaults(run=_search)
 
     command = commands.add_parser(
         "inspect",
@@ -56,12 +77,53 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_calibration(command: argparse.ArgumentParser, required: bool) -> None:
+    command.add_argument(
+        "--calibration",
+        required=required,
+        metavar="FILE",
+        help="text on which the factors shall be near the dense layers: a file with one sentence or document per line, "
+        "a table (.csv, .tsv, .json, .jsonl, .parquet), or a dataset of the Hub",
+    )
+    command.add_argument(
+        "--calibration-column", default="text", metavar="NAME", help="of a table or dataset (default: %(default)s)"
+    )
+    command.add_argument(
+        "--calibration-texts", type=int, default=512, metavar="N", help="how many are read (default: %(default)s)"
+    )
+
+
 def _compress(arguments: argparse.Namespace, console: Console) -> None:
     check_new_folder(arguments.output)
-    result = compress(arguments.teacher, read_plan(arguments.plan), progress=True)
+    texts = _calibration_texts(arguments) if arguments.calibration else None
+    result = compress(arguments.teacher, read_plan(arguments.plan), calibration=texts, progress=True)
     result.save(arguments.output)
     _show(result.report, console)
     console.print(f"Saved in {arguments.output}. Distil it before use: an undistilled student is poor.")
+
+
+def _calibration_texts(arguments: argparse.Namespace) -> list[str]:
+    source = TextSource((arguments.calibration,), column=arguments.calibration_column)
+    return list(islice(chain.from_iterable(source.documents()), arguments.calibration_texts))
+
+
+def _search(arguments: argparse.Namespace, console: Console) -> None:
+    check_plan_path(arguments.output)
+    found = search_plan(
+        arguments.teacher,
+        _calibration_texts(arguments),
+        ratio=arguments.ratio,
+        parameters=arguments.parameters,
+        size_bytes=arguments.size_bytes,
+        flops=arguments.flops,
+        progress=True,
+    )
+    found.save(arguments.output)
+    if arguments.picture:
+        found.picture(arguments.picture)
+    console.print(found.table())
+    console.print(found.totals())
+    console.print(f"Saved in {arguments.output}; edit it as you like, then compress --plan {arguments.output}.")
 
 
 def _inspect(arguments: argparse.Namespace, console: Console) -> None:

@@ -1,14 +1,15 @@
 """From a dense teacher to a factored student and back.
 
 The student is the teacher with the layers of a plan replaced by their nearest sums of Kronecker products
-(KroneckerBERT, section 3.4; KnGPT2, section 2); everything else is copied bit by bit.
+(KroneckerBERT, section 3.4; KnGPT2, section 2), or, with calibration text, by sums that are near on that text;
+everything else is copied bit by bit.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from .activations import calibration_batches
+from .calibration import calibrate
 from .checkpoint import load_teacher, save_folder
 from .factorization.nearest import nearest_kronecker
 from .models import DENSE_CLASSES
@@ -48,41 +51,48 @@ class CompressionResult:
 
 
 def compress(
-    teacher: str | os.PathLike[str] | PreTrainedModel, plan: str | Mapping[str, Any] = "7.7x", *, progress: bool = False
+    teacher: str | os.PathLike[str] | PreTrainedModel,
+    plan: str | Mapping[str, Any] = "7.7x",
+    *,
+    calibration: Iterable[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = False,
 ) -> CompressionResult:
     """Factor a dense BERT or GPT-2.
 
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that `STUDENT_CLASSES` lists.
         plan: name of a preset, a `FactorPlan`, or a mapping from pattern to ``(m1, n1, terms)``.
-        progress: show a progress bar on standard error.
+        calibration: texts on which the factors shall be near the teacher's layers; some hundred sentences like those
+            that the student will meet. A tenth of them is held out and decides, layer by layer, whether the nearest
+            factors are kept. Without any, all layers get their nearest factors.
+        tokenizer: of a teacher that is a loaded model; needed with `calibration`, and returned.
+        progress: show progress bars on standard error.
 
     Returns:
         The student in evaluation mode, in the teacher's dtype and on its device; the teacher is not changed.
 
     Raises:
-        TypeError: the teacher is neither a name, a folder nor a model.
-        ValueError: unsupported teacher, a plan that does not fit, or weights that are not finite.
+        TypeError: the teacher is neither a name, a folder nor a model; or a text is not a string.
+        ValueError: unsupported teacher, a plan that does not fit, or weights that are not finite; with `calibration`,
+            too little text, no tokenizer, or activations that are not finite.
         OSError: the teacher cannot be read.
     """
-    tokenizer = None
-    if not isinstance(teacher, (PreTrainedModel, str, os.PathLike)):
-        raise TypeError(f"teacher of type {type(teacher).__name__} must be a name, a folder or a loaded model")
-    if not isinstance(teacher, PreTrainedModel):
-        teacher, tokenizer = load_teacher(teacher)
-    if type(teacher) not in STUDENT_CLASSES:
-        supported = ", ".join(sorted(dense.__name__ for dense in STUDENT_CLASSES))
-        raise ValueError(f"teacher of class {type(teacher).__name__} is not supported; supported are {supported}")
+    teacher, tokenizer = check_teacher(teacher, tokenizer)
     student_class: Any = STUDENT_CLASSES[type(teacher)]
     config = student_class.config_class.from_dense(teacher.config, plan)
     config.name_or_path = teacher.config.name_or_path
     head = teacher.get_output_embeddings()
     if head is not None and head.weight is not teacher.get_input_embeddings().weight:
         config.tie_word_embeddings = False
-    _check_finite(teacher)
+    batches = None
+    if calibration is not None:
+        if tokenizer is None:
+            raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
+        batches = calibration_batches(calibration, tokenizer, teacher)
     student = _empty_like(student_class, config, teacher)
 
-    errors: dict[str, float] = {}
+    errors: dict[str, dict[str, float]] = {}
     dense_modules = dict(teacher.named_modules())
     factored = [
         (name, m)
@@ -101,9 +111,36 @@ def compress(
         result = nearest_kronecker(weight, m1, n1, terms)
         _set_parameter(module, "A", result.A, dense)
         _set_parameter(module, "B", result.B, dense)
-        errors[name] = result.relative_error
+        errors[name] = {"relative_error": result.relative_error}
     _copy_rest(teacher, student)
+    if batches is not None:
+        for name, found in calibrate(teacher, student, batches, progress).items():
+            errors[name] = {
+                "relative_error": _relative_error(student.get_submodule(name), dense_modules[name]),
+                "output_error": found.calibrated,
+                "nearest_output_error": found.nearest,
+            }
     return CompressionResult(student, tokenizer, describe(student).with_errors(errors))
+
+
+def check_teacher(
+    teacher: str | os.PathLike[str] | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A teacher that can be compressed, loaded if it is not, and its tokenizer.
+
+    Raises:
+        TypeError, ValueError, OSError: as `compress`.
+    """
+    if not isinstance(teacher, (PreTrainedModel, str, os.PathLike)):
+        raise TypeError(f"teacher of type {type(teacher).__name__} must be a name, a folder or a loaded model")
+    if not isinstance(teacher, PreTrainedModel):
+        teacher, own_tokenizer = load_teacher(teacher)
+        tokenizer = tokenizer or own_tokenizer
+    if type(teacher) not in STUDENT_CLASSES:
+        supported = ", ".join(sorted(dense.__name__ for dense in STUDENT_CLASSES))
+        raise ValueError(f"teacher of class {type(teacher).__name__} is not supported; supported are {supported}")
+    _check_finite(teacher)
+    return teacher, tokenizer
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -166,6 +203,13 @@ def _copy_rest(source: PreTrainedModel, target: PreTrainedModel) -> None:
     if source.can_generate():
         target.generation_config = copy.deepcopy(source.generation_config)
     target.eval()
+
+
+@torch.no_grad()
+def _relative_error(module: Any, dense: Any) -> float:
+    product = module.to_dense()
+    weight = dense.weight.t() if isinstance(dense, Conv1D) else dense.weight
+    return float((product - weight).double().norm() / weight.double().norm().clamp_min(1e-300))
 
 
 def _set_parameter(module: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor) -> None:

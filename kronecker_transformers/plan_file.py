@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,54 @@ def read_plan(plan: str | Path) -> str | FactorPlan:
         ) from error
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"plan file {str(path)!r}: {error}") from error
+
+
+def check_plan_path(path: str | os.PathLike[str]) -> Path:
+    """Refuse a plan file before long work begins.
+
+    Raises:
+        ValueError: an ending other than `.yaml`, `.yml` or `.json`.
+        FileNotFoundError: its folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"plan file {str(path)!r} must end in .yaml, .yml or .json; give it one of these endings")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {str(path.parent)!r} of the plan file does not exist; make it first")
+    return path
+
+
+def write_plan(path: str | os.PathLike[str], plan: FactorPlan) -> Path:
+    """Write a plan as a file that `read_plan` reads, whole or not at all; an older file is replaced.
+
+    Args:
+        path: ends in `.yaml`, `.yml` or `.json`.
+        plan: to write.
+
+    Raises:
+        ValueError, OSError: as `check_plan_path`.
+        OSError: it cannot be written.
+    """
+    path = check_plan_path(path)
+    entries = plan.to_dict()
+    if path.suffix == ".json":
+        text = json.dumps(entries, indent=2)
+    else:
+        flow = {
+            name: yaml.safe_dump(entry, default_flow_style=True, sort_keys=False) for name, entry in entries.items()
+        }
+        text = "\n".join(f"{_key(name)}: {entry.strip()}" for name, entry in flow.items())
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(text + "\n", encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def _key(pattern: str) -> str:
+    return json.dumps(pattern) if pattern.startswith("*") else pattern
 
 
 def _without_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -20,10 +20,13 @@ from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear, multip
 REPORT_LENGTH = 128
 """Tokens of the sequence for which FLOPs are reported, as in KroneckerBERT, Table 1."""
 
+ERRORS = ("relative_error", "output_error", "nearest_output_error")
+"""What may be known of the errors of a layer."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One factored layer: shapes of W, A_r and B_r, number of terms, relative Frobenius error if known."""
+    """One factored layer: shapes of W, A_r and B_r, number of terms, and what is known of its errors."""
 
     name: str
     weight: tuple[int, int]
@@ -31,6 +34,15 @@ class LayerReport:
     B: tuple[int, int]
     terms: int
     relative_error: float | None = None
+    """|| W - sum of A_r (x) B_r ||_F / || W ||_F"""
+    output_error: float | None = None
+    """Relative error of its outputs on held-out calibration text, given the student's own inputs."""
+    nearest_output_error: float | None = None
+    """The same for the nearest factors, which calibration has replaced."""
+
+    def errors(self) -> dict[str, float]:
+        """The errors that are known, by their names."""
+        return {name: getattr(self, name) for name in ERRORS if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
@@ -67,24 +79,26 @@ class Report:
         """Plain data, for JSON."""
         return asdict(self)
 
-    def with_errors(self, errors: Mapping[str, float]) -> Report:
-        """The same report with the relative error of each layer, by its name."""
-        return replace(
-            self, layers=tuple(replace(layer, relative_error=errors.get(layer.name)) for layer in self.layers)
-        )
+    def with_errors(self, errors: Mapping[str, Mapping[str, Any]]) -> Report:
+        """The same report with the errors of each layer, as `LayerReport.errors` gives them, by its name."""
+        return replace(self, layers=tuple(replace(layer, **errors.get(layer.name, {})) for layer in self.layers))
 
     def table(self) -> Table:
         """The layers, for a terminal."""
         table = Table(title="Factored layers", box=SIMPLE_HEAD)
         table.add_column("layer", overflow="fold")
-        for heading in ("weight", "A", "B", "terms", "parameters", "error"):
+        errors = {"error": "relative_error"}
+        if any(layer.output_error is not None for layer in self.layers):
+            errors |= {"on text,\nnearest": "nearest_output_error", "on text,\ncalibrated": "output_error"}
+        for heading in ("weight", "A", "B", "terms", "parameters", *errors):
             table.add_column(heading, justify="right", no_wrap=True)
         for layer in self.layers:
             (m, n), (m1, n1), (m2, n2) = layer.weight, layer.A, layer.B
             parameters = layer.terms * (m1 * n1 + m2 * n2)
-            error = "-" if layer.relative_error is None else f"{layer.relative_error:.4f}"
+            known = layer.errors()
+            shown = (f"{known[name]:.4f}" if name in known else "-" for name in errors.values())
             table.add_row(
-                layer.name, f"{m}x{n}", f"{m1}x{n1}", f"{m2}x{n2}", str(layer.terms), f"{parameters:,}", error
+                layer.name, f"{m}x{n}", f"{m1}x{n1}", f"{m2}x{n2}", str(layer.terms), f"{parameters:,}", *shown
             )
         return table
 

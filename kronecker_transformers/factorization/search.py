@@ -1,0 +1,140 @@
+"""How near a layer can come at what size, and which sizes are the best for all layers together.
+
+Errors. The calibrated error of a sum of R terms has no formula, but a good estimate for all R at once. With the nearest
+Kronecker product of the covariance of the inputs, C ~ C1 (x) C2, C1 = L1 L1^T and C2 = L2 L2^T,
+
+    || (W - sum of A_r (x) B_r) (L1 (x) L2) ||_F = || W (L1 (x) L2) - sum of (A_r L1) (x) (B_r L2) ||_F,
+
+so the singular values of the rearranged W (L1 (x) L2) give it (Van Loan and Pitsianis). For low rank it is exact.
+
+Choice. One candidate for each layer, so that the sum of their values is smallest and the sum of their costs within a
+budget, is a multiple-choice knapsack problem: dynamic programming over the budget in small units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .calibrated import rearranged
+
+UNITS = 20_000
+"""Steps in which a budget is spent; costs are rounded up to them."""
+_JITTER = 1e-7  # of the mean of the diagonal, so that a covariance of few tokens has a Cholesky factor
+_POWER_STEPS = 8
+
+
+def factor_shapes(m: int, n: int) -> list[tuple[int, int]]:
+    """Every shape (m1, n1) of A for a weight (m, n): all pairs of divisors, low rank once, as (m, 1)."""
+    shapes = [(m1, n1) for m1 in _divisors(m) for n1 in _divisors(n)]
+    return [shape for shape in shapes if shape not in ((1, 1), (m, n), (1, n))]
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@torch.no_grad()
+def error_curve(W: Tensor, C: Tensor, m1: int, n1: int) -> Tensor:
+    """Estimated relative errors of the outputs with 1, 2, ... terms of one shape.
+
+    Args:
+        W: the weight (m, n).
+        C: covariance of its inputs (n, n).
+        m1, n1: shape of A_r, dividing m and n.
+
+    Returns:
+        (s,), s = min(m1 n1, m2 n2); root of E || (W - W') x ||^2 / E || W x ||^2, falling to 0.
+    """
+    m2, n2 = W.shape[0] // m1, W.shape[1] // n1
+    left, right = (root.float() for root in _kronecker_roots(C, n1))  # float32 bears an estimate, in half the time
+    P = torch.einsum("abcd,ce,df->aebf", W.float().reshape(m1, m2, n1, n2), left, right)
+    return _tail(P.reshape(m1 * n1, m2 * n2))
+
+
+@torch.no_grad()
+def weighted_error_curve(W: Tensor, weights: Tensor, n1: int) -> Tensor:
+    """The same for an embedding whose rows are weighted, with a row of A for every row of W; exact.
+
+    Args:
+        W: (m, n).
+        weights: (m,), at least 0.
+        n1: length of a row of A_r, dividing n.
+    """
+    return _tail((W.double() * weights.double().sqrt().unsqueeze(1)).reshape(len(W) * n1, -1))
+
+
+def _tail(P: Tensor) -> Tensor:
+    """For R = 1, 2, ...: the share of P's norm that its first R singular pairs leave."""
+    gram = P @ P.t() if P.shape[0] <= P.shape[1] else P.t() @ P
+    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    rest = energies.flip(0).cumsum(0).flip(0)  # (s,), what is left before each term
+    total = rest[0].clamp_min(torch.finfo(P.dtype).tiny)
+    return (torch.cat([rest[1:], rest.new_zeros(1)]) / total).sqrt()
+
+
+def _kronecker_roots(C: Tensor, n1: int) -> tuple[Tensor, Tensor]:
+    """Cholesky factors (n1, n1) and (n2, n2) of the nearest Kronecker product to a covariance C."""
+    n2 = len(C) // n1
+    P = rearranged(C, n1)  # (n1 n1, n2 n2)
+    right = torch.eye(n2, dtype=C.dtype, device=C.device).flatten()
+    for _ in range(_POWER_STEPS):  # from a positive definite start all iterates are positive semidefinite
+        left = P @ right
+        left = left / left.norm().clamp_min(torch.finfo(C.dtype).tiny)
+        right = P.t() @ left
+    return _root(left.reshape(n1, n1)), _root(right.reshape(n2, n2))
+
+
+def _root(C: Tensor) -> Tensor:
+    C = (C + C.t()) / 2
+    C.diagonal().add_(_JITTER * C.diagonal().mean() + torch.finfo(C.dtype).tiny)
+    return torch.linalg.cholesky(C)
+
+
+def best_choice(
+    costs: Sequence[Sequence[float]], values: Sequence[Sequence[float]], budget: float
+) -> tuple[list[int], NDArray[np.float64]]:
+    """One candidate for each layer: the smallest sum of values whose sum of costs is within the budget.
+
+    Args:
+        costs: of every candidate of every layer, at least 0.
+        values: the same; small is good.
+        budget: at most this in all, > 0.
+
+    Returns:
+        The index of the candidate of each layer, and the smallest sum of values for every part of the budget,
+        (UNITS + 1,), infinite where it cannot be met. The sum is the smallest there is for costs rounded up to
+        budget / UNITS.
+
+    Raises:
+        ValueError: the cheapest candidates cost more than the budget.
+    """
+    cheapest = sum(map(min, costs))
+    if cheapest > budget:
+        raise ValueError(f"budget of {budget:,.0f} cannot be met: the cheapest candidates need {cheapest:,.0f}")
+    best = np.zeros(UNITS + 1)
+    choices = []
+    for layer_costs, layer_values in zip(costs, values, strict=True):
+        found, chosen = np.full(UNITS + 1, np.inf), np.zeros(UNITS + 1, dtype=np.int32)
+        for index, (cost, value) in enumerate(zip(layer_costs, layer_values, strict=True)):
+            units = int(np.ceil(cost / budget * UNITS - 1e-9))
+            if units > UNITS:
+                continue
+            total = best[: UNITS + 1 - units] + value
+            better = total < found[units:]
+            found[units:][better] = total[better]
+            chosen[units:][better] = index
+        best = found
+        choices.append(chosen)
+    if not np.isfinite(best[-1]):  # by less than the rounding
+        return [int(np.argmin(layer)) for layer in costs], best
+    picked, left = [], UNITS
+    for chosen, layer_costs in zip(reversed(choices), reversed(costs), strict=True):
+        index = int(chosen[left])
+        picked.append(index)
+        left -= int(np.ceil(layer_costs[index] / budget * UNITS - 1e-9))
+    return picked[::-1], best

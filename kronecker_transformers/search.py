@@ -1,0 +1,271 @@
+"""The best plan for a budget: which layers of a teacher become which sums of Kronecker products.
+
+    minimise  sum over layers l of  w_l e_l(c_l)^2   subject to   sum over layers of cost(c_l) <= budget
+
+c_l is a candidate of layer l: one of all shapes of A with so many terms, low rank among them, or the dense layer. e_l
+is the relative error of the layer's outputs on calibration text. w_l is the influence of the layer: by how much the
+outputs that count change, relative to their variance, for each unit of e_l^2. Changes of several layers are taken to
+add up. What is known of each layer is measured (`candidates`); the choice is a multiple-choice knapsack.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .activations import CalibrationBatch, calibration_batches
+from .candidates import Candidate, influences, measured_layers
+from .compress import STUDENT_CLASSES, check_teacher
+from .factorization.search import UNITS, best_choice
+from .models.factor_plan import PRESETS, FactorEntry, FactorPlan
+from .plan_file import write_plan
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """A layer, what it may become, smallest first, and what it becomes."""
+
+    name: str
+    weight: tuple[int, int]
+    influence: float
+    """Relative change of the outputs that count, squared, for each unit of squared error."""
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+
+
+@dataclass(frozen=True)
+class PlanSearch:
+    """The best plan that was found, and how it came about."""
+
+    plan: FactorPlan
+    layers: tuple[LayerChoice, ...]
+    parameters: int
+    """Of the base model with this plan."""
+    dense_parameters: int
+    flops: int
+    """Of the linear layers of the base model with this plan, for a sequence of `REPORT_LENGTH` tokens."""
+    change: float
+    """Predicted relative change of the outputs that count."""
+    frontier: tuple[tuple[float, float], ...]
+    """Parameters of the base model, and the smallest change that is predicted for so many."""
+    presets: Mapping[str, tuple[int, float]]
+    """The same for the plans of the papers that fit the model."""
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as a YAML or JSON file.
+
+        Raises:
+            FileExistsError, OSError, ValueError: as `plan_file.write_plan`.
+        """
+        return write_plan(path, self.plan)
+
+    def table(self) -> Table:
+        """The choice of every layer, for a terminal."""
+        table = Table(title="Plan", box=SIMPLE_HEAD)
+        table.add_column("layer", overflow="fold")
+        for heading in ("weight", "influence", "A", "B", "terms", "parameters", "ratio", "error"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for layer in self.layers:
+            m, n = layer.weight
+            entry, parameters = layer.chosen.entry, layer.chosen.parameters
+            shapes = ("dense", "", "")
+            if entry is not None:
+                m2, n2 = entry.b_shape(m, n)
+                shapes = (f"{entry.m1}x{entry.n1}", f"{m2}x{n2}", str(entry.terms))
+            table.add_row(
+                layer.name, f"{m}x{n}", f"{layer.influence:.4f}", *shapes, f"{parameters:,}",
+                f"{m * n / parameters:.1f}x", f"{layer.chosen.error:.3f}",
+            )  # fmt: skip
+        return table
+
+    def totals(self) -> Table:
+        """The plan and those of the papers, for a terminal."""
+        table = Table(title="Base model", box=SIMPLE_HEAD)
+        table.add_column("")
+        for heading in ("parameters", "ratio", "predicted change"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, (parameters, change) in {"this plan": (self.parameters, self.change), **self.presets}.items():
+            table.add_row(name, f"{parameters:,}", f"{self.dense_parameters / parameters:.2f}x", f"{change:.3f}")
+        return table
+
+    def picture(self, path: str | os.PathLike[str]) -> None:
+        """Predicted change against size, the chosen point, and the presets, as a PNG.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("a picture needs matplotlib; pip install matplotlib") from error
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*zip(*self.frontier, strict=True), label="best plans")
+        axes.plot(self.parameters, self.change, "o", label="chosen")
+        for name, point in self.presets.items():
+            axes.plot(*point, "x", label=f"preset {name}")
+        axes.set(xlabel="parameters of the base model", ylabel="predicted relative change of the outputs", xscale="log")
+        axes.legend()
+        figure.savefig(path, dpi=110)
+
+
+def search_plan(
+    teacher: str | os.PathLike[str] | PreTrainedModel,
+    calibration: Iterable[str],
+    *,
+    ratio: float | None = None,
+    parameters: int | None = None,
+    size_bytes: int | None = None,
+    flops: float | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = False,
+) -> PlanSearch:
+    """Search the best plan for a budget, of one or two kinds. Deterministic.
+
+    Args:
+        teacher: a name on the Hub, a folder, or a loaded model, with any head that `compress` takes. What counts are
+            the outputs that its head uses: the logits of a classifier, else the last hidden states.
+        calibration: texts, as for `compress`.
+        ratio: parameters of the base model, its pooler included and tied ones once, teacher over student.
+        parameters: of the base model.
+        size_bytes: of these parameters in the teacher's dtype.
+        flops: of the linear layers of the base model, for a sequence of `REPORT_LENGTH` tokens.
+        tokenizer: of a teacher that is a loaded model.
+        progress: show progress bars on standard error.
+
+    Returns:
+        A plan that uses at least 99 per cent of a budget, unless less is as good.
+
+    Raises:
+        TypeError, ValueError, OSError: as `compress`; or no budget, more than two, or one that cannot be met.
+    """
+    model, tokenizer = check_teacher(teacher, tokenizer)
+    budgets = {"ratio": ratio, "parameters": parameters, "size_bytes": size_bytes, "flops": flops}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if not 1 <= len(given) <= 2:
+        raise ValueError(f"budgets given: {', '.join(given) or 'none'}; give one or two of {', '.join(budgets)}")
+    for name, value in given.items():
+        if not (math.isfinite(value) and value > (1 if name == "ratio" else 0)):
+            raise ValueError(f"{name}={value} must be above {1 if name == 'ratio' else 0}; give a larger number")
+    if tokenizer is None:
+        raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
+    batches = calibration_batches(calibration, tokenizer, model)
+    training = model.training
+    try:
+        return _search(model.eval(), batches, given, progress)
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def _search(
+    teacher: PreTrainedModel, batches: Sequence[CalibrationBatch], budgets: Mapping[str, float], progress: bool
+) -> PlanSearch:
+    base: Any = teacher.base_model
+    presets = _presets(teacher)
+    layers = list(tqdm(measured_layers(base, batches, presets), desc="candidates", unit="layer", disable=not progress))
+    weights = influences(teacher, layers, batches, progress)
+    options = [_useful(layer.candidates) for layer in layers]
+    values = [[w * c.error**2 for c in found] for w, found in zip(weights, options, strict=True)]
+
+    dense = sum(p.numel() for p in base.parameters())
+    fixed = dense - sum(layer.weight.numel() for layer in layers)
+    limits = []
+    for name, value in budgets.items():
+        if name == "flops":
+            limits.append((name, [[c.flops for c in found] for found in options], value))
+            continue
+        limit = {"ratio": dense / value, "parameters": value, "size_bytes": value / base.dtype.itemsize}[name]
+        limits.append((name, [[c.parameters for c in found] for found in options], limit - fixed))
+    for name, costs, limit in limits:
+        if (least := sum(map(min, costs))) > limit:
+            smallest = {"ratio": f"at most {dense / (least + fixed):.2f}", "flops": f"at least {least:,}",
+                        "parameters": f"at least {least + fixed:,}",
+                        "size_bytes": f"at least {(least + fixed) * base.dtype.itemsize:,}"}[name]  # fmt: skip
+            raise ValueError(f"{name}={budgets[name]:,} cannot be met: {smallest} is possible; give another budget")
+    picked = _choose(values, [(costs, limit) for _, costs, limit in limits])
+    chosen = [found[index] for found, index in zip(options, picked, strict=True)]
+
+    sizes = [[c.parameters for c in found] for found in options]
+    _, frontier = best_choice(sizes, values, dense - fixed)
+    points = [(fixed + (dense - fixed) * k / UNITS, math.sqrt(v)) for k, v in enumerate(frontier) if np.isfinite(v)]
+    known = {}
+    for name, entries in presets.items():
+        taken = [next(c for c in layer.candidates if c.entry == entries.get(layer.name)) for layer in layers]
+        change = sum(w * c.error**2 for w, c in zip(weights, taken, strict=True))
+        known[name] = fixed + sum(c.parameters for c in taken), math.sqrt(change)
+    plan = {layer.name: c.entry for layer, c in zip(layers, chosen, strict=True) if c.entry is not None}
+    return PlanSearch(
+        FactorPlan(plan),
+        tuple(
+            LayerChoice(layer.name, (layer.weight.shape[0], layer.weight.shape[1]), w, tuple(found), c)
+            for layer, w, found, c in zip(layers, weights, options, chosen, strict=True)
+        ),
+        fixed + sum(c.parameters for c in chosen),
+        dense,
+        sum(c.flops for c in chosen),
+        math.sqrt(sum(w * c.error**2 for w, c in zip(weights, chosen, strict=True))),
+        tuple(points[:: UNITS // 200]),
+        known,
+    )
+
+
+def _choose(values: list[list[float]], limits: list[tuple[list[list[int]], float]]) -> list[int]:
+    """The best candidates within one limit, or within two by a Lagrange multiplier on the second."""
+    costs, limit = limits[0]
+    picked, _ = best_choice(costs, values, limit)
+    if len(limits) == 1:
+        return picked
+    second, second_limit = limits[1]
+
+    def spent(picked: list[int]) -> int:
+        return sum(layer[index] for layer, index in zip(second, picked, strict=True))
+
+    if spent(picked) <= second_limit:
+        return picked
+    low, high = -60.0, 60.0  # of the logarithm of the multiplier, in units of value for the whole of the second limit
+    best = None
+    for _ in range(40):
+        middle = (low + high) / 2
+        price = math.exp(middle) / second_limit
+        priced = [[v + price * c for v, c in zip(*pair, strict=True)] for pair in zip(values, second, strict=True)]
+        picked, _ = best_choice(costs, priced, limit)
+        if spent(picked) <= second_limit:
+            best, high = picked, middle
+        else:
+            low = middle
+    if best is None:
+        raise ValueError("both budgets cannot be met together; raise one of them")
+    return best
+
+
+def _useful(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Without those that another one beats in parameters, FLOPs and error; smallest first."""
+    kept: list[Candidate] = []
+    for c in sorted(candidates, key=lambda c: (c.parameters, c.flops, c.error)):
+        if not any(k.flops <= c.flops and k.error <= c.error for k in kept):
+            kept.append(c)
+    return kept
+
+
+def _presets(teacher: PreTrainedModel) -> dict[str, dict[str, FactorEntry]]:
+    """The entry of each module in the plans of the papers, where they fit this model."""
+    config_class: Any = STUDENT_CLASSES[type(teacher)].config_class
+    found = {}
+    for name in PRESETS[config_class.model_type]:
+        try:
+            found[name] = config_class.from_dense(teacher.config, name).factored_modules()
+        except ValueError:  # sizes that they do not divide
+            continue
+    return found

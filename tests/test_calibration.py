@@ -1,0 +1,235 @@
+import copy
+
+import pytest
+import torch
+from tiny import TEXT, bert_tokenizer, gpt2_tokenizer, teacher
+from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
+
+from kronecker_transformers import calibration, compress, describe
+from kronecker_transformers.activations import CalibrationBatch, calibration_batches
+from kronecker_transformers.calibration import calibrate
+from kronecker_transformers.checkpoint import load_student, recorded_errors
+from kronecker_transformers.cli import main
+
+BERT_PLAN = {
+    "embeddings.word_embeddings": (64, 8),
+    "encoder.layer.*.attention.self.*": (8, 16),
+    "encoder.layer.*.attention.output.dense": (32, 1, 3),
+    "encoder.layer.*.intermediate.dense": (6, 2, 2),
+    "encoder.layer.*[0-9].output.dense": (4, 12),
+    "pooler.dense": (16, 8),
+}
+GPT2_PLAN = {"wte": (72, 4), "h.*.attn.c_attn": (12, 8), "h.*.mlp.c_fc": (96, 1, 4), "h.[12].mlp.c_proj": (8, 12, 2)}
+
+
+def texts(number=80, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    words = TEXT.split()
+    lengths = torch.randint(2, 25, (number,), generator=generator).tolist()
+    return [" ".join(words[i] for i in torch.randint(len(words), (length,), generator=generator)) for length in lengths]
+
+
+@pytest.fixture(params=["bert", "gpt2"])
+def family(request, tmp_path):
+    """A teacher with a head, its tokenizer and a plan."""
+    if request.param == "bert":
+        return teacher(BertForSequenceClassification), bert_tokenizer(tmp_path), BERT_PLAN
+    return teacher(GPT2LMHeadModel), gpt2_tokenizer(tmp_path), GPT2_PLAN
+
+
+@torch.no_grad()
+def output_rows(model, name, batch):
+    """What a module puts out in a forward pass of the whole model, without padding; the pooler has a row a sequence."""
+    found = []
+    handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: found.append(output))
+    model(batch.input_ids, attention_mask=batch.attention_mask)
+    handle.remove()
+    return found[0] if found[0].ndim == 2 else found[0][batch.real]
+
+
+def test_errors_are_those_of_whole_forward_passes_on_held_out_text(family):
+    dense, tokenizer, plan = family
+    batches = calibration_batches(texts(), tokenizer, dense)
+    student = compress(dense, plan).model
+    errors = calibrate(dense, student, batches)
+    held_out = [batch for batch in batches if batch.held_out]
+    assert errors.keys() == {name.removesuffix(".A") for name, _ in student.named_parameters() if name.endswith(".A")}
+    better = 0
+    for name, found in errors.items():
+        if "embeddings" in name or "wte" in name:
+            continue
+        wanted, given = [], []
+        for batch in held_out:
+            wanted.append(output_rows(dense, name, batch))
+            given.append(output_rows(student, name, batch))
+        wanted, given = torch.cat(wanted), torch.cat(given)
+        error = (given - wanted).norm() / (wanted - wanted.mean(0)).norm()
+        assert found.calibrated == pytest.approx(error.item(), rel=1e-3), name
+        assert found.calibrated <= found.nearest
+        better += found.calibrated < found.nearest
+    assert better > len(errors) / 2
+
+
+def test_hidden_states_come_nearer(family):
+    dense, tokenizer, plan = family
+    nearest = compress(dense, plan).model.base_model
+    calibrated = compress(dense, plan, calibration=texts(), tokenizer=tokenizer).model.base_model
+    (batch, *_) = calibration_batches(texts(seed=1), tokenizer, dense)
+    wanted, *given = (
+        m(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state[batch.real]
+        for m in (dense.base_model, nearest, calibrated)
+    )
+    distance = [(states - wanted).square().mean().item() for states in given]
+    assert distance[1] < 0.9 * distance[0]
+
+
+def test_teacher_is_unchanged_and_the_result_the_same_twice(family):
+    dense, tokenizer, plan = family
+    dense.train()
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    states = [compress(dense, plan, calibration=texts(), tokenizer=tokenizer).model.state_dict() for _ in range(2)]
+    assert dense.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in dense.modules())
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_layers_that_do_worse_on_held_out_text_keep_their_nearest_factors(family, monkeypatch):
+    dense, tokenizer, plan = family
+    nearest = compress(dense, plan).model
+    student = copy.deepcopy(nearest)
+    real = calibration.calibrated_kronecker
+    monkeypatch.setattr(
+        calibration, "calibrated_kronecker", lambda *a: real(*a)._replace(bias=torch.full_like(real(*a).bias, 9))
+    )
+    errors = calibrate(dense, student, calibration_batches(texts(), tokenizer, dense))
+    state = nearest.state_dict()
+    for name, value in student.state_dict().items():
+        if "word_embeddings" not in name and "wte" not in name and "lm_head" not in name:
+            assert torch.equal(value, state[name]), name
+    assert all(e.calibrated == e.nearest for name, e in errors.items() if "embedding" not in name and "wte" not in name)
+
+
+def test_frequent_words_come_nearer():
+    dense = teacher(BertModel)
+    student = compress(dense, {"embeddings.word_embeddings": (64, 8)}).model
+    W = dense.get_input_embeddings().weight
+
+    def distances():
+        return (student.embeddings.word_embeddings.to_dense() - W).norm(dim=1)
+
+    before = distances()
+    ids = torch.tensor([5, 9, 11]).repeat(12, 10)
+    (error,) = calibrate(dense, student, [CalibrationBatch(ids, torch.ones_like(ids), False)]).values()
+    assert (distances()[[5, 9, 11]] < before[[5, 9, 11]]).all()
+    squared = W[[5, 9, 11]].square().sum()
+    assert error.nearest == pytest.approx((before[[5, 9, 11]].square().sum() / squared).sqrt().item(), rel=1e-4)
+    assert error.calibrated == pytest.approx((distances()[[5, 9, 11]].square().sum() / squared).sqrt().item(), rel=1e-4)
+
+
+def test_positions_and_types_count_too(tmp_path):
+    dense, tokenizer = teacher(BertModel), bert_tokenizer(tmp_path)
+    plan = {"embeddings.position_embeddings": (40, 1, 5), "embeddings.token_type_embeddings": (2, 8)}
+    student = compress(dense, plan).model
+    W = dense.embeddings.position_embeddings.weight
+    before = (student.embeddings.position_embeddings.to_dense() - W).norm(dim=1)
+    errors = calibrate(dense, student, calibration_batches(["the fox"] * 20, tokenizer, dense))
+    assert errors.keys() == plan.keys()
+    after = (student.embeddings.position_embeddings.to_dense() - W).norm(dim=1)
+    assert (after[:4] < 0.2 * before[:4]).all()  # [CLS] the fox [SEP]
+    assert errors["embeddings.token_type_embeddings"].calibrated < errors["embeddings.token_type_embeddings"].nearest
+
+
+def test_cross_attention_keeps_its_nearest_factors(tmp_path):
+    dense = teacher(BertModel, is_decoder=True, add_cross_attention=True)
+    plan = {"encoder.layer.*.attention.self.*": (8, 16), "encoder.layer.*.crossattention.self.*": (8, 16)}
+    nearest, result = (
+        compress(dense, plan),
+        compress(dense, plan, calibration=texts(), tokenizer=bert_tokenizer(tmp_path)),
+    )
+    state = nearest.model.state_dict()
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, state[name]) == ("attention.self" not in name or "cross" in name), name
+    assert all((layer.output_error is None) == ("cross" in layer.name) for layer in result.report.layers)
+
+
+def test_layers_in_chunks_are_refused(tmp_path):
+    dense = teacher(BertModel, chunk_size_feed_forward=4)
+    with pytest.raises(ValueError, match="chunk_size_feed_forward=4 must be 0 for calibration"):
+        compress(dense, BERT_PLAN, calibration=texts(), tokenizer=bert_tokenizer(tmp_path))
+
+
+def test_long_texts_are_cut_and_nothing_is_lost(tmp_path):
+    tokenizer, dense = bert_tokenizer(tmp_path), teacher(BertModel)
+    words = (TEXT.split() * 6)[:100]
+    batches = calibration_batches([" ".join(words), *["the fox"] * 9, "  "], tokenizer, dense, length=20)
+    rows = [row[real] for batch in batches for row, real in zip(batch.input_ids, batch.real, strict=True)]
+    assert sum(len(batch.input_ids) for batch in batches if batch.held_out) == len(rows) // 10
+    assert max(map(len, rows)) == 20
+    inner = sorted((row[1:-1].tolist() for row in rows), key=len)
+    assert sum(map(len, inner)) == 100 + 9 * 2
+    assert all((row[0], row[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id) for row in rows)
+
+
+def test_gpt2_sees_blocks(tmp_path):
+    tokenizer, dense = gpt2_tokenizer(tmp_path), teacher(GPT2LMHeadModel)
+    given = texts()
+    batches = calibration_batches(given, tokenizer, dense, length=16)
+    rows = [row[real] for batch in batches for row, real in zip(batch.input_ids, batch.real, strict=True)]
+    assert sorted(map(len, rows))[1:] == [16] * (len(rows) - 1)
+    total = sum(len(tokenizer(text)["input_ids"]) + 1 for text in given)
+    assert sum(map(len, rows)) == total
+
+
+def test_bad_calibration_text_is_refused(family):
+    dense, tokenizer, plan = family
+    with pytest.raises(ValueError, match="0 texts gives 0 sequences of at most 40 tokens; at least 10 are needed"):
+        compress(dense, plan, calibration=["", " "], tokenizer=tokenizer)
+    with pytest.raises(TypeError, match="one string; give a list of strings"):
+        compress(dense, plan, calibration="the fox", tokenizer=tokenizer)
+    with pytest.raises(TypeError, match="calibration text 1 is of type int; give strings"):
+        compress(dense, plan, calibration=["a", 3], tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"calibration needs the teacher's tokenizer; pass it as tokenizer="):
+        compress(dense, plan, calibration=texts())
+    few = [CalibrationBatch(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long), i == 5) for i in range(10)]
+    with pytest.raises(ValueError, match=r"of 20 tokens is too little: .* has 96 inputs, .* give at least 5 times"):
+        calibrate(dense, compress(dense, plan).model, few)
+
+
+def test_activations_that_overflow_are_refused(tmp_path):
+    dense = teacher(BertModel)
+    with torch.no_grad():
+        dense.encoder.layer[1].intermediate.dense.weight.fill_(3e38)
+    with pytest.raises(ValueError, match=r"layer 'intermediate.dense': .* NaN or infinite activations"):
+        compress(dense, BERT_PLAN, calibration=texts(), tokenizer=bert_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, tmp_path):
+    dense = teacher(BertModel, dtype=dtype)
+    result = compress(dense, BERT_PLAN, calibration=texts(), tokenizer=bert_tokenizer(tmp_path))
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    assert all(torch.isfinite(p).all() for p in result.model.parameters())
+
+
+def test_command_line(tmp_path, capsys):
+    teacher(BertForSequenceClassification).save_pretrained(tmp_path / "bert")
+    bert_tokenizer(tmp_path).save_pretrained(tmp_path / "bert")
+    (tmp_path / "lines.txt").write_text("\n".join(texts()))
+    command = ["compress", str(tmp_path / "bert"), "--calibration", str(tmp_path / "lines.txt")]
+    assert main([*command, "--calibration-texts", "70", "--output", str(tmp_path / "student")]) == 0
+    shown = capsys.readouterr()
+    assert "nearest" in shown.out
+    assert "calibrated" in shown.out
+    assert "calibrating" in shown.err
+    model, _ = load_student(tmp_path / "student")
+    record = recorded_errors(tmp_path / "student", describe(model).factors_sha256)
+    assert all(e.keys() == {"relative_error", "output_error", "nearest_output_error"} for e in record.values())
+    wanted = compress(tmp_path / "bert", calibration=texts()[:70]).model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+
+    assert main(["inspect", str(tmp_path / "student")]) == 0
+    assert capsys.readouterr().out.rstrip() == shown.out[: shown.out.index("Saved in")].rstrip()
+    assert main([*command, "--calibration-texts", "3", "--output", str(tmp_path / "none")]) == 1
+    assert "3 texts gives 3 sequences" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,167 @@
+import pytest
+import torch
+from test_calibration import texts
+from tiny import bert_tokenizer, gpt2_tokenizer, teacher
+from transformers import (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    GPT2LMHeadModel,
+)
+
+from kronecker_transformers import KroneckerBertConfig, compress, describe
+from kronecker_transformers.cli import main
+from kronecker_transformers.plan_file import read_plan
+from kronecker_transformers.report import REPORT_LENGTH
+from kronecker_transformers.search import search_plan
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    tokenizer = bert_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    dense = teacher(BertForSequenceClassification, max_position_embeddings=REPORT_LENGTH)
+    return dense, tokenizer, search_plan(dense, texts(), ratio=2.5, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    tokenizer = gpt2_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    dense = teacher(GPT2LMHeadModel, n_positions=REPORT_LENGTH)
+    return dense, tokenizer, search_plan(dense, texts(), ratio=2.5, tokenizer=tokenizer)
+
+
+def size(model):
+    return sum(parameter.numel() for parameter in model.base_model.parameters())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_the_budget_is_used_and_the_counts_are_true(family, request):
+    dense, _, found = request.getfixturevalue(family)
+    student = compress(dense, found.plan).model
+    assert found.dense_parameters == size(dense)
+    assert found.parameters == size(student)
+    assert 0.99 <= found.parameters / (size(dense) / 2.5) <= 1
+    assert found.flops == describe(student.base_model).factored.linear_flops
+    assert found.change == pytest.approx(sum(x.influence * x.chosen.error**2 for x in found.layers) ** 0.5)
+
+
+def test_every_layer_is_there(bert, gpt2):
+    config = KroneckerBertConfig.from_dense(bert[0].config, {})
+    names = [name for name in config.factorable_modules() if "position" not in name and "token_type" not in name]
+    assert [layer.name for layer in bert[2].layers] == names
+    assert [layer.name for layer in gpt2[2].layers[:3]] == ["wte", "h.0.attn.c_attn", "h.0.attn.c_proj"]
+    assert len(gpt2[2].layers) == 1 + 3 * 4
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_searched_plan_beats_one_with_equal_ranks(family, request):
+    dense, tokenizer, found = request.getfixturevalue(family)
+    equal = {
+        layer.name: (layer.weight[0], 1, max(1, int(layer.weight[0] * layer.weight[1] / 2.5 / sum(layer.weight))))
+        for layer in found.layers
+    }
+    batch = tokenizer(texts(30, seed=5), padding=True, return_tensors="pt")
+    real = batch["attention_mask"].bool()
+
+    def outputs(model):
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return output.logits if "Classification" in type(model).__name__ else output.logits[real]
+
+    wanted = outputs(dense)
+    students = [compress(dense, plan, calibration=texts(), tokenizer=tokenizer).model for plan in (found.plan, equal)]
+    assert size(students[0]) <= 1.02 * size(students[1])
+    distance = [(outputs(student) - wanted).norm().item() for student in students]
+    assert distance[0] < distance[1]
+
+
+def test_influences_follow_what_the_head_uses(bert, tmp_path):
+    influence = {layer.name: layer.influence for layer in bert[2].layers}
+    assert influence["pooler.dense"] > influence["encoder.layer.2.attention.self.query"] > 0
+    tokenizer = bert_tokenizer(tmp_path)
+    for dense_class in (BertModel, BertForTokenClassification):
+        found = search_plan(teacher(dense_class), texts(), ratio=2.5, tokenizer=tokenizer)
+        influence = {layer.name: layer.influence for layer in found.layers}
+        assert influence.get("pooler.dense", 0) == 0, dense_class  # the last hidden states are what counts
+
+
+def test_presets_stand_beside_the_frontier(bert, gpt2):
+    assert bert[2].presets.keys() == {"7.7x", "21x"}
+    assert gpt2[2].presets.keys() == {"kngpt2"}
+    for (dense, _, found), preset in ((bert, "7.7x"), (gpt2, "kngpt2")):
+        parameters, change = found.presets[preset]
+        assert parameters == size(compress(dense, preset).model)
+        best = min(c for p, c in found.frontier if p <= parameters)
+        assert best <= change * (1 + 1e-9)
+    sizes, changes = zip(*bert[2].frontier, strict=True)
+    assert list(sizes) == sorted(sizes)
+    assert list(changes) == sorted(changes, reverse=True)
+
+
+def test_other_budgets(bert):
+    dense, tokenizer, _ = bert
+    parameters = size(dense) // 3
+    by_bytes = search_plan(dense, texts(), size_bytes=4 * parameters, tokenizer=tokenizer)
+    assert 0.99 * parameters <= by_bytes.parameters <= parameters
+    both = search_plan(dense, texts(), parameters=parameters, flops=by_bytes.flops * 0.8, tokenizer=tokenizer)
+    assert both.parameters <= parameters
+    assert 0.9 * 0.8 * by_bytes.flops <= both.flops <= 0.8 * by_bytes.flops
+    assert both.change > by_bytes.change
+
+
+def test_the_teacher_is_unchanged_and_the_plan_the_same_twice(gpt2):
+    dense, tokenizer, found = gpt2
+    dense.train()
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    again = search_plan(dense, texts(), ratio=2.5, tokenizer=tokenizer)
+    assert dense.training
+    assert again.plan == found.plan
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in dense.modules())
+
+
+@pytest.mark.parametrize("name", ["plan.yaml", "plan.json"])
+def test_file_and_picture(bert, tmp_path, name):
+    _, _, found = bert
+    found.save(tmp_path / name)
+    assert read_plan(tmp_path / name) == found.plan
+    found.picture(tmp_path / "search.png")
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {name, "search.png"}
+    with pytest.raises(ValueError, match=r"must end in \.yaml, \.yml or \.json"):
+        found.save(tmp_path / "plan.txt")
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ({}, "budgets given: none; give one or two of ratio, parameters, size_bytes, flops"),
+        ({"ratio": 2, "parameters": 9, "flops": 3}, "budgets given: ratio, parameters, flops; give one or two"),
+        ({"ratio": 1}, r"ratio=1 must be above 1; give a larger number"),
+        ({"flops": float("nan")}, "flops=nan must be above 0"),
+        ({"ratio": 100}, r"ratio=100 cannot be met: at most \d+\.\d\d is possible"),
+        ({"parameters": 10}, r"parameters=10 cannot be met: at least [\d,]+ is possible"),
+        ({"flops": 10}, r"flops=10 cannot be met: at least [\d,]+ is possible"),
+    ],
+)
+def test_bad_budgets_are_refused(bert, budgets, message):
+    dense, tokenizer, _ = bert
+    with pytest.raises(ValueError, match=message):
+        search_plan(dense, texts(40), tokenizer=tokenizer, **budgets)
+
+
+def test_command_line(tmp_path, capsys):
+    teacher(BertForSequenceClassification).save_pretrained(tmp_path / "bert")
+    bert_tokenizer(tmp_path).save_pretrained(tmp_path / "bert")
+    (tmp_path / "lines.txt").write_text("\n".join(texts()))
+    command = ["search", str(tmp_path / "bert"), "--calibration", str(tmp_path / "lines.txt")]
+    plan, picture = tmp_path / "plan.yaml", tmp_path / "plan.png"
+    assert main([*command, "--ratio", "2.5", "-o", str(plan), "--picture", str(picture)]) == 0
+    shown = capsys.readouterr()
+    assert "encoder.layer.1.output.dense" in shown.out
+    assert "influences" in shown.err
+    assert picture.exists()
+    assert main(["compress", str(tmp_path / "bert"), "--plan", str(plan), "--output", str(tmp_path / "student")]) == 0
+    capsys.readouterr()
+    assert main([*command, "--ratio", "100", "-o", str(tmp_path / "none.yaml")]) == 1
+    assert "ratio=100.0 cannot be met" in capsys.readouterr().err
+    assert not (tmp_path / "none.yaml").exists()

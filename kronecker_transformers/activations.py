@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 LENGTH = 128
 """Tokens of a calibration sequence, at most."""
@@ -141,6 +142,12 @@ def seeing(modules: Mapping[str, nn.Module], outputs: bool = False) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def weight_of(module: Any) -> Tensor:
+    """The weight of a dense linear layer or embedding as (m outputs, n inputs), or (rows, n)."""
+    weight: Tensor = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    return weight
 
 
 def layers_of(base: Any) -> tuple[str, nn.ModuleList]:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, seeing
+from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, seeing, weight_of
 from .factorization.calibrated import Moments, MomentSums, calibrated_kronecker, kronecker_product, weighted_kronecker
 from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 
@@ -163,10 +162,9 @@ def pooler_moments(
 
 def _fit(module: KroneckerLinear, dense: nn.Module, fit: Moments, held_out: Moments) -> LayerErrors:
     """Calibrated factors and bias for one module, if they are better than those it has on text that is held out."""
-    weight: Any = dense.weight
     bias: Any = module.bias  # all layers of BERT and GPT-2 that a plan may name have one
     m1, terms, n1 = module.A.shape
-    found = calibrated_kronecker(weight.t() if isinstance(dense, Conv1D) else weight, fit, m1, n1, terms)
+    found = calibrated_kronecker(weight_of(dense), fit, m1, n1, terms)
     nearest = held_out.relative_error(module.A, module.B, bias)
     calibrated = held_out.relative_error(found.A, found.B, found.bias)
     if calibrated >= nearest:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of
+from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, weight_of
 from .calibration import UNSEEN, group_moments, looked_up, pooler_moments, row_error
 from .factorization.calibrated import RIDGE, Moments, calibrated_kronecker, weighted_kronecker
 from .factorization.search import error_curve, factor_shapes, weighted_error_curve
@@ -96,13 +96,13 @@ def measured_layers(
             stream.advance(layer)
     middle = len(layers) // 2
     for name, module, fit, held_out in _linear_modules(layers[middle], streams):
-        shortlists[name] = _shortlist(_weight(module), fit, held_out, wanted[_kind(f"{place}.{middle}.{name}")])
+        shortlists[name] = _shortlist(weight_of(module), fit, held_out, wanted[_kind(f"{place}.{middle}.{name}")])
     streams = enter(base, batches)
     for index, layer in enumerate(layers):
         for name, module, fit, held_out in _linear_modules(layer, streams):
             full = f"{place}.{index}.{name}"
             presets_here = wanted[_kind(full)]
-            yield _linear(full, _weight(module), REPORT_LENGTH, fit, held_out, shortlists[name], presets_here)
+            yield _linear(full, weight_of(module), REPORT_LENGTH, fit, held_out, shortlists[name], presets_here)
         for stream in streams:
             stream.advance(layer)
     if getattr(base, "pooler", None) is not None:
@@ -119,17 +119,12 @@ def _linear_modules(layer: nn.Module, streams: list[Stream]) -> Iterator[tuple[s
         start = 0
         for name in group:
             module = layer.get_submodule(name)
-            rows = slice(start, start := start + _weight(module).shape[0])
+            rows = slice(start, start := start + weight_of(module).shape[0])
             yield name, module, fit.rows(rows), held_out.rows(rows)
 
 
 def _kind(name: str) -> str:
     return re.sub(r"\d+", "*", name)
-
-
-def _weight(module: Any) -> Tensor:
-    weight: Tensor = module.weight.t() if isinstance(module, Conv1D) else module.weight
-    return weight
 
 
 def _estimates(W: Tensor, fit: Moments, m1: int, n1: int) -> Tensor:
@@ -240,7 +235,7 @@ def influences(
 
 
 def _outputs_that_count(teacher: Any, batch: CalibrationBatch) -> Tensor:
-    """What a teacher's head is used for, a row for each token or sequence."""
+    """What a teacher is used for, a row for each token or sequence: see `search_plan`."""
     ids, mask = batch.input_ids.to(teacher.device), batch.attention_mask.to(teacher.device)
     name = type(teacher).__name__
     if "SequenceClassification" in name:

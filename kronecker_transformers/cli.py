@@ -103,6 +103,8 @@ def _compress(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _calibration_texts(arguments: argparse.Namespace) -> list[str]:
+    if arguments.calibration_texts < 1:
+        raise ValueError(f"calibration-texts={arguments.calibration_texts} must be at least 1; some hundred do well")
     source = TextSource((arguments.calibration,), column=arguments.calibration_column)
     return list(islice(chain.from_iterable(source.documents()), arguments.calibration_texts))
 
@@ -119,10 +121,10 @@ def _search(arguments: argparse.Namespace, console: Console) -> None:
         progress=True,
     )
     found.save(arguments.output)
-    if arguments.picture:
-        found.picture(arguments.picture)
     console.print(found.table())
     console.print(found.totals())
+    if arguments.picture:
+        found.picture(arguments.picture)
     console.print(f"Saved in {arguments.output}; edit it as you like, then compress --plan {arguments.output}.")
 
 

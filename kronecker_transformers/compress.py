@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from .activations import calibration_batches
+from .activations import calibration_batches, weight_of
 from .calibration import calibrate
 from .checkpoint import load_teacher, save_folder
 from .factorization.nearest import nearest_kronecker
@@ -101,7 +101,7 @@ def compress(
     ]
     for name, module in tqdm(factored, desc="factoring", unit="layer", disable=not progress):
         dense = _plain_weight(name, dense_modules[name])
-        weight = (dense.t() if isinstance(dense_modules[name], Conv1D) else dense).detach()  # (m outputs, n inputs)
+        weight = weight_of(dense_modules[name]).detach()  # (m, n)
         (m1, terms, n1), (m2, _, n2) = module.A.shape, module.B.shape
         if weight.shape != (m1 * m2, n1 * n2):
             raise ValueError(
@@ -206,9 +206,8 @@ def _copy_rest(source: PreTrainedModel, target: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _relative_error(module: Any, dense: Any) -> float:
-    product = module.to_dense()
-    weight = dense.weight.t() if isinstance(dense, Conv1D) else dense.weight
+def _relative_error(module: Any, dense: nn.Module) -> float:
+    product, weight = module.to_dense(), weight_of(dense)
     return float((product - weight).double().norm() / weight.double().norm().clamp_min(1e-300))
 
 

@@ -66,7 +66,7 @@ class PlanSearch:
         """Write the plan as a YAML or JSON file.
 
         Raises:
-            FileExistsError, OSError, ValueError: as `plan_file.write_plan`.
+            OSError, ValueError: as `plan_file.write_plan`.
         """
         return write_plan(path, self.plan)
 
@@ -135,7 +135,8 @@ def search_plan(
 
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that `compress` takes. What counts are
-            the outputs that its head uses: the logits of a classifier, else the last hidden states.
+            the logits of a classifier of sequences or tokens, the pooled output for multiple choice, and the last
+            hidden states for all else; so the pooler of a teacher for pre-training counts for nothing.
         calibration: texts, as for `compress`.
         ratio: parameters of the base model, its pooler included and tied ones once, teacher over student.
         parameters: of the base model.

@@ -232,4 +232,6 @@ def test_command_line(tmp_path, capsys):
     assert capsys.readouterr().out.rstrip() == shown.out[: shown.out.index("Saved in")].rstrip()
     assert main([*command, "--calibration-texts", "3", "--output", str(tmp_path / "none")]) == 1
     assert "3 texts gives 3 sequences" in capsys.readouterr().err
+    assert main([*command, "--calibration-texts", "-1", "--output", str(tmp_path / "none")]) == 1
+    assert "calibration-texts=-1 must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -48,7 +48,6 @@ class Moments:
     All float64; covariances are divided by the number of tokens.
     """
 
-    tokens: int
     input_mean: Tensor
     """(n,)"""
     output_mean: Tensor
@@ -63,9 +62,8 @@ class Moments:
     def rows(self, part: slice) -> Moments:
         """Those of some of the outputs."""
         return Moments(
-            self.tokens, self.input_mean, self.output_mean[part], self.inputs, self.cross[part],
-            self.output_variance[part],
-        )  # fmt: skip
+            self.input_mean, self.output_mean[part], self.inputs, self.cross[part], self.output_variance[part]
+        )
 
     def relative_error(self, A: Tensor, B: Tensor, bias: Tensor) -> float:
         """Root of E || y - W' x' - bias ||^2 / E || y - E y ||^2."""
@@ -123,7 +121,6 @@ class MomentSums:
             raise ValueError("calibration text gave no tokens; give more text")
         x, y = self._x / self._tokens, self._y / self._tokens
         moments = Moments(
-            self._tokens,
             x + self._shifts[0],
             y + self._shifts[1],
             self._xx / self._tokens - torch.outer(x, x),
@@ -228,6 +225,8 @@ def weighted_kronecker(W: Tensor, weights: Tensor, m1: int, n1: int, terms: int 
 
 def _solve_rows(W: Tensor, weights: Tensor, B: Tensor) -> Tensor:
     """The best A (m1, R, n1) for W (m1, m2, n1, n2), weights of its rows (m1, m2), and an orthonormal B (m2, R, n2)."""
+    if len(B) == 1:  # all systems are the identity
+        return torch.einsum("rl,ijl->irj", B[0], W[:, 0])
     rows = []
     for block, shares in zip(W.split(_ROWS), weights.split(_ROWS), strict=True):
         shares = shares / shares.sum(1, keepdim=True)

@@ -6,9 +6,10 @@ DIR holds the folders glue (the official files) and text. The teacher is a GPT-2
 byte-level BPE of 13,824 entries, both trained here on the text. Its students, of 11.04 M and 11.03 M parameters, learn
 from it on the same data for the same steps: one has its odd layers and its embedding factored by 2 with a tied head, as
 KnGPT2; the other every second layer only, as DistilGPT2. Then all are fine-tuned on SST-2 and CoLA, the students with
-and without distillation. Claims: the factored student wins, and distillation of intermediate layers helps. Students are
-trained two at a time with one thread each. WORK keeps the models; finished runs are lines of logs/kngpt2.jsonl and are
-not run again. --table shows them without a run.
+and without distillation of intermediate layers (ILKD), each at two learning rates; the better one by the dev score gets
+two more seeds. Claims: the factored student wins, and ILKD helps. Students are trained two at a time with one thread
+each. WORK keeps the models; finished runs are lines of logs/kngpt2.jsonl and are not run again. --table shows them
+without a run.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import QUIET, RunLog, example, in_parallel, shuffled_text
+from common import QUIET, RunLog, example, in_parallel, shuffled_text, spread
 from rich.console import Console
+from rich.table import Table
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -43,9 +45,11 @@ from kronecker_transformers.tasks.language_modeling import TextSource, TextStrea
 
 LOG = RunLog("kngpt2")
 VOCABULARY, LAYERS, HIDDEN, HEADS, LENGTH = 13_824, 6, 384, 6, 256
-TEACHER_STEPS, STUDENT_STEPS, TASK_STEPS = 1500, 600, 1000
+TEACHER_STEPS, STUDENT_STEPS, TASK_STEPS = 1500, 600, 600
 STUDENTS: dict[str, dict[str, Any]] = {"KnGPT2-style": {"plan": "kngpt2"}, "DistilGPT2-style": {"layers": "1,3,5"}}
 TASKS = ("sst2", "cola")
+RATES = (3e-4, 1e-3)
+SEEDS = (0, 1, 2)
 NO_KD = {f"{term}_weight": 0 for term in ("embedding_mse", "attention_kl", "hidden_mse")}
 
 
@@ -104,12 +108,22 @@ def distil(name: str, data: Path, work: Path) -> None:
         LOG.add(key, results)
 
 
-def task_runs() -> Iterator[tuple[str, str, bool]]:
-    """Task, student and whether intermediate layers are distilled."""
-    for task in TASKS:
-        for name in STUDENTS:
-            for ilkd in (True, False):
-                yield task, name, ilkd
+def settings(task: str) -> Iterator[dict[str, Any]]:
+    """Every student of a task, with ILKD and without."""
+    for name in STUDENTS:
+        for ilkd in (True, False):
+            yield {"student": name, "stage": task, "ilkd": ilkd}
+
+
+def score(run: dict[str, Any], model: str = "student") -> float | None:
+    """What a finished run ended with, in per cent."""
+    line = LOG.find(run)
+    return 100 * headline(run["stage"], line["metrics"][model])[1] if line else None
+
+
+def better_rate(setting: dict[str, Any]) -> float:
+    """The learning rate with the higher dev score at the first seed."""
+    return max(RATES, key=lambda rate: score({**setting, "rate": rate, "seed": SEEDS[0]}) or 0.0)
 
 
 def fine_tune_teacher(task: str, data: Path, work: Path) -> None:
@@ -130,42 +144,47 @@ def options_of(task: str, data: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fine_tune(task: str, name: str, ilkd: bool, data: Path, work: Path) -> None:
-    """A task for one student."""
-    key = {"student": name, "stage": task, "ilkd": ilkd}
-    if LOG.find(key):
+def fine_tune(run: dict[str, Any], data: Path, work: Path) -> None:
+    """A task for one student, with ILKD or without, at one learning rate and seed."""
+    if LOG.find(run):
         return
-    output = work / f"{name}-{task}-{'ilkd' if ilkd else 'labels'}"
+    name, task = run["student"], run["stage"]
+    output = work / "-".join(map(str, run.values()))
     shutil.rmtree(output, ignore_errors=True)
     results = example(
         "run_glue_kd", teacher=work / f"teacher-{task}", output_dir=output, start=work / name / "student",
-        max_steps=TASK_STEPS, learning_rate=3e-4, dropout=0, **options_of(task, data),
-        **({"layer_map": [1, 3, 5]} if name == "DistilGPT2-style" else {}), **({} if ilkd else NO_KD),
+        max_steps=TASK_STEPS, learning_rate=run["rate"], seed=run["seed"], dropout=0, **options_of(task, data),
+        **({"layer_map": [1, 3, 5]} if name == "DistilGPT2-style" else {}), **({} if run["ilkd"] else NO_KD),
     )  # fmt: skip
-    LOG.add(key, {name: results[name] for name in ("metrics", "training", "parameters")})
+    LOG.add(run, {name: results[name] for name in ("metrics", "training", "parameters")})
     shutil.rmtree(output)
 
 
-def table(console: Console) -> None:
-    """Perplexities, then the tasks."""
-    console.print(LOG.environments(), highlight=False)
-    first = [LOG.find({"stage": task}) for task in TASKS]  # all students of a task have one teacher
-    values = [
-        100 * headline(task, line["metrics"]["teacher"])[1] if line else None
-        for task, line in zip(TASKS, first, strict=True)
-    ]
-    rows: dict[str, list[Any]] = {"teacher": values}
-    for name in STUDENTS:
-        for ilkd in (True, False):
-            row = []
-            for task in TASKS:
-                line = LOG.find({"student": name, "stage": task, "ilkd": ilkd})
-                row.append(100 * headline(task, line["metrics"]["student"])[1] if line else None)
-            rows[f"{name}, {'ILKD' if ilkd else 'labels only'}"] = row
+def perplexities() -> Table:
+    """The teacher, and each student before and after its distillation."""
+    rows: dict[str, list[Any]] = {}
+    headings: list[str] = []
     for name in STUDENTS:
         line = LOG.find({"student": name, "stage": "clm"})
-        console.print(f"{name}: {line['rows'] if line else 'not yet run'}")
-    console.print(results_table("GLUE dev, per cent", ["SST-2, accuracy", "CoLA, Matthews"], rows))
+        if line is None:
+            continue
+        headings = list(line["rows"])
+        for model, *values in zip(line["models"], *line["rows"].values(), strict=True):
+            rows[model if model == "teacher" else f"{name}: {model}"] = values
+    return results_table("WikiText-2, validation", headings, rows)
+
+
+def scores() -> Table:
+    """Both tasks: each setting at its better rate over the seeds, and at each rate with the first seed."""
+    rows: dict[str, list[Any]] = {"teacher": [score({"stage": task}, "teacher") for task in TASKS]}
+    for pair in zip(*map(settings, TASKS), strict=True):
+        name = f"{pair[0]['student']}, {'ILKD' if pair[0]['ilkd'] else 'labels only'}"
+        best = [[score({**setting, "rate": better_rate(setting), "seed": seed}) for seed in SEEDS] for setting in pair]
+        rows[name] = [spread([value for value in values if value is not None]) for values in best]
+        for rate in RATES:
+            first = [score({**setting, "rate": rate, "seed": SEEDS[0]}) for setting in pair]
+            rows[f"  {name}, rate {rate:g}, one seed"] = first
+    return results_table("GLUE dev, per cent", ["SST-2, accuracy", "CoLA, Matthews"], rows)
 
 
 def main() -> None:
@@ -182,8 +201,15 @@ def main() -> None:
         places = {"data": options.data, "work": options.work}
         first = [partial(distil, name, **places) for name in STUDENTS]
         in_parallel([*first, *(partial(fine_tune_teacher, task, **places) for task in TASKS)], options.processes)
-        in_parallel([partial(fine_tune, *run, **places) for run in task_runs()], options.processes)
-    table(Console(width=110))
+        runs = [setting for task in TASKS for setting in settings(task)]
+        tried = [{**setting, "rate": rate, "seed": SEEDS[0]} for setting in runs for rate in RATES]
+        in_parallel([partial(fine_tune, run, **places) for run in tried], options.processes)
+        more = [{**setting, "rate": better_rate(setting), "seed": seed} for setting in runs for seed in SEEDS[1:]]
+        in_parallel([partial(fine_tune, run, **places) for run in more], options.processes)
+    console = Console(width=110)
+    console.print(LOG.environments(), highlight=False)
+    console.print(perplexities())
+    console.print(scores())
 
 
 if __name__ == "__main__":

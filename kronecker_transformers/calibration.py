@@ -22,13 +22,13 @@ from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 
 UNSEEN = 0.1
 """Occurrences that every row of an embedding is taken to have beside those in the text."""
+POSITIONS = ("embeddings.position_embeddings", "wpe")
 
 
 class LayerErrors(NamedTuple):
     """Relative errors of a layer's outputs on held-out text, given the student's own inputs.
 
-    E || y - y' ||^2 / E || y - E y ||^2, its root; for an embedding, relative to E || y ||^2 and by all words of the
-    text.
+    E || y - y' ||^2 / E || y - E y ||^2, its root; for an embedding, relative to E || y ||^2.
     """
 
     nearest: float
@@ -84,8 +84,8 @@ def _calibrate(
             errors[name] = found
             bar.update()
 
-        for name, counts in looked_up(dense, names, batches).items():
-            note(name, _fit_embedding(factored.get_submodule(name), dense.get_submodule(name), counts))
+        for name, weights in row_weights(dense, names, batches).items():
+            note(name, _fit_embedding(factored.get_submodule(name), dense.get_submodule(name), *weights))
         streams, student_streams = enter(dense, batches), enter(factored, batches)
         place, layers = layers_of(dense)
         for index, (layer, student_layer) in enumerate(zip(layers, layers_of(factored)[1], strict=True)):
@@ -175,34 +175,49 @@ def _fit(module: KroneckerLinear, dense: nn.Module, fit: Moments, held_out: Mome
     return LayerErrors(nearest, calibrated)
 
 
-def looked_up(dense: Any, names: Sequence[str], batches: Sequence[CalibrationBatch]) -> dict[str, Tensor]:
-    """How often the text looks up each row of the embeddings among these modules."""
+def row_weights(
+    dense: Any, names: Sequence[str], batches: Sequence[CalibrationBatch]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """How much each row of the embeddings among these modules counts: to fit, and to judge on held-out text; (m,) each.
+
+    Words count as often as the text has them, positions all the same, for later text may be longer.
+    """
     modules = {name: dense.get_submodule(name) for name in names}
     modules = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
     counts = {
-        name: module.weight.new_zeros(len(module.weight), dtype=torch.float64) for name, module in modules.items()
+        held_out: {name: torch.zeros(len(m.weight), dtype=torch.float64) for name, m in modules.items()}
+        for held_out in (False, True)
     }
     for batch in batches if modules else ():
-        mask = batch.attention_mask.to(dense.device)
         with seeing(modules) as seen:
-            dense(batch.input_ids.to(dense.device), attention_mask=mask, use_cache=False)
+            ids, mask = batch.input_ids.to(dense.device), batch.attention_mask.to(dense.device)
+            dense(ids, attention_mask=mask, use_cache=False)
         for name, ((rows, *_), _) in seen.items():
-            counts[name] += torch.bincount(rows.expand(mask.shape)[mask.bool()], minlength=len(counts[name]))
-    return counts
+            found = counts[batch.held_out][name]
+            found += torch.bincount(rows.expand(mask.shape)[mask.bool()], minlength=len(found)).cpu()
+    weights = {}
+    for name, module in modules.items():
+        fit, held_out = counts[False][name] + UNSEEN, counts[True][name]
+        if name in POSITIONS:
+            fit = held_out = torch.ones_like(fit)
+        weights[name] = fit.to(module.weight.device), held_out.to(module.weight.device)
+    return weights
 
 
-def _fit_embedding(module: KroneckerEmbedding, dense: nn.Module, counts: Tensor) -> LayerErrors:
-    """Factors that are nearest for the rows that the text looks up."""
+def _fit_embedding(module: KroneckerEmbedding, dense: nn.Module, fit: Tensor, held_out: Tensor) -> LayerErrors:
+    """Factors that suit the rows by their weights, if they are better than those it has on text that is held out."""
     W: Any = dense.weight
     m1, terms, n1 = module.A.shape
-    nearest = row_error(W, module.A, module.B, counts)
-    A, B = weighted_kronecker(W, counts + UNSEEN, m1, n1, terms)
+    A, B = weighted_kronecker(W, fit, m1, n1, terms)
+    nearest, calibrated = row_error(W, module.A, module.B, held_out), row_error(W, A, B, held_out)
+    if calibrated >= nearest:
+        return LayerErrors(nearest, nearest)
     module.A.copy_(A)
     module.B.copy_(B)
-    return LayerErrors(nearest, row_error(W, A, B, counts))
+    return LayerErrors(nearest, calibrated)
 
 
-def row_error(W: Tensor, A: Tensor, B: Tensor, counts: Tensor) -> float:
-    """Relative error of the rows of an embedding (m, n), each counted as often as the text looks it up (m,)."""
-    squared = (W - kronecker_product(A, B)).square().sum(1) @ counts
-    return float((squared / (W.double().square().sum(1) @ counts)).sqrt())
+def row_error(W: Tensor, A: Tensor, B: Tensor, weights: Tensor) -> float:
+    """Relative error of the rows of an embedding (m, n), weighted (m,)."""
+    squared = (W - kronecker_product(A, B)).square().sum(1) @ weights
+    return float((squared / (W.double().square().sum(1) @ weights)).sqrt())

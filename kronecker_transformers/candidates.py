@@ -1,18 +1,18 @@
 """What each layer of a teacher may become in a plan, how near it then comes, and how much that matters.
 
-Which shapes are worth a candidate is found in the middle layer, from estimates for every shape
-(`factorization.search.error_curve`); how far alternating least squares come below the estimates is measured there too,
-on text that is held out. The other layers take the same shapes. The influence of a layer is measured by giving this
-layer alone an error.
+Which shapes are worth a candidate is found in the middle layer: from estimates for every shape
+(`factorization.search.error_curves`) those that may be the best, and of these the ones that are, by how far a few
+sweeps of alternating least squares come below the estimates on text that is held out. The other layers take the same
+shapes. The influence of a layer is measured by giving this layer alone an error.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,24 +22,24 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, weight_of
-from .calibration import UNSEEN, group_moments, looked_up, pooler_moments, row_error
-from .factorization.calibrated import RIDGE, Moments, calibrated_kronecker, weighted_kronecker
-from .factorization.search import error_curve, factor_shapes, weighted_error_curve
+from .calibration import group_moments, pooler_moments, row_error, row_weights
+from .factorization.calibrated import RIDGE, Moments, calibrated_kronecker, kronecker_product, weighted_kronecker
+from .factorization.search import error_curves, factor_shapes, weighted_error_curve
 from .models.factor_plan import FactorEntry
-from .models.kronecker_layers import kronecker_embedding, kronecker_linear, multiplications
+from .models.kronecker_layers import multiplications
 from .report import REPORT_LENGTH
 
 SIZES = tuple(2 ** (-k / 2) for k in range(2, 15))
 """Sizes of candidates, as shares of the dense weight: from 1/2 to 1/128."""
-SHORTLIST = 3
-"""Shapes that are kept at each size."""
+TRIED, KEPT = 3, 2
+"""Shapes that are tried in the middle layer, and that are kept, at each size."""
 PROBE = 1 / 8
-"""Size at which influences are measured."""
-PROBE_TOKENS = 2048
-"""Tokens on which they are measured."""
-WORDS = ("embeddings.word_embeddings", "wte")
-"""Of the embeddings that of the words is searched; positions beyond the calibration text would suffer."""
-
+"""Size at which they are tried, and at which influences are measured."""
+SWEEPS = 3
+"""With which they are tried."""
+PROBE_TOKENS = 1024
+"""Tokens on which influences are measured."""
+EMBEDDINGS = ("embeddings.word_embeddings", "embeddings.position_embeddings", "wte", "wpe")
 
 Shortlist = dict[tuple[int, int], float]
 """Shapes (m1, n1), and for each the error that calibration reaches over the estimate of it."""
@@ -66,8 +66,8 @@ class MeasuredLayer:
     weight: Tensor
     """(m, n)"""
     candidates: list[Candidate]
-    probe: Callable[[Tensor], Tensor]
-    """The layer with an error: from its inputs to its outputs."""
+    probe: tuple[Tensor, Tensor, Tensor | None]
+    """Factors and bias, of a layer with an error."""
     probe_error: float
 
 
@@ -85,9 +85,9 @@ def measured_layers(
     for entries in presets.values():
         for name, entry in entries.items():
             wanted[_kind(name)].append(entry)
-    words = [name for name in WORDS if hasattr(base, name.partition(".")[0])]
-    for name, counts in looked_up(base, words, batches).items():
-        yield _embedding(name, base.get_submodule(name).weight, counts, wanted[name])
+    present = [name for name in EMBEDDINGS if hasattr(base, name.partition(".")[0])]
+    for name, weights in row_weights(base, present, batches).items():
+        yield _embedding(name, base.get_submodule(name).weight, *weights, wanted[name])
     place, layers = layers_of(base)
     shortlists: dict[str, Shortlist] = {}
     streams = enter(base, batches)
@@ -127,10 +127,10 @@ def _kind(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _estimates(W: Tensor, fit: Moments, m1: int, n1: int) -> Tensor:
+def _estimates(W: Tensor, fit: Moments, shapes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
     C = fit.inputs.clone()
-    C.diagonal().add_(RIDGE * C.diagonal().mean())
-    return error_curve(W, C, m1, n1)
+    C.diagonal().add_(RIDGE * C.diagonal().mean() or RIDGE)
+    return error_curves(W, C, shapes)
 
 
 def _unit(W: Tensor, m1: int, n1: int) -> int:
@@ -138,26 +138,36 @@ def _unit(W: Tensor, m1: int, n1: int) -> int:
     return m1 * n1 + W.numel() // (m1 * n1)
 
 
+def _terms(W: Tensor, m1: int, n1: int, share: float) -> int:
+    """Terms of a shape that have at most this share of the parameters of W."""
+    return int(share * W.numel() / _unit(W, m1, n1))
+
+
 def _shortlist(W: Tensor, fit: Moments, held_out: Moments, presets: Iterable[FactorEntry]) -> Shortlist:
     """Shapes of A that are the best at some size, and the error that is reached, over the estimate."""
-    found: list[list[tuple[float, tuple[int, int]]]] = [[] for _ in SIZES]
-    for m1, n1 in factor_shapes(*W.shape):
-        unit = _unit(W, m1, n1)
-        if unit > SIZES[0] * W.numel():
-            continue
-        curve = _estimates(W, fit, m1, n1)
-        for at_size, share in zip(found, SIZES, strict=True):
-            if 1 <= (terms := int(share * W.numel() / unit)) <= len(curve):
-                at_size.append((float(curve[terms - 1]), (m1, n1)))
-    shapes = {(len(W), 1), *((entry.m1, entry.n1) for entry in presets)}
-    shapes.update(shape for at_size in found for _, shape in sorted(at_size)[:SHORTLIST])
-    reached = {}
-    for m1, n1 in sorted(shapes):
-        terms = max(1, int(PROBE * W.numel() / _unit(W, m1, n1)))
-        factors = calibrated_kronecker(W, fit, m1, n1, terms)
-        error = held_out.relative_error(factors.A, factors.B, factors.bias)
-        reached[m1, n1] = error / max(float(_estimates(W, fit, m1, n1)[terms - 1]), 1e-9)
-    return reached
+    always = {(len(W), 1), *((entry.m1, entry.n1) for entry in presets)}
+    worth = {shape for shape in factor_shapes(*W.shape) if _terms(W, *shape, SIZES[0])}
+    curves = _estimates(W, fit, worth | always)
+    reached = dict.fromkeys(always | _best(W, curves, TRIED), 1.0)
+    for m1, n1 in reached:
+        terms = max(1, _terms(W, m1, n1, PROBE))
+        found = calibrated_kronecker(W, fit, m1, n1, terms, sweeps=SWEEPS)
+        error = held_out.relative_error(found.A, found.B, found.bias)
+        reached[m1, n1] = error / max(float(curves[m1, n1][terms - 1]), 1e-9)
+    kept = always | _best(W, {shape: reached[shape] * curves[shape] for shape in reached}, KEPT)
+    return {shape: reached[shape] for shape in sorted(kept)}
+
+
+def _best(W: Tensor, curves: Mapping[tuple[int, int], Tensor], number: int) -> set[tuple[int, int]]:
+    """So many shapes at each size."""
+    found: set[tuple[int, int]] = set()
+    for share in SIZES:
+        errors = []
+        for shape, curve in curves.items():
+            if 1 <= (terms := _terms(W, *shape, share)) <= len(curve):
+                errors.append((float(curve[terms - 1]), shape))
+        found.update(shape for _, shape in sorted(errors)[:number])
+    return found
 
 
 def _linear(
@@ -165,35 +175,30 @@ def _linear(
 ) -> MeasuredLayer:
     """A linear layer with its candidates."""
     candidates = [_candidate(W, tokens, None, 0.0)]
-    for (m1, n1), correction in shortlist.items():
-        curve, unit = _estimates(W, fit, m1, n1), _unit(W, m1, n1)
-        counts = {int(share * W.numel() / unit) for share in SIZES}
-        counts |= {entry.terms for entry in presets if (entry.m1, entry.n1) == (m1, n1)}
+    for shape, curve in _estimates(W, fit, shortlist).items():
+        counts = {_terms(W, *shape, share) for share in SIZES}
+        counts |= {entry.terms for entry in presets if (entry.m1, entry.n1) == shape}
         for terms in sorted(counts):
             if 1 <= terms < len(curve):
-                error = correction * float(curve[terms - 1])
-                candidates.append(_candidate(W, tokens, FactorEntry(m1, n1, terms), error))
-    found = calibrated_kronecker(W, fit, len(W), 1, max(1, int(PROBE * W.numel() / _unit(W, len(W), 1))))
-    A, B, bias = (value.to(W.dtype) for value in found[:3])
-    return MeasuredLayer(
-        name, W, candidates, partial(kronecker_linear, A=A, B=B, bias=bias), held_out.relative_error(A, B, bias)
-    )
+                error = shortlist[shape] * float(curve[terms - 1])
+                candidates.append(_candidate(W, tokens, FactorEntry(*shape, terms), error))
+    found = calibrated_kronecker(W, fit, len(W), 1, max(1, _terms(W, len(W), 1, PROBE)))
+    return MeasuredLayer(name, W, candidates, found[:3], held_out.relative_error(*found[:3]))
 
 
-def _embedding(name: str, W: Tensor, counts: Tensor, presets: list[FactorEntry]) -> MeasuredLayer:
-    """The embedding of the words, with its candidates."""
+def _embedding(name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry]) -> MeasuredLayer:
+    """An embedding with its candidates."""
     m, n = W.shape
     candidates = [_candidate(W, 0, None, 0.0)]
     for n1 in [d for d in range(1, n) if n % d == 0]:
-        curve, unit = weighted_error_curve(W, counts + UNSEEN, n1), _unit(W, m, n1)
-        terms = {int(share * W.numel() / unit) for share in SIZES}
+        curve = weighted_error_curve(W, fit, n1)
+        terms = {_terms(W, m, n1, share) for share in SIZES}
         terms |= {entry.terms for entry in presets if (entry.m1, entry.n1) == (m, n1)}
         for count in sorted(terms):
             if 1 <= count < len(curve):
                 candidates.append(_candidate(W, 0, FactorEntry(m, n1, count), float(curve[count - 1])))
-    A, B = weighted_kronecker(W, counts + UNSEEN, m, 1, max(1, int(PROBE * W.numel() / _unit(W, m, 1))))
-    A, B = A.to(W.dtype), B.to(W.dtype)
-    return MeasuredLayer(name, W, candidates, partial(kronecker_embedding, A=A, B=B), row_error(W, A, B, counts))
+    A, B = weighted_kronecker(W, fit, m, 1, max(1, _terms(W, m, 1, PROBE)))
+    return MeasuredLayer(name, W, candidates, (A, B, None), row_error(W, A, B, held_out))
 
 
 def _candidate(W: Tensor, tokens: int, entry: FactorEntry | None, error: float) -> Candidate:
@@ -206,6 +211,7 @@ def _candidate(W: Tensor, tokens: int, entry: FactorEntry | None, error: float) 
     return Candidate(entry, parameters, flops, error)
 
 
+@torch.no_grad()
 def influences(
     teacher: PreTrainedModel, layers: Sequence[MeasuredLayer], batches: Sequence[CalibrationBatch], progress: bool
 ) -> list[float]:
@@ -219,30 +225,62 @@ def influences(
             judged.append(batch)
             tokens += int(batch.attention_mask.sum())
     wanted = [_outputs_that_count(teacher, batch) for batch in judged]
-    stacked = torch.cat(wanted)
-    variance = float((stacked - stacked.mean(0)).square().sum())
+    variances = [_squared(torch.cat(kind) - torch.cat(kind).mean(0)) for kind in zip(*wanted, strict=True)]
     found = []
     for layer in tqdm(layers, desc="influences", unit="layer", disable=not progress):
-        module = teacher.base_model.get_submodule(layer.name)
-        handle = module.register_forward_hook(lambda module, args, output, probe=layer.probe: probe(args[0]))
-        try:
-            pairs = zip(wanted, (_outputs_that_count(teacher, batch) for batch in judged), strict=True)
-            change = sum(float((got - want).square().sum()) for want, got in pairs)
-        finally:
-            handle.remove()
-        found.append(change / max(variance, 1e-30) / max(layer.probe_error, 1e-6) ** 2)
+        with _replaced(teacher.base_model.get_submodule(layer.name), *layer.probe):
+            changes = [0.0 for _ in variances]
+            for batch, outputs in zip(judged, wanted, strict=True):
+                for kind, (got, want) in enumerate(zip(_outputs_that_count(teacher, batch), outputs, strict=True)):
+                    changes[kind] += _squared(got - want)
+        relative = [change / max(variance, 1e-30) for change, variance in zip(changes, variances, strict=True)]
+        found.append(sum(relative) / len(relative) / max(layer.probe_error, 1e-6) ** 2)
     return found
 
 
-def _outputs_that_count(teacher: Any, batch: CalibrationBatch) -> Tensor:
-    """What a teacher is used for, a row for each token or sequence: see `search_plan`."""
+def _squared(values: Tensor) -> float:
+    return float(values.square().sum())
+
+
+@contextmanager
+def _replaced(module: Any, A: Tensor, B: Tensor, bias: Tensor | None) -> Iterator[None]:
+    """A dense layer with another weight and bias; a head that is tied to it too."""
+    weight = module.weight.data
+    product = kronecker_product(A, B).to(weight.dtype)
+    module.weight.data = product.t() if isinstance(module, Conv1D) else product
+    if bias is not None:
+        old_bias = module.bias.data
+        module.bias.data = bias.to(weight.dtype)
+    try:
+        yield
+    finally:
+        module.weight.data = weight
+        if bias is not None:
+            module.bias.data = old_bias
+
+
+def _outputs_that_count(teacher: Any, batch: CalibrationBatch) -> list[Tensor]:
+    """What a teacher is used for, a row for each token or sequence: see `search.search_plan`."""
     ids, mask = batch.input_ids.to(teacher.device), batch.attention_mask.to(teacher.device)
-    name = type(teacher).__name__
-    if "SequenceClassification" in name:
-        return teacher(ids, attention_mask=mask).logits.float()
-    if "TokenClassification" in name:
-        return teacher(ids, attention_mask=mask).logits.float()[mask.bool()]
-    output = teacher.base_model(ids, attention_mask=mask, use_cache=False)
+    inputs, real, name = {"input_ids": ids, "attention_mask": mask}, mask.bool(), type(teacher).__name__
     if "MultipleChoice" in name or "NextSentence" in name:
-        return output.pooler_output.float()
-    return output.last_hidden_state.float()[mask.bool()]
+        return [teacher.base_model(**inputs).pooler_output.float()]
+    if "DoubleHeads" in name:
+        inputs["mc_token_ids"] = mask.sum(1, keepdim=True) - 1
+    output = teacher(**inputs, **({"use_cache": False} if teacher.config.model_type == "gpt2" else {}))
+    if "SequenceClassification" in name:
+        return [output.logits.float()]
+    if "TokenClassification" in name:
+        return [output.logits.float()[real]]
+    if "QuestionAnswering" in name:
+        return [torch.stack([output.start_logits, output.end_logits], -1).float()[real]]
+    if "PreTraining" in name:
+        return [_distributions(output.prediction_logits[real]), _distributions(output.seq_relationship_logits)]
+    if "logits" in output:
+        return [_distributions(output.logits[real])]
+    return [output.last_hidden_state.float()[real]]
+
+
+def _distributions(logits: Tensor) -> Tensor:
+    """Roots of probabilities, the distance of which is that of Hellinger."""
+    return logits.float().softmax(-1).sqrt()

@@ -135,8 +135,9 @@ def search_plan(
 
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that `compress` takes. What counts are
-            the logits of a classifier of sequences or tokens, the pooled output for multiple choice, and the last
-            hidden states for all else; so the pooler of a teacher for pre-training counts for nothing.
+            the logits of a classifier or for question answering, the probabilities of a language model, the pooled
+            output for multiple choice, and the last hidden states without a head; so the pooler then counts for
+            nothing.
         calibration: texts, as for `compress`.
         ratio: parameters of the base model, its pooler included and tied ones once, teacher over student.
         parameters: of the base model.

@@ -3,6 +3,7 @@ import torch
 from test_calibration import texts
 from tiny import bert_tokenizer, gpt2_tokenizer, teacher
 from transformers import (
+    BertForPreTraining,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
@@ -10,7 +11,11 @@ from transformers import (
 )
 
 from kronecker_transformers import KroneckerBertConfig, compress, describe
+from kronecker_transformers.activations import calibration_batches
+from kronecker_transformers.candidates import EMBEDDINGS, MeasuredLayer, influences
 from kronecker_transformers.cli import main
+from kronecker_transformers.compress import STUDENT_CLASSES
+from kronecker_transformers.factorization import nearest_kronecker
 from kronecker_transformers.plan_file import read_plan
 from kronecker_transformers.report import REPORT_LENGTH
 from kronecker_transformers.search import search_plan
@@ -47,10 +52,10 @@ def test_the_budget_is_used_and_the_counts_are_true(family, request):
 
 def test_every_layer_is_there(bert, gpt2):
     config = KroneckerBertConfig.from_dense(bert[0].config, {})
-    names = [name for name in config.factorable_modules() if "position" not in name and "token_type" not in name]
+    names = [name for name in config.factorable_modules() if "token_type" not in name]
     assert [layer.name for layer in bert[2].layers] == names
-    assert [layer.name for layer in gpt2[2].layers[:3]] == ["wte", "h.0.attn.c_attn", "h.0.attn.c_proj"]
-    assert len(gpt2[2].layers) == 1 + 3 * 4
+    assert [layer.name for layer in gpt2[2].layers[:4]] == ["wte", "wpe", "h.0.attn.c_attn", "h.0.attn.c_proj"]
+    assert len(gpt2[2].layers) == 2 + 3 * 4
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -78,10 +83,39 @@ def test_influences_follow_what_the_head_uses(bert, tmp_path):
     influence = {layer.name: layer.influence for layer in bert[2].layers}
     assert influence["pooler.dense"] > influence["encoder.layer.2.attention.self.query"] > 0
     tokenizer = bert_tokenizer(tmp_path)
+    found = search_plan(teacher(BertForPreTraining), texts(), ratio=2.5, tokenizer=tokenizer)
+    assert {layer.name: layer.influence for layer in found.layers}["pooler.dense"] > 0
     for dense_class in (BertModel, BertForTokenClassification):
         found = search_plan(teacher(dense_class), texts(), ratio=2.5, tokenizer=tokenizer)
         influence = {layer.name: layer.influence for layer in found.layers}
         assert influence.get("pooler.dense", 0) == 0, dense_class  # the last hidden states are what counts
+
+
+@pytest.mark.parametrize("dense_class", STUDENT_CLASSES, ids=lambda dense_class: dense_class.__name__)
+def test_influences_are_measured_with_any_head(dense_class, tmp_path):
+    dense = teacher(dense_class)
+    bert = dense.config.model_type == "bert"
+    tokenizer = (bert_tokenizer if bert else gpt2_tokenizer)(tmp_path)
+    W = dense.get_input_embeddings().weight
+    A, B, _ = nearest_kronecker(W, len(W), 1, 4)
+    layers = [MeasuredLayer(EMBEDDINGS[0] if bert else "wte", W, [], (A, B, None), error) for error in (1, 2)]
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    one, two = influences(dense, layers, calibration_batches(texts(), tokenizer, dense), progress=False)
+    assert 0 < one < float("inf")
+    assert one == pytest.approx(4 * two)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+def test_a_tied_head_counts(tmp_path):
+    tied, tokenizer = teacher(GPT2LMHeadModel), gpt2_tokenizer(tmp_path)
+    untied = teacher(GPT2LMHeadModel, tie_word_embeddings=False)
+    untied.load_state_dict(tied.state_dict())
+    found = []
+    for dense in (tied, untied):
+        A, B, _ = nearest_kronecker(dense.transformer.wte.weight, 72, 1, 4)
+        layer = MeasuredLayer("wte", dense.transformer.wte.weight, [], (A, B, None), 1)
+        found += influences(dense, [layer], calibration_batches(texts(), tokenizer, dense), progress=False)
+    assert found[0] > 1.2 * found[1]
 
 
 def test_presets_stand_beside_the_frontier(bert, gpt2):

@@ -9,10 +9,12 @@ and its bias makes the means agree. With C = Cov(x') + ridge I (n, n) and D = Co
 
     J = const - 2 <W', D> + tr(W' C W'^T),
 
-quadratic in A for fixed B and in B for fixed A: alternating least squares, in closed form. All rows of A solve one
-system of R n1 unknowns; likewise B with R n2. Van Loan and Pitsianis' rearrangement of C, to (n1 n1, n2 n2), makes both
-systems from one matrix. Where the sum is of low rank, (m1, n1) = (m, 1) or (1, n), the optimum is a truncated singular
-value decomposition for whitened inputs instead.
+quadratic in A for fixed B and in B for fixed A: alternating least squares. All rows of A solve one system of R n1
+unknowns; likewise B with R n2. They work in coordinates in which the nearest Kronecker product to C,
+(L1 L1^T) (x) (L2 L2^T), is the identity: A_r L1 and B_r L2 take the place of A_r and B_r. There the systems for one
+factor are near the identity when the other is orthonormal, so conjugate gradients solve in a few steps those that are
+too large to be written down; the others are solved at once. Where the sum is of low rank, (m1, n1) = (m, 1) or (1, n),
+the optimum is a truncated singular value decomposition for whitened inputs instead.
 
 An embedding has no inputs but words, so its rows are weighted by how often the text has them.
 
@@ -39,6 +41,10 @@ MAX_SWEEPS = 40
 """Alternations over A and B at most."""
 TOLERANCE = 1e-4
 """A sweep that lowers J by less than this share of the variance of y is the last."""
+_LARGEST = 1024  # unknowns of a row for which a system is written down
+_STEPS, _PRECISION = 10, 1e-3  # of conjugate gradients: at most, and the residual, over the right side, that is enough
+_JITTER = 1e-7  # of the mean of the diagonal, so that a covariance of few tokens has a Cholesky factor
+_POWER_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -68,15 +74,10 @@ class Moments:
     def relative_error(self, A: Tensor, B: Tensor, bias: Tensor) -> float:
         """Root of E || y - W' x' - bias ||^2 / E || y - E y ||^2."""
         total = float(self.output_variance.sum())
-        M, H = _normal_equations(rearranged(self.inputs, A.shape[2]), self._cross_blocks(A, B), B.double())
-        a = A.double().flatten(1)  # (m1, R n1)
-        squared = total - 2 * float((a * H).sum()) + float(((a @ M) * a).sum())
-        mean = kronecker_product(A, B) @ self.input_mean + bias.double()
-        squared += float((self.output_mean - mean).square().sum())
+        product = kronecker_product(A, B)
+        squared = _objective(self.inputs, self.cross, total, product)
+        squared += float((self.output_mean - product @ self.input_mean - bias.double()).square().sum())
         return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
-
-    def _cross_blocks(self, A: Tensor, B: Tensor) -> Tensor:
-        return self.cross.reshape(A.shape[0], B.shape[0], A.shape[2], B.shape[2])  # (m1, m2, n1, n2)
 
 
 class MomentSums:
@@ -147,18 +148,19 @@ class CalibratedFactors(NamedTuple):
 
 @torch.no_grad()
 def calibrated_kronecker(
-    W: Tensor, moments: Moments, m1: int, n1: int, terms: int = 1, ridge: float = RIDGE
+    W: Tensor, moments: Moments, m1: int, n1: int, terms: int = 1, ridge: float = RIDGE, sweeps: int = MAX_SWEEPS
 ) -> CalibratedFactors:
     """The sum of Kronecker products that is nearest to a layer on calibration text. Deterministic.
 
-    Alternating least squares start from the best of three nearest sums, that to W among them; each half of a sweep
-    lowers J, to a local minimum. For low rank the optimum is global.
+    Alternating least squares start from the better of two nearest sums, one of them to W; each half of a sweep lowers
+    J, to a local minimum. For low rank the optimum is global.
 
     Args:
         W: the dense weight (m, n).
         moments: of its inputs and outputs.
         m1, n1, terms: shape of A_r and number of terms, as in `nearest_kronecker`.
         ridge: pull towards W, as a share of the mean variance of an input; > 0.
+        sweeps: alternations over A and B at most.
 
     Returns:
         Factors and bias in float64 on the device of the moments.
@@ -176,9 +178,9 @@ def calibrated_kronecker(
     scale = float(moments.output_variance.sum()) or 1.0
     if (m1, n1) == (m, 1) or (m1, n1) == (1, n):
         A, B = _low_rank(C, D, m1, n1, terms)
-        history = [_objective(C, D, total, A, B) / scale]
+        history = [_objective(C, D, total, kronecker_product(A, B)) / scale]
     else:
-        A, B, history = _alternate(W, C, D, total, scale, m1, n1, terms)
+        A, B, history = _alternate(W, C, D, total, scale, m1, n1, terms, sweeps)
     bias = moments.output_mean - kronecker_product(A, B) @ moments.input_mean
     return CalibratedFactors(A, B, bias, history)
 
@@ -264,27 +266,116 @@ def _left_vectors(P: Tensor, terms: int) -> Tensor:
 
 
 def _alternate(
-    W: Tensor, C: Tensor, D: Tensor, total: float, scale: float, m1: int, n1: int, terms: int
+    W: Tensor, C: Tensor, D: Tensor, total: float, scale: float, m1: int, n1: int, terms: int, sweeps: int
 ) -> tuple[Tensor, Tensor, list[float]]:
-    m2, n2 = len(D) // m1, len(C) // n1
-    blocks = D.reshape(m1, m2, n1, n2)
-    form = rearranged(C, n1)
-    # of three starts the best: the nearest sum to the regression, as it is and with its columns weighted, and to W
+    roots = kronecker_roots(C, n1)
+    inverses = [torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False) for L in roots]
     regression = torch.cholesky_solve(D.t(), torch.linalg.cholesky(C)).t()
-    targets = (regression, regression * C.diagonal().sqrt(), W.double())
-    starts = [_orthonormal(nearest_kronecker(target, m1, n1, terms).B) for target in targets]
-    A, value = min((_solve(form, blocks, B, total) for B in starts), key=itemgetter(1))
+    D, C = _columns(D, *(inverse.t() for inverse in inverses)), _columns(C, *(inverse.t() for inverse in inverses))
+    C = _columns(C.t(), *(inverse.t() for inverse in inverses))
+    # the better of two starts: the nearest sum to the regression, in these coordinates, and to W
+    first, second = nearest_kronecker(_columns(regression, *roots), m1, n1, terms), nearest_kronecker(W, m1, n1, terms)
+    starts = (first.A, first.B), (second.A.double() @ roots[0], second.B.double() @ roots[1])
+    system = _System(C, D.reshape(m1, len(D) // m1, n1, -1), total)
+    A, B, value = min((system.solve(A, B) for A, B in starts), key=itemgetter(2))
     history = [value / scale]
-    for _ in range(MAX_SWEEPS):
-        A = _orthonormal(A)
-        B, value = _solve(form.t(), blocks.permute(1, 0, 3, 2), A, total)
+    transposed = system.transposed()
+    for _ in range(sweeps):
+        B, A, value = transposed.solve(B, A)
         history.append(value / scale)
         if len(history) > 2 and history[-3] - history[-1] < TOLERANCE:
             break
-        B = _orthonormal(B)
-        A, value = _solve(form, blocks, B, total)
+        A, B, value = system.solve(A, B)
         history.append(value / scale)
-    return *_canonical(A, B), history
+    return *_canonical(A @ inverses[0], B @ inverses[1]), history
+
+
+def _columns(X: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """X (left (x) right)."""
+    blocks = X.reshape(len(X), len(left), len(right))
+    return (left.t() @ (blocks @ right)).reshape(X.shape)
+
+
+def kronecker_roots(C: Tensor, n1: int) -> tuple[Tensor, Tensor]:
+    """Cholesky factors (n1, n1) and (n2, n2) of the nearest Kronecker product to a covariance C (n, n)."""
+    n2 = len(C) // n1
+    P = rearranged(C, n1)
+    right = torch.eye(n2, dtype=C.dtype, device=C.device).flatten()
+    for _ in range(_POWER_STEPS):  # from a positive definite start all iterates are positive semidefinite
+        left = P @ right
+        left = left / left.norm().clamp_min(torch.finfo(C.dtype).tiny)
+        right = P.t() @ left
+    return _root(left.reshape(n1, n1)), _root(right.reshape(n2, n2))
+
+
+def _root(C: Tensor) -> Tensor:
+    C = (C + C.t()) / 2
+    C.diagonal().add_(_JITTER * C.diagonal().mean() + torch.finfo(C.dtype).tiny)
+    return torch.linalg.cholesky(C)
+
+
+class _System:
+    """J as a quadratic form in A for fixed B: tr(A M A^T) - 2 <A, H>, rows of A as (R n1)."""
+
+    def __init__(self, C: Tensor, D: Tensor, total: float) -> None:
+        """Take C (n, n), D (m1, m2, n1, n2), and J of A = 0."""
+        self._C, self._D, self._total = C, D, total
+
+    def transposed(self) -> _System:
+        """The same for B with fixed A."""
+        _, _, n1, n2 = self._D.shape
+        C = self._C.reshape(n1, n2, n1, n2).permute(1, 0, 3, 2).reshape(self._C.shape)
+        return _System(C, self._D.permute(1, 0, 3, 2), self._total)
+
+    def solve(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Another basis of the terms, with B orthonormal and the best A, or one that is nearer to it; and J."""
+        (m2, R, n2), (m1, _, n1) = B.shape, A.shape
+        q, change = torch.linalg.qr(B.transpose(1, 2).reshape(m2 * n2, R))
+        B = q.unflatten(0, (m2, n2)).transpose(1, 2)
+        if R * n1 <= _LARGEST:
+            M, H = self._matrix(B), self._inner(self._D, B)
+            A = torch.cholesky_solve(H.flatten(1).t(), torch.linalg.cholesky((M + M.t()) / 2)).t().reshape(m1, R, n1)
+            return A, B, self._total - float((A * H).sum())
+        return self._descend(torch.einsum("irj,sr->isj", A, change), B)
+
+    def _matrix(self, B: Tensor) -> Tensor:
+        """M (R n1, R n1): sums over k of B_r[k] C[j, h] B_s[k], in the cheaper of two orders."""
+        (m2, R, n2), n = B.shape, len(self._C)
+        n1 = n // n2
+        M = B.new_empty(R, n1, R, n1)
+        if R * (m2 * n2**2 + n**2) < m2 * (n**2 + R * n1 * n):
+            form = rearranged(self._C, n1).t()
+            for r in range(R):
+                gram = torch.einsum("kl,ksh->slh", B[:, r], B).reshape(R, n2 * n2)  # B_r^T B_s
+                M[r] = (gram @ form).reshape(R, n1, n1).transpose(0, 1)
+        else:
+            rows = self._C.reshape(n * n1, n2)
+            for r in range(R):
+                M[r] = torch.einsum("hbjk,ksb->jsh", (rows @ B[:, r].t()).reshape(n1, n2, n1, m2), B)
+        return M.reshape(R * n1, R * n1)
+
+    def _descend(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Conjugate gradients."""
+        H = self._inner(self._D, B)
+        rest = H - self._times(A, B)
+        direction, power, enough = rest, float(rest.square().sum()), _PRECISION**2 * float(H.square().sum())
+        for _ in range(_STEPS):
+            if power <= enough:
+                break
+            image = self._times(direction, B)
+            step = power / float((direction * image).sum())
+            A, rest = A + step * direction, rest - step * image
+            last, power = power, float(rest.square().sum())
+            direction = rest + power / last * direction
+        return A, B, self._total - float((A * (H + rest)).sum())
+
+    def _times(self, A: Tensor, B: Tensor) -> Tensor:
+        """A M (m1, R, n1)."""
+        return self._inner((kronecker_product(A, B) @ self._C).reshape(self._D.shape), B)
+
+    @staticmethod
+    def _inner(D: Tensor, B: Tensor) -> Tensor:
+        return torch.einsum("krl,ikjl->irj", B, D)
 
 
 def rearranged(C: Tensor, n1: int) -> Tensor:
@@ -293,37 +384,7 @@ def rearranged(C: Tensor, n1: int) -> Tensor:
     return C.reshape(n1, n2, n1, n2).permute(0, 2, 1, 3).reshape(n1 * n1, n2 * n2)
 
 
-def _normal_equations(C: Tensor, D: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The quadratic form that J is in A: tr(A M A^T) - 2 <A, H>, rows of A as (R n1).
-
-    Args:
-        C: (n1 n1, n2 n2).
-        D: (m1, m2, n1, n2).
-        B: (m2, R, n2), float64.
-
-    Returns:
-        M (R n1, R n1) and H (m1, R n1).
-    """
-    m1, _, n1, n2 = D.shape
-    R = B.shape[1]
-    H = torch.einsum("krl,ikjl->irj", B, D).reshape(m1, R * n1)
-    M = B.new_empty(R, n1, R, n1)
-    for r in range(R):
-        gram = torch.einsum("kl,ksh->slh", B[:, r], B).reshape(R, n2 * n2)  # B_r^T B_s
-        M[r] = (gram @ C.t()).reshape(R, n1, n1).transpose(0, 1)  # (n1, R, n1)
-    return M.reshape(R * n1, R * n1), H
-
-
-def _solve(C: Tensor, D: Tensor, B: Tensor, total: float) -> tuple[Tensor, float]:
-    """The best A for this B, and J."""
-    M, H = _normal_equations(C, D, B)
-    factor = torch.linalg.cholesky((M + M.t()) / 2)
-    A = torch.cholesky_solve(H.t(), factor).t()  # (m1, R n1)
-    return A.reshape(D.shape[0], B.shape[1], -1), total - float((A * H).sum())
-
-
-def _objective(C: Tensor, D: Tensor, total: float, A: Tensor, B: Tensor) -> float:
-    product = kronecker_product(A, B)
+def _objective(C: Tensor, D: Tensor, total: float, product: Tensor) -> float:
     return total - 2 * float((product * D).sum()) + float(((product @ C) * product).sum())
 
 

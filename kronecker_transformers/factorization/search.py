@@ -5,7 +5,9 @@ Kronecker product of the covariance of the inputs, C ~ C1 (x) C2, C1 = L1 L1^T a
 
     || (W - sum of A_r (x) B_r) (L1 (x) L2) ||_F = || W (L1 (x) L2) - sum of (A_r L1) (x) (B_r L2) ||_F,
 
-so the singular values of the rearranged W (L1 (x) L2) give it (Van Loan and Pitsianis). For low rank it is exact.
+so the singular values of the rearranged W (L1 (x) L2) give it (Van Loan and Pitsianis). For low rank it is exact. For
+other shapes inputs of an outstanding variance, which C1 (x) C2 would follow at the cost of all others, are taken to
+have a lower one: the terms fit those few inputs first.
 
 Choice. One candidate for each layer, so that the sum of their values is smallest and the sum of their costs within a
 budget, is a multiple-choice knapsack problem: dynamic programming over the budget in small units.
@@ -13,19 +15,20 @@ budget, is a multiple-choice knapsack problem: dynamic programming over the budg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .calibrated import rearranged
+from .calibrated import kronecker_roots
 
 UNITS = 20_000
 """Steps in which a budget is spent; costs are rounded up to them."""
-_JITTER = 1e-7  # of the mean of the diagonal, so that a covariance of few tokens has a Cholesky factor
-_POWER_STEPS = 8
+_OUTLIER = 16  # times the median variance, above which an input is outstanding
 
 
 def factor_shapes(m: int, n: int) -> list[tuple[int, int]]:
@@ -39,21 +42,31 @@ def _divisors(number: int) -> list[int]:
 
 
 @torch.no_grad()
-def error_curve(W: Tensor, C: Tensor, m1: int, n1: int) -> Tensor:
-    """Estimated relative errors of the outputs with 1, 2, ... terms of one shape.
+def error_curves(W: Tensor, C: Tensor, shapes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+    """Estimated relative errors of the outputs with 1, 2, ... terms, for each shape.
 
     Args:
         W: the weight (m, n).
         C: covariance of its inputs (n, n).
-        m1, n1: shape of A_r, dividing m and n.
+        shapes: (m1, n1) of A_r, dividing m and n.
 
     Returns:
-        (s,), s = min(m1 n1, m2 n2); root of E || (W - W') x ||^2 / E || W x ||^2, falling to 0.
+        For each shape (s,), s = min(m1 n1, m2 n2); root of E || (W - W') x ||^2 / E || W x ||^2, falling to 0. For low
+        rank it is exact.
     """
-    m2, n2 = W.shape[0] // m1, W.shape[1] // n1
-    left, right = (root.float() for root in _kronecker_roots(C, n1))  # float32 bears an estimate, in half the time
-    P = torch.einsum("abcd,ce,df->aebf", W.float().reshape(m1, m2, n1, n2), left, right)
-    return _tail(P.reshape(m1 * n1, m2 * n2))
+    m, n = W.shape
+    total = float(((W.double() @ C) * W).sum())
+    shrink = (_OUTLIER * C.diagonal().median() / C.diagonal()).sqrt().clamp_max(1)
+    clipped = C * shrink * shrink.unsqueeze(1)
+    curves = {}
+    for n1, group in groupby(sorted(shapes, key=itemgetter(1)), itemgetter(1)):
+        n2 = n // n1
+        left, right = kronecker_roots(clipped if 1 < n1 < n else C, n1)
+        whitened = (left.t().float() @ (W.float().reshape(m, n1, n2) @ right.float())).reshape(m, n1, n2)
+        for m1, _ in group:  # float32 bears an estimate, in half the time
+            P = whitened.reshape(m1, m // m1, n1, n2).transpose(1, 2).reshape(m1 * n1, -1)
+            curves[m1, n1] = (_tail(P) / max(total, torch.finfo(P.dtype).tiny)).sqrt()
+    return curves
 
 
 @torch.no_grad()
@@ -65,34 +78,17 @@ def weighted_error_curve(W: Tensor, weights: Tensor, n1: int) -> Tensor:
         weights: (m,), at least 0.
         n1: length of a row of A_r, dividing n.
     """
-    return _tail((W.double() * weights.double().sqrt().unsqueeze(1)).reshape(len(W) * n1, -1))
+    rest = _tail((W.double() * weights.double().sqrt().unsqueeze(1)).reshape(len(W) * n1, -1))
+    total = weights.double() @ W.double().square().sum(1)
+    return (rest / total.clamp_min(torch.finfo(rest.dtype).tiny)).sqrt()
 
 
 def _tail(P: Tensor) -> Tensor:
-    """For R = 1, 2, ...: the share of P's norm that its first R singular pairs leave."""
+    """For R = 1, 2, ...: the squared norm that the first R singular pairs leave of P."""
     gram = P @ P.t() if P.shape[0] <= P.shape[1] else P.t() @ P
     energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
     rest = energies.flip(0).cumsum(0).flip(0)  # (s,), what is left before each term
-    total = rest[0].clamp_min(torch.finfo(P.dtype).tiny)
-    return (torch.cat([rest[1:], rest.new_zeros(1)]) / total).sqrt()
-
-
-def _kronecker_roots(C: Tensor, n1: int) -> tuple[Tensor, Tensor]:
-    """Cholesky factors (n1, n1) and (n2, n2) of the nearest Kronecker product to a covariance C."""
-    n2 = len(C) // n1
-    P = rearranged(C, n1)  # (n1 n1, n2 n2)
-    right = torch.eye(n2, dtype=C.dtype, device=C.device).flatten()
-    for _ in range(_POWER_STEPS):  # from a positive definite start all iterates are positive semidefinite
-        left = P @ right
-        left = left / left.norm().clamp_min(torch.finfo(C.dtype).tiny)
-        right = P.t() @ left
-    return _root(left.reshape(n1, n1)), _root(right.reshape(n2, n2))
-
-
-def _root(C: Tensor) -> Tensor:
-    C = (C + C.t()) / 2
-    C.diagonal().add_(_JITTER * C.diagonal().mean() + torch.finfo(C.dtype).tiny)
-    return torch.linalg.cholesky(C)
+    return torch.cat([rest[1:], rest.new_zeros(1)])
 
 
 def best_choice(

@@ -29,7 +29,7 @@ def encode(
         (sentences, hidden), float32, on the CPU.
     """
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-    embeddings = torch.empty(len(sentences), model.config.hidden_size)
+    parts = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = tokenizer(
@@ -37,8 +37,9 @@ def encode(
         ).to(model.device)
         hidden = model(**batch).last_hidden_state.float()  # (batch, length, hidden)
         mask = batch["attention_mask"].unsqueeze(-1)
-        embeddings[rows] = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu()
-    return embeddings
+        parts.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu())
+    embeddings = torch.cat(parts)
+    return torch.empty_like(embeddings).index_copy_(0, torch.tensor(order), embeddings)
 
 
 def pair_similarities(embeddings: Tensor, pairs: Tensor) -> Tensor:

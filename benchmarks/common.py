@@ -1,4 +1,4 @@
-"""What the benchmarks of quality share: examples as processes of their own, and logs that are gone on with."""
+"""What benchmarks share: examples as processes of their own, logs that are gone on with, peaks of memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ class RunLog:
         """Keep a run that has just finished."""
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**key, **results, "environment": environment()}) + "\n")
+
+
+def _memory(field: str) -> int:
+    """A field of /proc/self/status in bytes: VmRSS is the memory held now, VmHWM its peak."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], int]]:
+    """Gives a function: bytes of the peak of this process since the block began, above what it held then (Linux)."""
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    yield lambda: _memory("VmHWM") - before
 
 
 def spread(values: list[float]) -> str | None:

@@ -9,21 +9,15 @@ memory is the peak of the process above what it held before, the student include
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
+from common import peak_memory
 from transformers import BertConfig, BertModel
 
 from kronecker_transformers import compress, nearest_kronecker
 from kronecker_transformers.benchmark import environment
 
 ROUNDS = 3
-
-
-def memory(field: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS is the memory held now, VmHWM its peak."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
 
 
 def main() -> None:
@@ -35,15 +29,12 @@ def main() -> None:
     print(f"{'BERT-base':10s} {'round':>5s} {'seconds':>8s} {'extra MB':>9s} {'student MB':>10s}")
     for plan in ("7.7x", "21x"):
         for number in range(ROUNDS):
-            before = memory("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-            start = time.perf_counter()
-            result = compress(teacher, plan)
-            seconds = time.perf_counter() - start
-            extra = memory("VmHWM") - before
-            print(
-                f"{plan:10s} {number:5d} {seconds:8.2f} {extra / 1e6:9.0f} {result.report.factored.bytes / 1e6:10.1f}"
-            )
+            with peak_memory() as extra:
+                start = time.perf_counter()
+                result = compress(teacher, plan)
+                seconds = time.perf_counter() - start
+            size = result.report.factored.bytes
+            print(f"{plan:10s} {number:5d} {seconds:8.2f} {extra() / 1e6:9.0f} {size / 1e6:10.1f}")
 
 
 if __name__ == "__main__":

@@ -193,10 +193,9 @@ def with_embedding(teacher: Any, plan: Mapping[str, Any], limit: int) -> dict[st
 def narrow_model(teacher: Any, limit: int) -> NarrowBert:
     """The widest that fits, with the teacher's depth and vocabulary, untrained."""
     torch.manual_seed(0)
-    for heads in range(12, 0, -1):
-        hidden = 10 * heads
+    for hidden in range(96, 0, -4):
         config = BertConfig(
-            vocab_size=teacher.config.vocab_size, hidden_size=hidden, num_attention_heads=heads,
+            vocab_size=teacher.config.vocab_size, hidden_size=hidden, num_attention_heads=4,
             num_hidden_layers=teacher.config.num_hidden_layers, intermediate_size=4 * hidden,
             max_position_embeddings=teacher.config.max_position_embeddings, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,

@@ -1,13 +1,14 @@
 """What each layer of a teacher may become in a plan, how near it then comes, and how much that matters.
 
-Which shapes are worth a candidate is found in the middle layer: from estimates for every shape
-(`factorization.search.error_curves`) those that may be the best, and of these the ones that are, by how far a few
-sweeps of alternating least squares come below the estimates on text that is held out. The other layers take the same
-shapes. The influence of a layer is measured by giving this layer alone an error.
+The error of every shape has an estimate (`factorization.search.error_curves`). Shapes compete in the middle layer:
+those with the best estimates are tried by a few sweeps of alternating least squares, judged on held-out text, and
+the best are candidates in all layers. There the estimates are scaled by what a try at one size reaches. The influence
+of a layer is measured by giving this layer alone an error.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,26 +24,35 @@ from transformers.pytorch_utils import Conv1D
 
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, weight_of
 from .calibration import group_moments, pooler_moments, row_error, row_weights
-from .factorization.calibrated import RIDGE, Moments, calibrated_kronecker, kronecker_product, weighted_kronecker
+from .factorization.calibrated import (
+    RIDGE,
+    CalibratedFactors,
+    Moments,
+    calibrated_kronecker,
+    kronecker_product,
+    weighted_kronecker,
+)
 from .factorization.search import error_curves, factor_shapes, weighted_error_curve
 from .models.factor_plan import FactorEntry
 from .models.kronecker_layers import multiplications
 from .report import REPORT_LENGTH
 
-SIZES = tuple(2 ** (-k / 2) for k in range(2, 15))
+SIZES = tuple(2 ** (-k / 8) for k in range(8, 57))
 """Sizes of candidates, as shares of the dense weight: from 1/2 to 1/128."""
-TRIED, KEPT = 3, 2
-"""Shapes that are tried in the middle layer, and that are kept, at each size."""
+SIZES_TRIED = SIZES[::4]
+"""At which shapes compete."""
+TRIED = 3
+"""Shapes that are tried in the middle layer for each size; the best one of each is kept."""
 PROBE = 1 / 8
-"""Size at which they are tried, and at which influences are measured."""
-SWEEPS = 3
-"""With which they are tried."""
+"""Size at which shapes are tried, and at which influences are measured."""
+SWEEPS = 2
+"""Of a try."""
 PROBE_TOKENS = 1024
 """Tokens on which influences are measured."""
 EMBEDDINGS = ("embeddings.word_embeddings", "embeddings.position_embeddings", "wte", "wpe")
 
-Shortlist = dict[tuple[int, int], float]
-"""Shapes (m1, n1), and for each the error that calibration reaches over the estimate of it."""
+Shape = tuple[int, int]
+"""(m1, n1)"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def measured_layers(
     for name, weights in row_weights(base, present, batches).items():
         yield _embedding(name, base.get_submodule(name).weight, *weights, wanted[name])
     place, layers = layers_of(base)
-    shortlists: dict[str, Shortlist] = {}
+    shortlists: dict[str, list[Shape]] = {}
     streams = enter(base, batches)
     for layer in layers[: len(layers) // 2]:
         for stream in streams:
@@ -127,7 +137,7 @@ def _kind(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _estimates(W: Tensor, fit: Moments, shapes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+def _estimates(W: Tensor, fit: Moments, shapes: Iterable[Shape]) -> dict[Shape, Tensor]:
     C = fit.inputs.clone()
     C.diagonal().add_(RIDGE * C.diagonal().mean() or RIDGE)
     return error_curves(W, C, shapes)
@@ -143,25 +153,19 @@ def _terms(W: Tensor, m1: int, n1: int, share: float) -> int:
     return int(share * W.numel() / _unit(W, m1, n1))
 
 
-def _shortlist(W: Tensor, fit: Moments, held_out: Moments, presets: Iterable[FactorEntry]) -> Shortlist:
-    """Shapes of A that are the best at some size, and the error that is reached, over the estimate."""
+def _shortlist(W: Tensor, fit: Moments, held_out: Moments, presets: Iterable[FactorEntry]) -> list[Shape]:
+    """Low rank, the shapes of the presets, and those that are the best at some size."""
     always = {(len(W), 1), *((entry.m1, entry.n1) for entry in presets)}
     worth = {shape for shape in factor_shapes(*W.shape) if _terms(W, *shape, SIZES[0])}
     curves = _estimates(W, fit, worth | always)
-    reached = dict.fromkeys(always | _best(W, curves, TRIED), 1.0)
-    for m1, n1 in reached:
-        terms = max(1, _terms(W, m1, n1, PROBE))
-        found = calibrated_kronecker(W, fit, m1, n1, terms, sweeps=SWEEPS)
-        error = held_out.relative_error(found.A, found.B, found.bias)
-        reached[m1, n1] = error / max(float(curves[m1, n1][terms - 1]), 1e-9)
-    kept = always | _best(W, {shape: reached[shape] * curves[shape] for shape in reached}, KEPT)
-    return {shape: reached[shape] for shape in sorted(kept)}
+    tried = always | _best(W, curves, TRIED)
+    return sorted(always | _best(W, {shape: _try(W, fit, held_out, shape, curves[shape])[0] for shape in tried}, 1))
 
 
-def _best(W: Tensor, curves: Mapping[tuple[int, int], Tensor], number: int) -> set[tuple[int, int]]:
+def _best(W: Tensor, curves: Mapping[Shape, Tensor], number: int) -> set[Shape]:
     """So many shapes at each size."""
-    found: set[tuple[int, int]] = set()
-    for share in SIZES:
+    found: set[Shape] = set()
+    for share in SIZES_TRIED:
         errors = []
         for shape, curve in curves.items():
             if 1 <= (terms := _terms(W, *shape, share)) <= len(curve):
@@ -170,20 +174,36 @@ def _best(W: Tensor, curves: Mapping[tuple[int, int], Tensor], number: int) -> s
     return found
 
 
+def _try(
+    W: Tensor, fit: Moments, held_out: Moments, shape: Shape, estimates: Tensor
+) -> tuple[Tensor, CalibratedFactors, float]:
+    """Estimates scaled by what is reached at one size; the factors with which it was reached, and their error."""
+    terms = min(max(1, _terms(W, *shape, PROBE)), len(estimates))
+    found = calibrated_kronecker(W, fit, *shape, terms, sweeps=SWEEPS)
+    error = held_out.relative_error(found.A, found.B, found.bias)
+    return estimates * (error / max(float(estimates[terms - 1]), 1e-9)), found, error
+
+
 def _linear(
-    name: str, W: Tensor, tokens: int, fit: Moments, held_out: Moments, shortlist: Shortlist, presets: list[FactorEntry]
+    name: str,
+    W: Tensor,
+    tokens: int,
+    fit: Moments,
+    held_out: Moments,
+    shapes: Iterable[Shape],
+    presets: list[FactorEntry],
 ) -> MeasuredLayer:
     """A linear layer with its candidates."""
     candidates = [_candidate(W, tokens, None, 0.0)]
-    for shape, curve in _estimates(W, fit, shortlist).items():
+    tries = {shape: _try(W, fit, held_out, shape, curve) for shape, curve in _estimates(W, fit, shapes).items()}
+    for shape, (curve, _, _) in tries.items():
         counts = {_terms(W, *shape, share) for share in SIZES}
         counts |= {entry.terms for entry in presets if (entry.m1, entry.n1) == shape}
         for terms in sorted(counts):
             if 1 <= terms < len(curve):
-                error = shortlist[shape] * float(curve[terms - 1])
-                candidates.append(_candidate(W, tokens, FactorEntry(*shape, terms), error))
-    found = calibrated_kronecker(W, fit, len(W), 1, max(1, _terms(W, len(W), 1, PROBE)))
-    return MeasuredLayer(name, W, candidates, found[:3], held_out.relative_error(*found[:3]))
+                candidates.append(_candidate(W, tokens, FactorEntry(*shape, terms), float(curve[terms - 1])))
+    _, probe, error = tries[len(W), 1]
+    return MeasuredLayer(name, W, candidates, probe[:3], error)
 
 
 def _embedding(name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry]) -> MeasuredLayer:
@@ -215,31 +235,40 @@ def _candidate(W: Tensor, tokens: int, entry: FactorEntry | None, error: float) 
 def influences(
     teacher: PreTrainedModel, layers: Sequence[MeasuredLayer], batches: Sequence[CalibrationBatch], progress: bool
 ) -> list[float]:
-    """By how much the outputs that count change when one layer alone has an error, for each unit of its square.
+    """How much noise over signal the outputs that count get from that of each layer.
 
-    The change is that of the outputs on held-out text, squared, over their variance.
+    Measured on held-out text, with one layer at a time as its probe: that of the outputs comes from their correlation
+    with the teacher's; several kinds of outputs, as those of a teacher for pre-training, are averaged.
     """
     judged, tokens = [], 0
     for batch in batches:
         if batch.held_out and tokens < PROBE_TOKENS:
             judged.append(batch)
             tokens += int(batch.attention_mask.sum())
-    wanted = [_outputs_that_count(teacher, batch) for batch in judged]
-    variances = [_squared(torch.cat(kind) - torch.cat(kind).mean(0)) for kind in zip(*wanted, strict=True)]
+
+    def outputs() -> list[Tensor]:
+        rows = zip(*(_outputs_that_count(teacher, batch) for batch in judged), strict=True)
+        return [torch.cat(kind) - torch.cat(kind).mean(0) for kind in rows]
+
+    wanted = outputs()
     found = []
     for layer in tqdm(layers, desc="influences", unit="layer", disable=not progress):
         with _replaced(teacher.base_model.get_submodule(layer.name), *layer.probe):
-            changes = [0.0 for _ in variances]
-            for batch, outputs in zip(judged, wanted, strict=True):
-                for kind, (got, want) in enumerate(zip(_outputs_that_count(teacher, batch), outputs, strict=True)):
-                    changes[kind] += _squared(got - want)
-        relative = [change / max(variance, 1e-30) for change, variance in zip(changes, variances, strict=True)]
-        found.append(sum(relative) / len(relative) / max(layer.probe_error, 1e-6) ** 2)
+            lost = [_lost(want, got) for want, got in zip(wanted, outputs(), strict=True)]
+        found.append(sum(map(noise_to_signal, lost)) / len(lost) / noise_to_signal(max(layer.probe_error, 1e-3)))
     return found
 
 
-def _squared(values: Tensor) -> float:
-    return float(values.square().sum())
+def _lost(wanted: Tensor, got: Tensor) -> float:
+    """Relative error of the best multiple of what was got, both centred: root of 1 - their correlation squared."""
+    product = float((wanted * got).sum())
+    norms = float(wanted.square().sum()) * float(got.square().sum())
+    return math.sqrt(max(0.0, 1 - product * abs(product) / norms)) if norms > 0 else 0.0
+
+
+def noise_to_signal(error: float) -> float:
+    """Variance that is lost over variance that is kept, for a relative error; at most 1,000."""
+    return error**2 / max(1 - error**2, error**2 / 1000, 1e-12)
 
 
 @contextmanager
@@ -278,7 +307,8 @@ def _outputs_that_count(teacher: Any, batch: CalibrationBatch) -> list[Tensor]:
         return [_distributions(output.prediction_logits[real]), _distributions(output.seq_relationship_logits)]
     if "logits" in output:
         return [_distributions(output.logits[real])]
-    return [output.last_hidden_state.float()[real]]
+    hidden = output.last_hidden_state.float()
+    return [hidden[real], torch.stack([row[kept].mean(0) for row, kept in zip(hidden, real, strict=True)])]
 
 
 def _distributions(logits: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_calibration(command, required=True)
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="plan file, .yaml or .json")
-    command.add_argument("--picture", metavar="FILE", help="PNG of predicted change against size")
+    command.add_argument("--picture", metavar="FILE", help="PNG of predicted error against size")
     command.set_defaults(run=_search)
 
     command = commands.add_parser(

@@ -1,11 +1,12 @@
 """The best plan for a budget: which layers of a teacher become which sums of Kronecker products.
 
-    minimise  sum over layers l of  w_l e_l(c_l)^2   subject to   sum over layers of cost(c_l) <= budget
+    minimise  sum over layers l of  w_l n(e_l(c_l))   subject to   sum over layers of cost(c_l) <= budget
 
 c_l is a candidate of layer l: one of all shapes of A with so many terms, low rank among them, or the dense layer. e_l
-is the relative error of the layer's outputs on calibration text. w_l is the influence of the layer: by how much the
-outputs that count change, relative to their variance, for each unit of e_l^2. Changes of several layers are taken to
-add up. What is known of each layer is measured (`candidates`); the choice is a multiple-choice knapsack.
+is the relative error of the layer's outputs on calibration text, n(e) = e^2 / (1 - e^2) their noise over signal: a
+calibrated layer keeps the share 1 - e^2 of the variance. w_l is the influence of the layer: the noise over signal of
+the outputs that count, for each unit of its own. Noise of several layers is taken to add up. What is known of each
+layer is measured (`candidates`); the choice is a multiple-choice knapsack.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .activations import CalibrationBatch, calibration_batches
-from .candidates import Candidate, influences, measured_layers
+from .candidates import Candidate, influences, measured_layers, noise_to_signal
 from .compress import STUDENT_CLASSES, check_teacher
 from .factorization.search import UNITS, best_choice
 from .models.factor_plan import PRESETS, FactorEntry, FactorPlan
@@ -39,7 +40,7 @@ class LayerChoice:
     name: str
     weight: tuple[int, int]
     influence: float
-    """Relative change of the outputs that count, squared, for each unit of squared error."""
+    """Noise over signal of the outputs that count, for each unit of that of the layer's own."""
     candidates: tuple[Candidate, ...]
     chosen: Candidate
 
@@ -55,10 +56,10 @@ class PlanSearch:
     dense_parameters: int
     flops: int
     """Of the linear layers of the base model with this plan, for a sequence of `REPORT_LENGTH` tokens."""
-    change: float
-    """Predicted relative change of the outputs that count."""
+    error: float
+    """Predicted relative error of the outputs that count."""
     frontier: tuple[tuple[float, float], ...]
-    """Parameters of the base model, and the smallest change that is predicted for so many."""
+    """Parameters of the base model, and the smallest error that is predicted for so many."""
     presets: Mapping[str, tuple[int, float]]
     """The same for the plans of the papers that fit the model."""
 
@@ -93,14 +94,14 @@ class PlanSearch:
         """The plan and those of the papers, for a terminal."""
         table = Table(title="Base model", box=SIMPLE_HEAD)
         table.add_column("")
-        for heading in ("parameters", "ratio", "predicted change"):
+        for heading in ("parameters", "ratio", "predicted error"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for name, (parameters, change) in {"this plan": (self.parameters, self.change), **self.presets}.items():
-            table.add_row(name, f"{parameters:,}", f"{self.dense_parameters / parameters:.2f}x", f"{change:.3f}")
+        for name, (parameters, error) in {"this plan": (self.parameters, self.error), **self.presets}.items():
+            table.add_row(name, f"{parameters:,}", f"{self.dense_parameters / parameters:.2f}x", f"{error:.3f}")
         return table
 
     def picture(self, path: str | os.PathLike[str]) -> None:
-        """Predicted change against size, the chosen point, and the presets, as a PNG.
+        """Predicted error against size, the chosen point, and the presets, as a PNG.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -112,10 +113,10 @@ class PlanSearch:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot(*zip(*self.frontier, strict=True), label="best plans")
-        axes.plot(self.parameters, self.change, "o", label="chosen")
+        axes.plot(self.parameters, self.error, "o", label="chosen")
         for name, point in self.presets.items():
             axes.plot(*point, "x", label=f"preset {name}")
-        axes.set(xlabel="parameters of the base model", ylabel="predicted relative change of the outputs", xscale="log")
+        axes.set(xlabel="parameters of the base model", ylabel="predicted relative error of the outputs", xscale="log")
         axes.legend()
         figure.savefig(path, dpi=110)
 
@@ -136,8 +137,8 @@ def search_plan(
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that `compress` takes. What counts are
             the logits of a classifier or for question answering, the probabilities of a language model, the pooled
-            output for multiple choice, and the last hidden states without a head; so the pooler then counts for
-            nothing.
+            output for multiple choice, and without a head the last hidden states and their means over each sequence;
+            so the pooler then counts for nothing.
         calibration: texts, as for `compress`.
         ratio: parameters of the base model, its pooler included and tied ones once, teacher over student.
         parameters: of the base model.
@@ -179,7 +180,7 @@ def _search(
     layers = list(tqdm(measured_layers(base, batches, presets), desc="candidates", unit="layer", disable=not progress))
     weights = influences(teacher, layers, batches, progress)
     options = [_useful(layer.candidates) for layer in layers]
-    values = [[w * c.error**2 for c in found] for w, found in zip(weights, options, strict=True)]
+    values = [[w * noise_to_signal(c.error) for c in found] for w, found in zip(weights, options, strict=True)]
 
     dense = sum(p.numel() for p in base.parameters())
     fixed = dense - sum(layer.weight.numel() for layer in layers)
@@ -201,12 +202,12 @@ def _search(
 
     sizes = [[c.parameters for c in found] for found in options]
     _, frontier = best_choice(sizes, values, dense - fixed)
-    points = [(fixed + (dense - fixed) * k / UNITS, math.sqrt(v)) for k, v in enumerate(frontier) if np.isfinite(v)]
+    points = [(fixed + (dense - fixed) * k / UNITS, _error(v)) for k, v in enumerate(frontier) if np.isfinite(v)]
     known = {}
     for name, entries in presets.items():
         taken = [next(c for c in layer.candidates if c.entry == entries.get(layer.name)) for layer in layers]
-        change = sum(w * c.error**2 for w, c in zip(weights, taken, strict=True))
-        known[name] = fixed + sum(c.parameters for c in taken), math.sqrt(change)
+        noise = sum(w * noise_to_signal(c.error) for w, c in zip(weights, taken, strict=True))
+        known[name] = fixed + sum(c.parameters for c in taken), _error(noise)
     plan = {layer.name: c.entry for layer, c in zip(layers, chosen, strict=True) if c.entry is not None}
     return PlanSearch(
         FactorPlan(plan),
@@ -217,10 +218,14 @@ def _search(
         fixed + sum(c.parameters for c in chosen),
         dense,
         sum(c.flops for c in chosen),
-        math.sqrt(sum(w * c.error**2 for w, c in zip(weights, chosen, strict=True))),
+        _error(sum(w * noise_to_signal(c.error) for w, c in zip(weights, chosen, strict=True))),
         tuple(points[:: UNITS // 200]),
         known,
     )
+
+
+def _error(noise_to_signal: float) -> float:
+    return math.sqrt(noise_to_signal / (1 + noise_to_signal))
 
 
 def _choose(values: list[list[float]], limits: list[tuple[list[list[int]], float]]) -> list[int]:

@@ -32,10 +32,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Factor a dense BERT or GPT-2 and save the result.",
     )
     command.add_argument("teacher", metavar="TEACHER", help="name on the Hub, or folder, of the dense model")
-    command.add_argument(
-        "--plan",
-        default="7.7x",
-        help="7.7x or 21x (BERT), kngpt2 (GPT-2), or a YAML or JSON file (default: %(default)s)",
+    plan = command.add_mutually_exclusive_group()
+    plan.add_argument("--plan", help="7.7x or 21x (BERT), kngpt2 (GPT-2), or a YAML or JSON file (default: 7.7x)")
+    plan.add_argument(
+        "--ratio", type=float, metavar="X", help="search the best plan of this ratio, as the command search does"
     )
     _add_calibration(command, required=False)
     command.add_argument("--output", required=True, metavar="DIR", help="new folder for the factored model")
@@ -96,7 +96,8 @@ def _add_calibration(command: argparse.ArgumentParser, required: bool) -> None:
 def _compress(arguments: argparse.Namespace, console: Console) -> None:
     check_new_folder(arguments.output)
     texts = _calibration_texts(arguments) if arguments.calibration else None
-    result = compress(arguments.teacher, read_plan(arguments.plan), calibration=texts, progress=True)
+    plan = None if arguments.plan is None else read_plan(arguments.plan)
+    result = compress(arguments.teacher, plan, ratio=arguments.ratio, calibration=texts, progress=True)
     result.save(arguments.output)
     _show(result.report, console)
     console.print(f"Saved in {arguments.output}. Distil it before use: an undistilled student is poor.")

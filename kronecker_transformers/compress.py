@@ -22,14 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from .activations import calibration_batches, weight_of
 from .calibration import calibrate
-from .checkpoint import load_teacher, save_folder
+from .checkpoint import save_folder
 from .factorization.nearest import nearest_kronecker
 from .models import DENSE_CLASSES
 from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .report import Report, describe
-
-STUDENT_CLASSES = {dense: student for student, dense in DENSE_CLASSES.items()}
-"""Factored class by its stock class."""
+from .search import search_plan
+from .teachers import STUDENT_CLASSES, check_finite, check_teacher
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,9 @@ class CompressionResult:
 
 def compress(
     teacher: str | os.PathLike[str] | PreTrainedModel,
-    plan: str | Mapping[str, Any] = "7.7x",
+    plan: str | Mapping[str, Any] | None = None,
     *,
+    ratio: float | None = None,
     calibration: Iterable[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
@@ -62,7 +62,9 @@ def compress(
 
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that `STUDENT_CLASSES` lists.
-        plan: name of a preset, a `FactorPlan`, or a mapping from pattern to ``(m1, n1, terms)``.
+        plan: name of a preset, a `FactorPlan`, or a mapping from pattern to ``(m1, n1, terms)``; default: 7.7x.
+        ratio: how many times smaller the base model shall be, by the best plan that `search_plan` finds for the
+            calibration text, instead of a plan.
         calibration: texts on which the factors shall be near the teacher's layers; some hundred sentences like those
             that the student will meet. A tenth of them is held out and decides, layer by layer, whether the nearest
             factors are kept. Without any, all layers get their nearest factors.
@@ -75,12 +77,20 @@ def compress(
     Raises:
         TypeError: the teacher is neither a name, a folder nor a model; or a text is not a string.
         ValueError: unsupported teacher, a plan that does not fit, or weights that are not finite; with `calibration`,
-            too little text, no tokenizer, or activations that are not finite.
+            too little text, no tokenizer, or activations that are not finite; with `ratio`, a plan too, no calibration
+            text, or a ratio that cannot be met.
         OSError: the teacher cannot be read.
     """
     teacher, tokenizer = check_teacher(teacher, tokenizer)
+    if ratio is not None:
+        if plan is not None:
+            raise ValueError(f"ratio={ratio} was given beside a plan, which has its own; leave one of them out")
+        if calibration is None:
+            raise ValueError(f"ratio={ratio} needs calibration text, for which the best plan is searched; give some")
+        calibration = calibration if isinstance(calibration, str) else list(calibration)
+        plan = search_plan(teacher, calibration, ratio=ratio, tokenizer=tokenizer, progress=progress).plan
     student_class: Any = STUDENT_CLASSES[type(teacher)]
-    config = student_class.config_class.from_dense(teacher.config, plan)
+    config = student_class.config_class.from_dense(teacher.config, "7.7x" if plan is None else plan)
     config.name_or_path = teacher.config.name_or_path
     head = teacher.get_output_embeddings()
     if head is not None and head.weight is not teacher.get_input_embeddings().weight:
@@ -123,26 +133,6 @@ def compress(
     return CompressionResult(student, tokenizer, describe(student).with_errors(errors))
 
 
-def check_teacher(
-    teacher: str | os.PathLike[str] | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """A teacher that can be compressed, loaded if it is not, and its tokenizer.
-
-    Raises:
-        TypeError, ValueError, OSError: as `compress`.
-    """
-    if not isinstance(teacher, (PreTrainedModel, str, os.PathLike)):
-        raise TypeError(f"teacher of type {type(teacher).__name__} must be a name, a folder or a loaded model")
-    if not isinstance(teacher, PreTrainedModel):
-        teacher, own_tokenizer = load_teacher(teacher)
-        tokenizer = tokenizer or own_tokenizer
-    if type(teacher) not in STUDENT_CLASSES:
-        supported = ", ".join(sorted(dense.__name__ for dense in STUDENT_CLASSES))
-        raise ValueError(f"teacher of class {type(teacher).__name__} is not supported; supported are {supported}")
-    _check_finite(teacher)
-    return teacher, tokenizer
-
-
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """The dense twin of a factored model: factors multiplied out, a stock BERT or GPT-2 class.
 
@@ -156,7 +146,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
             f"model of class {type(model).__module__}.{type(model).__name__} is not one of this package's factored "
             "models; import kronecker_transformers before loading it, so that its own classes are used"
         )
-    _check_finite(model)
+    check_finite(model)
     dense_class = DENSE_CLASSES[type(model)]
     dense = _empty_like(dense_class, model.config.to_dense_config(), model)
     factored_modules = dict(model.named_modules())
@@ -223,13 +213,3 @@ def _plain_weight(name: str, module: nn.Module) -> nn.Parameter:
             "remove parametrizations, adapters and quantization first"
         )
     return weight
-
-
-@torch.no_grad()
-def _check_finite(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        where = f"parameter {name!r} of the {type(model).__name__}"
-        if parameter.is_meta:
-            raise ValueError(f"{where} is on the meta device; load its weights first")
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"{where} holds NaN or infinite values; repair or reload it first")

@@ -27,10 +27,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .activations import CalibrationBatch, calibration_batches
 from .candidates import Candidate, influences, measured_layers, noise_to_signal
-from .compress import STUDENT_CLASSES, check_teacher
 from .factorization.search import UNITS, best_choice
 from .models.factor_plan import PRESETS, FactorEntry, FactorPlan
 from .plan_file import write_plan
+from .teachers import STUDENT_CLASSES, check_teacher
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from kronecker_transformers import KroneckerBertConfig, compress, describe
 from kronecker_transformers.activations import calibration_batches
 from kronecker_transformers.candidates import EMBEDDINGS, MeasuredLayer, influences
 from kronecker_transformers.cli import main
-from kronecker_transformers.compress import STUDENT_CLASSES
 from kronecker_transformers.factorization import nearest_kronecker
 from kronecker_transformers.plan_file import read_plan
 from kronecker_transformers.report import REPORT_LENGTH
 from kronecker_transformers.search import search_plan
+from kronecker_transformers.teachers import STUDENT_CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,19 @@ def test_bad_budgets_are_refused(bert, budgets, message):
         search_plan(dense, texts(40), tokenizer=tokenizer, **budgets)
 
 
+def test_compress_by_ratio(bert):
+    dense, tokenizer, found = bert
+    result = compress(dense, ratio=2.5, calibration=iter(texts()), tokenizer=tokenizer)
+    assert result.model.config.factor_plan == found.plan.to_dict()
+    assert any(layer.output_error for layer in result.report.layers)
+    with pytest.raises(ValueError, match=r"ratio=2\.5 was given beside a plan"):
+        compress(dense, "7.7x", ratio=2.5, calibration=texts(), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"ratio=2\.5 needs calibration text"):
+        compress(dense, ratio=2.5)
+    with pytest.raises(TypeError, match="give a list of strings"):
+        compress(dense, ratio=2.5, calibration="the fox", tokenizer=tokenizer)
+
+
 def test_command_line(tmp_path, capsys):
     teacher(BertForSequenceClassification).save_pretrained(tmp_path / "bert")
     bert_tokenizer(tmp_path).save_pretrained(tmp_path / "bert")
@@ -199,6 +212,11 @@ def test_command_line(tmp_path, capsys):
     assert picture.exists()
     assert main(["compress", str(tmp_path / "bert"), "--plan", str(plan), "--output", str(tmp_path / "student")]) == 0
     capsys.readouterr()
+    by_ratio = ["compress", *command[1:], "--ratio", "2.5", "--output", str(tmp_path / "by_ratio")]
+    assert main(by_ratio) == 0
+    assert "nearest" in capsys.readouterr().out
+    assert main([*by_ratio[:2], *by_ratio[4:-1], str(tmp_path / "uncalibrated")]) == 1
+    assert "ratio=2.5 needs calibration text" in capsys.readouterr().err
     assert main([*command, "--ratio", "100", "-o", str(tmp_path / "none.yaml")]) == 1
     assert "ratio=100.0 cannot be met" in capsys.readouterr().err
     assert not (tmp_path / "none.yaml").exists()

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint import load_model
-from ..compress import STUDENT_CLASSES, compress
+from ..compress import compress
+from ..teachers import STUDENT_CLASSES
 
 
 def start_student(

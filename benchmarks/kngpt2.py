@@ -105,7 +105,7 @@ def distil(name: str, data: Path, work: Path) -> None:
         dropout=0, **STUDENTS[name], **QUIET,
     )  # fmt: skip
     if not LOG.find(key):
-        del results["options"]  # they name folders of this machine
+        del results["options"]  # they name folders of the machine that ran it
         LOG.add(key, results)
 
 

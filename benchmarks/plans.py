@@ -285,6 +285,7 @@ def distil(run: Run, data: Data, work: Path) -> dict[str, Any]:
             output_dir=scratch, objective="sentence_encoder", max_steps=run.steps, learning_rate=run.rate,
             warmup_steps=0.1, per_device_train_batch_size=64, train_sampling_strategy="group_by_length", dropout=0.0,
             layer_map=layer_map, seed=run.seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+            remove_unused_columns=False,
         )  # fmt: skip
         same: dict[str, Any] = {
             "args": arguments, "train_dataset": examples, "data_collator": DataCollatorWithPadding(data.tokenizer),

@@ -224,8 +224,9 @@ def _search(
     )
 
 
-def _error(noise_to_signal: float) -> float:
-    return math.sqrt(noise_to_signal / (1 + noise_to_signal))
+def _error(noise: float) -> float:
+    """The relative error with so much noise over signal."""
+    return math.sqrt(noise / (1 + noise))
 
 
 def _choose(values: list[list[float]], limits: list[tuple[list[list[int]], float]]) -> list[int]:

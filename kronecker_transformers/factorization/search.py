@@ -47,7 +47,7 @@ def error_curves(W: Tensor, C: Tensor, shapes: Iterable[tuple[int, int]]) -> dic
 
     Args:
         W: the weight (m, n).
-        C: covariance of its inputs (n, n).
+        C: covariance of its inputs (n, n), positive definite.
         shapes: (m1, n1) of A_r, dividing m and n.
 
     Returns:

@@ -21,7 +21,7 @@ def encode(
     Args:
         model: a base model, in evaluation mode.
         tokenizer: its tokenizer.
-        sentences: texts, cut at `max_length` tokens.
+        sentences: texts, at least one, cut at `max_length` tokens.
         batch_size: sentences, of similar length, computed together.
         max_length: tokens.
 

@@ -14,6 +14,15 @@ from kronecker_transformers.factorization.calibrated import (
     weighted_kronecker,
 )
 
+
+@pytest.fixture(params=[calibrated._LARGEST, 0], ids=["direct", "gradients"], scope="module", autouse=True)
+def largest_system(request):
+    """All tests of this module with systems solved at once, and by conjugate gradients."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrated, "_LARGEST", request.param)
+        yield
+
+
 SHAPES = [(7, 5, 2, 3), (3, 2, 11, 5), (2, 3, 5, 11), (14, 3, 1, 4), (6, 10, 2, 1)]
 
 

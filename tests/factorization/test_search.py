@@ -43,6 +43,23 @@ def test_curve_is_exact_for_a_covariance_that_is_a_kronecker_product(shape):
     assert len(curve) == min(m1 * n1, m2 * n2)
 
 
+@pytest.mark.parametrize("shape", [(4, 6, 6, 8), (8, 12, 3, 4)], ids=str)
+def test_curve_keeps_its_shape_beside_an_outstanding_input(shape):
+    m1, n1, m2, n2 = shape
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(m1 * m2, n1 * n2, generator=generator, dtype=torch.float64)
+    x = torch.randn(2000, n1 * n2, generator=generator, dtype=torch.float64)
+    x[:, 5] *= 30
+    sums = MomentSums()
+    sums.add(x, x @ W.t())
+    moments = sums.finish()
+    curve = error_curves(W, moments.inputs, [(m1, n1)])[m1, n1]
+    reached = {t: moments.relative_error(*calibrated_kronecker(W, moments, m1, n1, t)[:3]) for t in (6, 10)}
+    ratios = [error / curve[terms - 1].item() for terms, error in reached.items()]  # 7 to 28 if C1 (x) C2 follows it
+    assert 1 < ratios[0] < 3
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.2)  # one try scales the curve
+
+
 @pytest.mark.parametrize("sides", [(12, 1, 1, 10), (9, 1, 1, 20)], ids=str)
 def test_curve_of_low_rank_is_what_calibration_reaches(sides):
     m, _, _, n = sides

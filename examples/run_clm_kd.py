@@ -20,16 +20,15 @@ from typing import Any
 
 from transformers import GPT2LMHeadModel, PreTrainedModel, default_data_collator
 
-from kronecker_transformers.distillation import DistillationTrainer, keep_layers, start_student
+from kronecker_transformers.distillation import DistillationTrainer, keep_layers
 from kronecker_transformers.experiment import check_output, finish, results_table, teacher_and_tokenizer, train_and_save
-from kronecker_transformers.plan_file import read_plan
-from kronecker_transformers.recipes import RECIPES, parse_script
+from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import TextSource, TextStream, block_examples, training_steps
 from kronecker_transformers.tasks.perplexity import NORMALISATIONS, perplexity
 
 
 @dataclass
-class Options:
+class Options(StudentOptions):
     """The script's own options."""
 
     teacher: str = field(metadata={"help": "Folder or Hub name of a GPT2LMHeadModel."})
@@ -45,8 +44,6 @@ class Options:
         default="none", metadata={"help": "What is done to that text first.", "choices": list(NORMALISATIONS)}
     )
     recipe: str = field(default="kngpt2", metadata={"help": "Defaults of plan and training."})
-    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
-    start: str | None = field(default=None, metadata={"help": "Factored model to go on from, with its own plan."})
     layers: str | None = field(
         default=None, metadata={"help": "The teacher's layers, from 0, of a dense student: 0,2,4; no plan then."}
     )
@@ -54,8 +51,10 @@ class Options:
     max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
 
     def __post_init__(self) -> None:
-        if self.layers is not None and (self.plan or self.start):
-            raise ValueError(f"--layers {self.layers} makes a dense student; leave out --plan and --start")
+        if self.layers is not None and (self.plan or self.start or self.calibration):
+            raise ValueError(
+                f"--layers {self.layers} makes a dense student; leave out --plan, --start and --calibration"
+            )
         if self.layers is not None and not all(part.strip().isdecimal() for part in self.layers.split(",")):
             raise ValueError(f"--layers {self.layers!r} must be numbers with commas between them, such as 0,2,4")
 
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.layer_map = [int(layer) for layer in options.layers.split(",")]
         student = keep_layers(teacher, arguments.layer_map)
     else:
-        student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
+        student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
     models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student), "student": student}
 
     def examples(seed: int) -> Any:

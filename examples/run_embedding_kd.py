@@ -20,10 +20,9 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from kronecker_transformers.distillation import DistillationTrainer, start_student
+from kronecker_transformers.distillation import DistillationTrainer
 from kronecker_transformers.experiment import check_output, finish, results_table, teacher_and_tokenizer, train_and_save
-from kronecker_transformers.plan_file import read_plan
-from kronecker_transformers.recipes import RECIPES, parse_script
+from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import (
     Example,
     TextSource,
@@ -37,7 +36,7 @@ from kronecker_transformers.tasks.tables import read_table
 
 
 @dataclass
-class Options:
+class Options(StudentOptions):
     """The script's own options."""
 
     teacher: str = field(metadata={"help": "Folder or Hub name of a BERT encoder."})
@@ -50,8 +49,6 @@ class Options:
         default=None, metadata={"help": "Table with the columns sentence1, sentence2 and label (a similarity)."}
     )
     recipe: str = field(default="sentence-encoder-7.7x", metadata={"help": "Defaults of the training."})
-    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
-    start: str | None = field(default=None, metadata={"help": "Factored model to go on from, with its own plan."})
     fraction: float = field(default=1.0, metadata={"help": "Share of the training text, above 0, at most 1."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
 
@@ -67,14 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     held_out: list[str] = []
     if options.validation_text:
         source = TextSource(tuple(options.validation_text), split="validation")
-        held_out += (sentence for document in source.documents() for sentence in document)
+        held_out += source.lines()
         if len(held_out) < 3:
             raise ValueError(f"validation_text gives {len(held_out)} sentences; at least 3 are needed; give more text")
     sts = read_table(options.sts_file) if options.sts_file else None
 
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
     teacher = cast(PreTrainedModel, teacher.base_model)  # a head has nothing to say here
-    student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
+    student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
     judges = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).eval().to(arguments.device),

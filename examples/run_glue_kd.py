@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer, start_student
+from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer
 from kronecker_transformers.experiment import (
     check_output,
     fine_tune_teacher,
@@ -38,14 +38,13 @@ from kronecker_transformers.experiment import (
     teacher_and_tokenizer,
     train_and_save,
 )
-from kronecker_transformers.plan_file import read_plan
-from kronecker_transformers.recipes import RECIPES, parse_script
+from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.glue import glue_task, load_glue, load_text_classification, write_predictions
 from kronecker_transformers.tasks.glue_metric import GlueMetric
 
 
 @dataclass
-class Options:
+class Options(StudentOptions):
     """The script's own options."""
 
     teacher: str = field(metadata={"help": "Folder or Hub name of a BERT or GPT-2, fine-tuned on the task or not."})
@@ -60,8 +59,6 @@ class Options:
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same, to judge on."})
     recipe: str = field(default="kroneckerbert-7.7x", metadata={"help": "Defaults of plan and training."})
-    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
-    start: str | None = field(default=None, metadata={"help": "Student of the first stage, with its own plan."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training examples."})
     teacher_epochs: float = field(default=3.0, metadata={"help": "Epochs of a teacher that is fine-tuned here."})
@@ -166,7 +163,6 @@ def main(argv: list[str] | None = None) -> None:
     options, arguments = parse_script(Options, "glue", argv)
     recipe = RECIPES[options.recipe]["glue"]
     length = options.max_length or recipe.length
-    plan = read_plan(options.plan or recipe.plan)
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     task = load_task(options)
 
@@ -176,8 +172,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.max_train_samples:
         data["train"] = data["train"].select(range(min(options.max_train_samples, len(data["train"]))))
     if not trained:
-        if not options.teacher_only:  # a plan that does not fit is refused now, not after the training
-            start_student(teacher, plan, options.start)
+        if not options.teacher_only:  # what does not fit is refused now, not after the training
+            options.check(teacher, tokenizer, recipe)
         teacher = fine_tune_teacher(
             teacher,
             tokenizer,
@@ -201,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
 
-    student = start_student(teacher, plan, options.start)
+    student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
     models = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).to(arguments.device),

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from kronecker_transformers.checkpoint import load_teacher
-from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer, start_student
+from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer
 from kronecker_transformers.distillation.losses import IGNORED, hidden_state_mse
 from kronecker_transformers.experiment import (
     TEACHER,
@@ -50,8 +50,7 @@ from kronecker_transformers.experiment import (
     train_and_save,
     train_plainly,
 )
-from kronecker_transformers.plan_file import read_plan
-from kronecker_transformers.recipes import RECIPES, parse_script
+from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import (
     Example,
     TextSource,
@@ -68,7 +67,7 @@ Collator = Callable[[list[Example]], Any]
 
 
 @dataclass
-class Options:
+class Options(StudentOptions):
     """The script's own options."""
 
     teacher: str = field(metadata={"help": "Folder or Hub name of a BERT, with its pre-training heads or without."})
@@ -79,8 +78,6 @@ class Options:
     )
     validation_examples: int = field(default=1000, metadata={"help": "How many examples of it, from its start."})
     recipe: str = field(default="kroneckerbert-7.7x", metadata={"help": "Defaults of plan and training."})
-    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
-    start: str | None = field(default=None, metadata={"help": "Factored model to go on from, with its own plan."})
     fraction: float = field(default=1.0, metadata={"help": "Share of the documents, above 0, at most 1."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
     no_next_sentence: bool = field(default=False, metadata={"help": "Leave out next-sentence prediction."})
@@ -120,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if not arguments.weights():
         raise ValueError("all weights that are left are 0; give an intermediate term a weight, or use --train_heads")
-    student = start_student(teacher, read_plan(options.plan or recipe.plan), options.start)
+    student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
     collator = collator_for(student, tokenizer)
     models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student).eval(), "student": student}
     kept: list[Example] = []

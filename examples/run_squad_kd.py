@@ -24,7 +24,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
-from kronecker_transformers.distillation import DistillationTrainer, start_student
+from kronecker_transformers.distillation import DistillationTrainer
 from kronecker_transformers.experiment import (
     check_output,
     fine_tune_teacher,
@@ -34,8 +34,7 @@ from kronecker_transformers.experiment import (
     teacher_and_tokenizer,
     train_and_save,
 )
-from kronecker_transformers.plan_file import read_plan
-from kronecker_transformers.recipes import RECIPES, parse_script
+from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.squad import (
     Answers,
     WindowCollator,
@@ -50,7 +49,7 @@ from kronecker_transformers.tasks.squad_metric import SquadMetric, Version
 
 
 @dataclass
-class Options:
+class Options(StudentOptions):
     """The script's own options."""
 
     teacher: str = field(metadata={"help": "Folder or Hub name of a BERT or GPT-2, fine-tuned on SQuAD or not."})
@@ -62,8 +61,6 @@ class Options:
     train_file: str | None = field(default=None, metadata={"help": "Your own questions in the official format."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, to judge on."})
     recipe: str = field(default="kroneckerbert-7.7x", metadata={"help": "Defaults of plan and training."})
-    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
-    start: str | None = field(default=None, metadata={"help": "Student of the first stage, with its own plan."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a window; default: that of the recipe."})
     stride: int = field(default=128, metadata={"help": "Tokens of context that a window shares with the next."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training questions."})
@@ -169,7 +166,6 @@ def main(argv: list[str] | None = None) -> None:
     options, arguments = parse_script(Options, "squad", argv)
     recipe = RECIPES[options.recipe]["squad"]
     length = options.max_length or recipe.length
-    plan = read_plan(options.plan or recipe.plan)
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     train, held_out = load_questions(options)
 
@@ -186,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         options.no_answer_threshold or 0.0,
     )
     if not trained:
-        start_student(teacher, plan, options.start)  # a plan that does not fit is refused now, not after the training
+        options.check(teacher, tokenizer, recipe)  # what does not fit is refused now, not after the training
         teacher = fine_tune_teacher(
             teacher,
             tokenizer,
@@ -198,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
             like=arguments,
         )
 
-    student = start_student(teacher, plan, options.start)
+    student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
     models: dict[str, Any] = {"teacher": teacher, "student, undistilled": copy.deepcopy(student), "student": student}
     watched = None
     if arguments.eval_strategy != "no":  # the loss while it trains; answers are judged at the end

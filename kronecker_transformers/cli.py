@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import chain, islice
 
 from rich.console import Console
 
@@ -107,7 +106,7 @@ def _calibration_texts(arguments: argparse.Namespace) -> list[str]:
     if arguments.calibration_texts < 1:
         raise ValueError(f"calibration-texts={arguments.calibration_texts} must be at least 1; some hundred do well")
     source = TextSource((arguments.calibration,), column=arguments.calibration_column)
-    return list(islice(chain.from_iterable(source.documents()), arguments.calibration_texts))
+    return source.lines(arguments.calibration_texts)
 
 
 def _search(arguments: argparse.Namespace, console: Console) -> None:

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from .distillation import DistillationArguments
+from .activations import calibration_batches
+from .distillation import DistillationArguments, start_student
+from .plan_file import read_plan
+from .tasks.language_modeling import TextSource
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,54 @@ class Recipe:
     def for_task(self, task: str | None) -> dict[str, Any]:
         """The arguments for one task."""
         return {**self.arguments, **self.by_task.get(task or "", {})}
+
+
+@dataclass(kw_only=True)
+class StudentOptions:
+    """Options that all examples share: how the student starts."""
+
+    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
+    start: str | None = field(
+        default=None, metadata={"help": "Student of an earlier stage to go on from, with its own plan."}
+    )
+    calibration: str | None = field(
+        default=None,
+        metadata={"help": "Text, as for training, on which the first factors shall be near the teacher's layers."},
+    )
+    calibration_texts: int = field(default=512, metadata={"help": "Sentences of it that are read."})
+
+    def student(
+        self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, progress: bool = False
+    ) -> PreTrainedModel:
+        """The student at its start.
+
+        Raises:
+            ValueError, OSError: as `check`.
+        """
+        plan, texts = read_plan(self.plan or recipe.plan), self._texts()
+        return start_student(teacher, plan, self.start, calibration=texts, tokenizer=tokenizer, progress=progress)
+
+    def check(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Refuse what would be refused only after the training of the teacher.
+
+        Raises:
+            ValueError, OSError: a plan or a student of an earlier stage that does not fit; or calibration text that is
+                missing, too little, or given beside such a student.
+        """
+        start_student(teacher, read_plan(self.plan or recipe.plan), self.start)
+        if (texts := self._texts()) is not None:
+            calibration_batches(texts, tokenizer, teacher)
+
+    def _texts(self) -> list[str] | None:
+        if self.calibration is None:
+            return None
+        if self.start is not None:
+            raise ValueError(
+                f"--start {self.start} has factors of its own, and --calibration would replace them; give one of both"
+            )
+        if self.calibration_texts < 1:
+            raise ValueError(f"--calibration_texts {self.calibration_texts} must be at least 1; some hundred do well")
+        return TextSource((self.calibration,)).lines(self.calibration_texts)
 
 
 CHECKPOINTS = "checkpoints"

@@ -2,10 +2,14 @@ import math
 from dataclasses import dataclass
 
 import pytest
+import tiny
+from transformers import BertModel
 
+from kronecker_transformers import compress
 from kronecker_transformers.distillation import DistillationArguments
 from kronecker_transformers.models import PRESETS
-from kronecker_transformers.recipes import RECIPES, parse_script
+from kronecker_transformers.plan_file import read_plan
+from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 
 
 @dataclass
@@ -59,6 +63,29 @@ def test_options_given_win_over_the_recipe(tmp_path):
     assert "logits" not in arguments.weights()
     assert arguments.factor_learning_rates
     assert arguments.output_dir == str(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"calibration": "missing.txt"}, FileNotFoundError, r"'missing\.txt' does not exist"),
+        ({"calibration": "text.txt", "calibration_texts": 0}, ValueError, "--calibration_texts 0 must be at least 1"),
+        ({"calibration": "text.txt", "calibration_texts": 9}, ValueError, "of 9 texts gives 9 sequences"),
+        ({"calibration": "text.txt", "start": "earlier"}, ValueError, "--start earlier has factors of its own"),
+        ({"plan": "kngpt2"}, ValueError, "kngpt2"),
+    ],
+)
+def test_what_a_student_cannot_start_from(options, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the dog jumps\n" * 20)
+    teacher, tokenizer, recipe = tiny.teacher(BertModel), tiny.bert_tokenizer(tmp_path), RECIPES["kngpt2"]["glue"]
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"pooler.dense": {"m1": 8, "n1": 8}}')
+    compress(teacher, read_plan(plan)).save("earlier")
+    given = StudentOptions(**{"plan": str(plan), **options})
+    for refused in (given.check, given.student):
+        with pytest.raises(error, match=message):
+            refused(teacher, tokenizer, recipe)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import load_model
 from ..compress import compress
@@ -16,7 +16,13 @@ from ..teachers import STUDENT_CLASSES
 
 
 def start_student(
-    teacher: PreTrainedModel, plan: str | Mapping[str, Any] = "7.7x", start: str | os.PathLike[str] | None = None
+    teacher: PreTrainedModel,
+    plan: str | Mapping[str, Any] = "7.7x",
+    start: str | os.PathLike[str] | None = None,
+    *,
+    calibration: Iterable[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = False,
 ) -> PreTrainedModel:
     """A student of `teacher`: factored from it, or the student of an earlier stage with the teacher's head.
 
@@ -29,15 +35,23 @@ def start_student(
         plan: as for `compress`; not used with `start`, which has its own.
         start: folder or Hub name of a factored model of the same sizes, with any head; or of a dense one, of as many
             layers or fewer.
+        calibration: texts on which the factors shall be near the teacher's layers, as for `compress`; not with `start`.
+        tokenizer: of the teacher; needed with `calibration`.
+        progress: show a progress bar of the calibration.
 
     Returns:
         A student whose parameters all train.
 
     Raises:
-        ValueError, OSError: as `compress`; or `start` is of other sizes.
+        ValueError, OSError: as `compress`; or `start` is of other sizes, or was given beside calibration text.
     """
     if start is None:
-        return compress(teacher, plan).model.requires_grad_(True).train()
+        result = compress(teacher, plan, calibration=calibration, tokenizer=tokenizer, progress=progress)
+        return result.model.requires_grad_(True).train()
+    if calibration is not None:
+        raise ValueError(
+            f"start={os.fspath(start)!r} has factors of its own, and calibration would replace them; give one of both"
+        )
     earlier, _ = load_model(start)
     if type(earlier) in STUDENT_CLASSES:
         student = keep_layers(teacher, range(earlier.config.num_hidden_layers))

@@ -99,6 +99,10 @@ class TextSource:
         found = chain.from_iterable(map(self._read, self.names))
         return found if self.fraction == 1 else filter(self._is_sampled, found)
 
+    def lines(self, limit: int | None = None) -> list[str]:
+        """The sentences, or lines, of its documents; the first `limit` of them, or all."""
+        return list(islice(chain.from_iterable(self.documents()), limit))
+
     def _is_sampled(self, document: Document) -> bool:
         digest = hashlib.sha256("\n".join(document).encode()).digest()
         return int.from_bytes(digest[:8]) < self.fraction * 2**64

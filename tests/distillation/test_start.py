@@ -78,6 +78,12 @@ def test_refuses_an_earlier_student_of_other_sizes(changes, name, tmp_path):
         start_student(tiny.teacher(BertForSequenceClassification), start=tmp_path)
 
 
+def test_refuses_calibration_beside_an_earlier_student(tmp_path):
+    saved_student(tmp_path, BertModel)
+    with pytest.raises(ValueError, match=r"start='.*' has factors of its own, and calibration would replace them"):
+        start_student(tiny.teacher(BertForSequenceClassification), start=tmp_path, calibration=["the dog"] * 20)
+
+
 def test_from_an_earlier_dense_student_of_fewer_layers(tmp_path):
     earlier = tiny.perturb(keep_layers(tiny.teacher(GPT2LMHeadModel, seed=3), [1, 2]))
     earlier.save_pretrained(tmp_path)

@@ -153,7 +153,10 @@ def test_too_little_text_is_an_error(workplace):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--layers", "0,2", "--plan", "kngpt2"], "--layers 0,2 makes a dense student; leave out --plan and --start"),
+        *(
+            (["--layers", "0,2", option, "x"], "makes a dense student; leave out --plan, --start and --calibration")
+            for option in ("--plan", "--start", "--calibration")
+        ),
         (["--layers", "a"], "--layers 'a' must be numbers with commas between them"),
         (["--normalisation", "lower"], "invalid choice: 'lower'"),
     ],

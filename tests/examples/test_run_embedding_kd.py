@@ -1,11 +1,15 @@
+import json
 from itertools import pairwise
 
 import pytest
 import tiny
+import torch
 from examples_runner import run_example
 from scipy.stats import spearmanr
 from transformers import AutoModel, BertForMaskedLM, BertModel
 
+from kronecker_transformers import compress
+from kronecker_transformers.distillation import DistillationTrainer
 from kronecker_transformers.tasks.sentences import encode
 
 SENTENCES = ["the quick brown fox", "a lazy dog jumps over a small model", "what a large model knows", "the dog"] * 5
@@ -44,6 +48,30 @@ def test_end_to_end(teacher, tmp_path, capsys):
     first, second = (encode(student.eval(), tiny.bert_tokenizer(tmp_path), SENTENCES[i : i + 4]) for i in (0, 1))
     expected = spearmanr((first * second).sum(-1), range(4)).statistic
     assert results["rows"]["STS, Spearman"][2] == pytest.approx(expected)
+
+
+def test_a_calibrated_start_is_that_of_compress(teacher, tmp_path, monkeypatch):
+    text, plan = tmp_path / "train.txt", {"encoder.layer.*.attention.self.*": (8, 8)}
+    text.write_text("\n".join(SENTENCES))
+    (tmp_path / "plan.json").write_text(json.dumps({name: {"m1": 8, "n1": 8} for name in plan}))
+    starts = []
+
+    class Distillation(DistillationTrainer):
+        def __init__(self, student, *args, **options):
+            starts.append({name: value.clone() for name, value in student.state_dict().items()})
+            super().__init__(student, *args, **options)
+
+    monkeypatch.setattr("kronecker_transformers.distillation.DistillationTrainer", Distillation)
+    run_example(
+        "run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[text], plan=tmp_path / "plan.json",
+        calibration=text, calibration_texts=15, per_device_train_batch_size=4, max_steps=1,
+    )  # fmt: skip
+    expected = compress(teacher, plan, calibration=SENTENCES[:15]).model.state_dict()
+    assert expected.keys() == starts[0].keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(starts[0][name], value, msg=lambda m, n=name: f"{n}: {m}")
+    nearest = compress(teacher, plan).model.state_dict()
+    assert any(not torch.equal(nearest[name], value) for name, value in expected.items())
 
 
 def test_a_teacher_with_a_head_teaches_without_it_for_an_epoch(tmp_path):

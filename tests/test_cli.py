@@ -106,10 +106,14 @@ def test_empty_output_folder_keeps_its_mode_and_links_are_followed(bert, tmp_pat
     assert (tmp_path / "student" / "config.json").is_file()
 
 
-def test_new_folder_has_the_usual_mode(bert, tmp_path):
+def test_new_folder_and_its_files_have_the_usual_mode(bert, tmp_path):
     (tmp_path / "usual").mkdir()
+    (tmp_path / "usual" / "file").touch()
     kronecker("compress", bert, "--output", tmp_path / "student")
     assert (tmp_path / "student").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "student").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {(tmp_path / "usual" / "file").stat().st_mode}
 
 
 class TestBadInput:

@@ -4,11 +4,11 @@
 
 DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler. Students
 of the sizes of the presets 7.7x and 21x start from 512 sentences of calibration, where they are calibrated, and learn
-from the teacher on the running text and the sentences of the tasks, without labels, with the objective
-`sentence_encoder`. Each takes the best of three learning rates, by STS-B's training pairs after 100 steps; the best
-three of each size get two more seeds. Then kind by kind: only the embedding, the attention or the feed-forward layers
-are factored, all else stays dense. Judged on dev sets: by Spearman on STS-B, and on SST-2 by a logistic regression on
-the embeddings of 4,000 sentences.
+from the teacher on text without labels, half of it running text and half the training sentences of STS-B and SST-2,
+with the objective `sentence_encoder`. Each takes the best of three learning rates, by STS-B's training pairs after 100
+steps; the best three of each size get two more seeds. Then kind by kind: only the embedding, the attention or the
+feed-forward layers are factored, all else stays dense. Judged on dev sets: by Spearman on STS-B, and on SST-2 by a
+logistic regression on the embeddings of 4,000 sentences.
 
 Students are trained two at a time with one thread each. WORK keeps the text; searched plans are lines of
 logs/plans_searched.jsonl and finished runs of logs/plans.jsonl, and are not made again. --table shows them without a
@@ -22,6 +22,7 @@ import copy
 import io
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -83,6 +84,7 @@ KINDS = {
     "feed-forward": ["encoder.layer.*.intermediate.dense", "encoder.layer.*[0-9].output.dense"],
 }
 STEPS, KIND_STEPS, TRIAL = 800, 200, 100
+BATCH, LENGTH = 64, 64
 LOOKS = (50, 100, 200, 300, 500, 800)
 RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
@@ -111,8 +113,11 @@ class Data:
         self.sst2 = load_glue("sst2", data / "glue", ["train", "validation"])
         sentences = [text for name in ("sentence1", "sentence2") for text in self.sts["train"][name][:]]
         sentences += self.sst2["train"]["sentence"][:]
-        self.text = shuffled_text(data, work, list(dict.fromkeys(sentences)))
-        self.calibration = self.text.read_text(encoding="utf-8").splitlines()[:CALIBRATION]
+        half = BATCH * STEPS // 2
+        running = shuffled_text(data, work).read_text(encoding="utf-8").splitlines()
+        self.text = [*running[:half], *list(dict.fromkeys(sentences))[:half]]
+        random.Random(0).shuffle(self.text)
+        self.calibration = self.text[:CALIBRATION]
 
     def similarity(self, model: Any, split: str) -> float:
         """Spearman on STS-B, in per cent."""
@@ -283,14 +288,14 @@ def distil(run: Run, data: Data) -> dict[str, Any]:
     whole = run.steps == STEPS
     if whole:
         results["sst2_untrained"] = data.sentiment(student.eval())
-    lines = data.text.read_text(encoding="utf-8").splitlines()[: 64 * run.steps]
-    examples = Dataset.from_dict(dict(data.tokenizer(lines, truncation=True, max_length=64)))
+    texts = data.text[: BATCH * run.steps]
+    examples = Dataset.from_dict(dict(data.tokenizer(texts, truncation=True, max_length=LENGTH)))
     looks = Looks(data)
     looks.look(student, 0)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationArguments(
             output_dir=scratch, objective="sentence_encoder", max_steps=run.steps, learning_rate=run.rate,
-            warmup_steps=0.1, per_device_train_batch_size=64, train_sampling_strategy="group_by_length", dropout=0.0,
+            warmup_steps=0.1, per_device_train_batch_size=BATCH, train_sampling_strategy="group_by_length", dropout=0.0,
             layer_map=layer_map, seed=run.seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
             remove_unused_columns=False, bf16=True, dataloader_pin_memory=False,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from it on the same data for the same steps: one has its odd layers and its embe
 KnGPT2; the other every second layer only, as DistilGPT2. Then all are fine-tuned on SST-2 and CoLA, the students with
 and without distillation of intermediate layers (ILKD), each at two learning rates; the better one by the dev score gets
 two more seeds. Claims: the factored student wins, and ILKD helps. The paper does not print the weights of the terms;
-with all 1, that of hidden states is about a hundred times the labels' loss, so the factored student is also tried, with
+with all 1, that of hidden states outweighs the labels' loss by far, so the factored student is also tried, with
 one seed, at 0.01 for it. Students are trained two at a time with one thread each. WORK keeps the models; finished runs
 are lines of logs/kngpt2.jsonl and are not run again. --table shows them without a run.
 """

@@ -4,15 +4,17 @@
 
 DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler. Students
 of the sizes of the presets 7.7x and 21x start from 512 sentences of calibration, where they are calibrated, and learn
-from the teacher on text without labels, half of it running text and half the training sentences of STS-B and SST-2,
-with the objective `sentence_encoder`. Each takes the best of three learning rates, by STS-B's training pairs after 100
-steps; the best three of each size get two more seeds. Then kind by kind: only the embedding, the attention or the
-feed-forward layers are factored, all else stays dense. Judged on dev sets: by Spearman on STS-B, and on SST-2 by a
-logistic regression on the embeddings of 4,000 sentences.
+from the teacher on text without labels: half of it the training sentences of STS-B, over and over, a quarter those of
+SST-2, a quarter running text. The objective is `sentence_encoder` with more weight on the pooled embeddings; the
+learning rate rises for the first half of the steps, so that a good start is not lost, and falls to zero in the second.
+Each student takes the better of two learning rates, by STS-B's training pairs after 100 steps; the best three of each
+size get two more seeds. Then kind by kind: only the embedding, the attention or the feed-forward layers are factored,
+all else stays dense. Judged on dev sets: by Spearman on STS-B, and on SST-2 by a logistic regression on the embeddings
+of 4,000 sentences.
 
-Students are trained two at a time with one thread each. WORK keeps the text; searched plans are lines of
-logs/plans_searched.jsonl and finished runs of logs/plans.jsonl, and are not made again. --table shows them without a
-run.
+Students are trained two at a time with one thread each. WORK keeps the text and the untrained students; searched plans
+are lines of logs/plans_searched.jsonl and finished runs of logs/plans.jsonl, and are not made again. --table shows them
+without a run.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,7 +63,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from kronecker_transformers import KroneckerBertConfig, compress
+from kronecker_transformers import CompressionResult, KroneckerBertConfig, compress
+from kronecker_transformers.checkpoint import load_student
 from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer
 from kronecker_transformers.distillation.start import keep_layers
 from kronecker_transformers.experiment import results_table
@@ -86,7 +90,8 @@ KINDS = {
 STEPS, KIND_STEPS, TRIAL = 800, 200, 100
 BATCH, LENGTH = 64, 64
 LOOKS = (50, 100, 200, 300, 500, 800)
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3)
+POOLED, WARMUP = 20.0, 0.5
 SEEDS = (0, 1, 2)
 CALIBRATION, PROBE = 512, 4000
 """Sentences."""
@@ -107,15 +112,17 @@ class Data:
     """Teacher, text and tasks."""
 
     def __init__(self, data: Path, work: Path) -> None:
+        self.work = work
         self.teacher = AutoModel.from_pretrained(TEACHER, add_pooling_layer=False).eval().requires_grad_(False)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(TEACHER)
         self.sts = load_glue("stsb", data / "glue", ["train", "validation"])
         self.sst2 = load_glue("sst2", data / "glue", ["train", "validation"])
-        sentences = [text for name in ("sentence1", "sentence2") for text in self.sts["train"][name][:]]
-        sentences += self.sst2["train"]["sentence"][:]
-        half = BATCH * STEPS // 2
+        pairs = [text for name in ("sentence1", "sentence2") for text in self.sts["train"][name][:]]
         running = shuffled_text(data, work).read_text(encoding="utf-8").splitlines()
-        self.text = [*running[:half], *list(dict.fromkeys(sentences))[:half]]
+        quarter = BATCH * STEPS // 4
+        parts = {2 * quarter: pairs, quarter: self.sst2["train"]["sentence"][:]}
+        self.text = [text for size, part in parts.items() for text in islice(cycle(dict.fromkeys(part)), size)]
+        self.text += running[:quarter]
         random.Random(0).shuffle(self.text)
         self.calibration = self.text[:CALIBRATION]
 
@@ -166,7 +173,8 @@ class NarrowTrainer(Trainer):
             return (values * mask).sum(1) / mask.sum(1)
 
         loss = sum(mean((a - b).square()).mean() for a, b in zip(found, wanted, strict=True))
-        return cast(Tensor, loss + 1 - torch.cosine_similarity(mean(found[-1]), mean(wanted[-1])).mean())
+        distance = 1 - torch.cosine_similarity(mean(found[-1]), mean(wanted[-1])).mean()
+        return cast(Tensor, loss + POOLED * distance)
 
 
 def budget(teacher: PreTrainedModel, size: str) -> int:
@@ -234,12 +242,20 @@ def kind_plan(teacher: Any, size: str, kind: str, low_rank: bool) -> dict[str, F
 
 def start(run: Run, data: Data) -> tuple[Any, list[int] | None]:
     """The untrained student, and the teacher's layers that its layers learn from if that is not one to one."""
-    teacher, limit, layer_map = data.teacher, budget(data.teacher, run.size), None
     if run.student == "narrow dense model":
-        return narrow_model(teacher, limit), None
+        return narrow_model(data.teacher, budget(data.teacher, run.size)), None
+    folder = data.work / f"{run.size}, {run.student}"
+    if not folder.exists():
+        factored(run, data).save(folder)
+    one_layer = run.student == "one dense layer, low-rank embedding"
+    return load_student(folder)[0], [data.teacher.config.num_hidden_layers - 1] if one_layer else None
+
+
+def factored(run: Run, data: Data) -> CompressionResult:
+    """The untrained student, factored."""
+    teacher, limit = data.teacher, budget(data.teacher, run.size)
     plan: Any = run.size
     if run.student == "one dense layer, low-rank embedding":
-        layer_map = [teacher.config.num_hidden_layers - 1]
         teacher = keep_layers(teacher, [0]).eval()
         plan = with_embedding(teacher, {}, limit)
     elif run.student.startswith("only "):
@@ -255,7 +271,7 @@ def start(run: Run, data: Data) -> tuple[Any, list[int] | None]:
         linear = {name: e for name, e in preset_modules(teacher, run.size).items() if name not in KINDS["embedding"]}
         plan = with_embedding(teacher, linear, limit)
     calibration = None if run.student.endswith("nearest") else data.calibration
-    return compress(teacher, plan, calibration=calibration, tokenizer=data.tokenizer).model, layer_map
+    return compress(teacher, plan, calibration=calibration, tokenizer=data.tokenizer)
 
 
 class Looks(TrainerCallback):
@@ -295,7 +311,8 @@ def distil(run: Run, data: Data) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationArguments(
             output_dir=scratch, objective="sentence_encoder", max_steps=run.steps, learning_rate=run.rate,
-            warmup_steps=0.1, per_device_train_batch_size=BATCH, train_sampling_strategy="group_by_length", dropout=0.0,
+            warmup_steps=WARMUP, pooled_weight=POOLED, per_device_train_batch_size=BATCH,
+            train_sampling_strategy="group_by_length", dropout=0.0,
             layer_map=layer_map, seed=run.seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
             remove_unused_columns=False, bf16=True, dataloader_pin_memory=False,
         )  # fmt: skip
@@ -368,7 +385,7 @@ def best_three(size: str) -> list[str]:
 
 def stages() -> Iterator[list[Run]]:
     """All runs; each stage depends on the results of the earlier ones."""
-    yield [Run(name, size, rate, TRIAL) for size in SIZES for name in students(size) for rate in RATES]
+    yield [Run(name, size, rate, TRIAL) for rate in RATES for size in SIZES for name in students(size)]
     yield [Run(name, size, best_rate(name, size), STEPS) for size in SIZES for name in students(size)]
     yield list(kinds())
     yield [
@@ -431,7 +448,7 @@ def picture() -> None:
 
 def main() -> None:
     """Run what is missing, then show it."""
-    parser = runs_parser("Plans and starts at equal parameters.", "the text")
+    parser = runs_parser("Plans and starts at equal parameters.", "the text and untrained students")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     disable_progress_bar()

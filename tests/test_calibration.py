@@ -228,7 +228,7 @@ def test_command_line(tmp_path, capsys):
     teacher(BertForSequenceClassification).save_pretrained(tmp_path / "bert")
     bert_tokenizer(tmp_path).save_pretrained(tmp_path / "bert")
     (tmp_path / "lines.txt").write_text("\n".join(texts()))
-    command = ["compress", str(tmp_path / "bert"), "--calibration", str(tmp_path / "lines.txt")]
+    command = ["compress", str(tmp_path / "bert"), "--plan", "7.7x", "--calibration", str(tmp_path / "lines.txt")]
     assert main([*command, "--calibration-texts", "70", "--output", str(tmp_path / "student")]) == 0
     shown = capsys.readouterr()
     assert "nearest" in shown.out
@@ -237,7 +237,7 @@ def test_command_line(tmp_path, capsys):
     model, _ = load_student(tmp_path / "student")
     record = recorded_errors(tmp_path / "student", describe(model).factors_sha256)
     assert all(e.keys() == {"relative_error", "output_error", "nearest_output_error"} for e in record.values())
-    wanted = compress(tmp_path / "bert", calibration=texts()[:70]).model.state_dict()
+    wanted = compress(tmp_path / "bert", "7.7x", calibration=texts()[:70]).model.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
     assert main(["inspect", str(tmp_path / "student")]) == 0

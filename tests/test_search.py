@@ -199,6 +199,14 @@ def test_compress_by_ratio(bert):
         compress(dense, ratio=2.5, calibration="the fox", tokenizer=tokenizer)
 
 
+def test_with_calibration_text_alone_compress_searches_a_plan_of_the_size_of_the_preset(tmp_path):
+    dense, tokenizer = teacher(BertModel, vocab_size=4000), bert_tokenizer(tmp_path)
+    student = compress(dense, calibration=texts(), tokenizer=tokenizer).model
+    assert 0.99 <= 7.7 * size(student) / size(dense) <= 1
+    found = search_plan(dense, texts(), ratio=7.7, tokenizer=tokenizer)
+    assert student.config.factor_plan == found.plan.to_dict()
+
+
 def test_command_line(tmp_path, capsys):
     teacher(BertForSequenceClassification).save_pretrained(tmp_path / "bert")
     bert_tokenizer(tmp_path).save_pretrained(tmp_path / "bert")

@@ -63,7 +63,7 @@ RATIO = 7.7
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 OUTPUT = Path("demo_output") / f"kronecker-minilm-{RATIO}x"
 CALIBRATION = 512  # sentences
-BATCH, LENGTH, LEARNING_RATE, SEED = 64, 64, 5e-4, 0
+BATCH, LENGTH, LEARNING_RATE, SEED = 64, 64, 1e-3, 0
 HELD_OUT = 2000  # sentences to judge fidelity on
 WATCHED = 500  # other held-out sentences, for the curve
 LOOKS = 12  # points of the curve
@@ -168,7 +168,7 @@ def distil(
             max_steps=steps,
             per_device_train_batch_size=BATCH,
             learning_rate=LEARNING_RATE,
-            warmup_steps=0.05,
+            warmup_steps=0.5,  # the start is good: slowly, so that it is not lost
             dropout=0.0,
             train_sampling_strategy="group_by_length",
             seed=SEED,

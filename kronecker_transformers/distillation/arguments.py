@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-TERMS = ("embedding_mse", "attention_mse", "attention_kl", "hidden_mse", "pooled", "logits", "supervised")
+TERMS = (
+    "embedding_mse", "attention_mse", "attention_kl", "hidden_mse", "pooled", "similarity_mse", "logits", "supervised",
+)  # fmt: skip
 """Names of the terms, as they are logged; the weight of a term is the argument ``<term>_weight``."""
 
 OBJECTIVES: dict[str, dict[str, float]] = {
@@ -44,6 +46,7 @@ class DistillationArguments(TrainingArguments):
     attention_kl_weight: float | None = _weight("the KL divergence between attention distributions, all layers")
     hidden_mse_weight: float | None = _weight("the MSE between the outputs of the layers, all layers")
     pooled_weight: float | None = _weight("the cosine distance between mean-pooled sentence embeddings")
+    similarity_mse_weight: float | None = _weight("the MSE between cosine similarities of sentences of a micro-batch")
     logits_weight: float | None = _weight("the KL divergence (regression: MSE) between the outputs of the heads")
     supervised_weight: float | None = _weight("the loss on the labels")
     temperature: float = field(

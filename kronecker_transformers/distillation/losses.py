@@ -2,7 +2,8 @@
 
 A term of distillation has one value for each sequence: the mean over its real positions. What the trainer optimises is
 the mean of these values over all sequences of a step, so that neither padding nor the split into micro-batches and
-processes changes the objective. A supervised term is a sum; the trainer divides it by the number of labels of a step.
+processes changes the objective; only `similarity_mse` compares the sequences of a micro-batch. A supervised term is a
+sum; the trainer divides it by the number of labels of a step.
 
 KroneckerBERT (Tahaei et al., NAACL 2022, section 3.5) adds, for a teacher T and a student S of equal depth and width,
 
@@ -105,9 +106,26 @@ def pooled_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (S,), from 0 to 2.
     """
-    weights = mask.bool().unsqueeze(-1)  # (S, L, 1)
-    s, t = (_wide(hidden).masked_fill(~weights, 0).sum(1) / weights.sum(1) for hidden in (student, teacher))
-    return 1 - F.cosine_similarity(s, t, dim=-1)
+    s, t = (_sentence_embeddings(hidden, mask) for hidden in (student, teacher))
+    return 1 - (s * t).sum(-1)
+
+
+def similarity_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared difference of the cosine similarities that a sentence has to the others beside it.
+
+    The embeddings themselves are free to turn: what counts is which sentences are alike. Not of the papers; after
+    Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019), whose similarities are normalised by row.
+
+    Args:
+        student, teacher: last hidden states (S, L, hidden).
+        mask: (S, L).
+
+    Returns:
+        (S,), from 0 to 4; 0 for a sentence that is alone.
+    """
+    s, t = (_sentence_embeddings(hidden, mask) for hidden in (student, teacher))
+    differences = s @ s.t() - t @ t.t()  # (S, S), 0 on the diagonal up to rounding
+    return differences.square().sum(1) / max(len(s) - 1, 1)
 
 
 def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -229,6 +247,12 @@ def supervised_values(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _sentence_embeddings(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Means (S, hidden) of hidden states (S, L, hidden) over the real positions, of norm 1."""
+    real = mask.bool().unsqueeze(-1)  # (S, L, 1)
+    return F.normalize(_wide(hidden).masked_fill(~real, 0).sum(1), dim=-1)
 
 
 def _mean_over_real(values: Tensor, mask: Tensor) -> Tensor:

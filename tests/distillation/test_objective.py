@@ -159,6 +159,25 @@ def test_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path):
     assert log["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("dense_class", [BertModel, transformers.BertForMultipleChoice, GPT2LMHeadModel])
+def test_similarities_are_those_of_the_stock_model(dense_class, tmp_path):
+    log, _ = one_step(dense_class, tmp_path, objective="sentence_encoder", similarity_mse_weight=3.0)
+    teacher, student = pair(dense_class)
+    similarities = []
+    for model in (student, teacher):
+        batch = {key: value for key, value in collate(examples(student)).items() if key != "labels"}
+        with torch.no_grad():
+            hidden = model.double().eval()(**batch, output_hidden_states=True).hidden_states[-1]
+        rows = zip(hidden, batch["attention_mask"].flatten(0, -2).bool(), strict=True)
+        embeddings = torch.stack([states[real].mean(0) for states, real in rows])
+        similarities.append(torch.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1))
+    number = len(embeddings)
+    squares = (similarities[0] - similarities[1]).square()
+    assert log["similarity_mse"] == pytest.approx(float(squares.sum()) / (number * (number - 1)), rel=1e-4)
+    total = log["embedding_mse"] + log["hidden_mse"] + log["pooled"] + 3 * log["similarity_mse"]
+    assert log["loss"] == pytest.approx(total, rel=1e-5)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_presets_use_their_terms_only(objective, tmp_path):
     dense_class = {"kngpt2": GPT2LMHeadModel, "sentence_encoder": BertModel}.get(

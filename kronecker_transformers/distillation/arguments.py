@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 TERMS = (
-    "embedding_mse", "attention_mse", "attention_kl", "hidden_mse", "pooled", "similarity_mse", "logits", "supervised",
+    "embedding_mse", "attention_mse", "attention_kl", "hidden_mse", "pooled", "similarity_kl", "logits", "supervised",
 )  # fmt: skip
 """Names of the terms, as they are logged; the weight of a term is the argument ``<term>_weight``."""
 
@@ -18,8 +18,8 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "kronecker_bert": dict.fromkeys(("embedding_mse", "attention_mse", "hidden_mse", "logits", "supervised"), 1.0),
     # ACL 2022, section 3: a1 to a4; the paper does not print their values
     "kngpt2": dict.fromkeys(("embedding_mse", "attention_kl", "hidden_mse", "supervised"), 1.0),
-    # not of the papers: what is left for a model without a head, and what it is used for
-    "sentence_encoder": dict.fromkeys(("embedding_mse", "hidden_mse", "pooled"), 1.0),
+    # not of the papers: what is left for a model without a head, and, with most of the weight, what it is used for
+    "sentence_encoder": {"embedding_mse": 1.0, "hidden_mse": 1.0, "pooled": 20.0, "similarity_kl": 10.0},
 }
 """Weights of the terms by objective; a term that is not listed has weight 0."""
 
@@ -46,7 +46,7 @@ class DistillationArguments(TrainingArguments):
     attention_kl_weight: float | None = _weight("the KL divergence between attention distributions, all layers")
     hidden_mse_weight: float | None = _weight("the MSE between the outputs of the layers, all layers")
     pooled_weight: float | None = _weight("the cosine distance between mean-pooled sentence embeddings")
-    similarity_mse_weight: float | None = _weight("the MSE between cosine similarities of sentences of a micro-batch")
+    similarity_kl_weight: float | None = _weight("the KL divergence between nearness to the sentences of a micro-batch")
     logits_weight: float | None = _weight("the KL divergence (regression: MSE) between the outputs of the heads")
     supervised_weight: float | None = _weight("the loss on the labels")
     temperature: float = field(

@@ -2,7 +2,7 @@
 
 A term of distillation has one value for each sequence: the mean over its real positions. What the trainer optimises is
 the mean of these values over all sequences of a step, so that neither padding nor the split into micro-batches and
-processes changes the objective; only `similarity_mse` compares the sequences of a micro-batch. A supervised term is a
+processes changes the objective; only `similarity_kl` compares the sequences of a micro-batch. A supervised term is a
 sum; the trainer divides it by the number of labels of a step.
 
 KroneckerBERT (Tahaei et al., NAACL 2022, section 3.5) adds, for a teacher T and a student S of equal depth and width,
@@ -25,6 +25,9 @@ from torch import Tensor
 
 IGNORED = -100
 """Label of a position without a target, as everywhere in transformers."""
+
+SIMILARITY_TEMPERATURE = 0.05
+"""Of `similarity_kl`: a cosine that is smaller by 0.05 makes a neighbour e times less likely."""
 
 
 def hidden_state_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -110,22 +113,23 @@ def pooled_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return 1 - (s * t).sum(-1)
 
 
-def similarity_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared difference of the cosine similarities that a sentence has to the others beside it.
+def similarity_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """KL divergence between where teacher and student see a sentence among the teacher's embeddings of a micro-batch.
 
-    The embeddings themselves are free to turn: what counts is which sentences are alike. Not of the papers; after
-    Tung and Mori, "Similarity-Preserving Knowledge Distillation" (ICCV 2019), whose similarities are normalised by row.
+    Each sees it as a distribution over all sentences, itself included: the softmax of its cosine similarities to the
+    teacher's embeddings at temperature 0.05. What all similarities have in common plays no part, near neighbours play
+    the most. Not of the papers; after Fang et al., "SEED: Self-supervised Distillation for Visual Representation"
+    (ICLR 2021).
 
     Args:
         student, teacher: last hidden states (S, L, hidden).
         mask: (S, L).
 
     Returns:
-        (S,), from 0 to 4; 0 for a sentence that is alone.
+        (S,), in nats; 0 for a sentence that is alone.
     """
     s, t = (_sentence_embeddings(hidden, mask) for hidden in (student, teacher))
-    differences = s @ s.t() - t @ t.t()  # (S, S), 0 on the diagonal up to rounding
-    return differences.square().sum(1) / max(len(s) - 1, 1)
+    return logit_kl(s @ t.t() / SIMILARITY_TEMPERATURE, t @ t.t() / SIMILARITY_TEMPERATURE)
 
 
 def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

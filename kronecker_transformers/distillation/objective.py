@@ -17,7 +17,7 @@ from .tap import QueryKey, Reading, Tap
 Counts = dict[str, Tensor]
 """What the terms are averaged over in a whole step: "sequences", "examples" and, by its name, each kind of label."""
 
-_HIDDEN_TERMS = ("embedding_mse", "hidden_mse", "pooled", "similarity_mse")
+_HIDDEN_TERMS = ("embedding_mse", "hidden_mse", "pooled", "similarity_kl")
 _ATTENTION_TERMS = ("attention_mse", "attention_kl")
 _SMOOTHED_KINDS = ("classes", "tokens", "next_token")
 
@@ -182,8 +182,8 @@ class Objective:
             )
         if "pooled" in self.weights:
             values["pooled"] = losses.pooled_distance(student.last, teacher.last, mask)
-        if "similarity_mse" in self.weights:
-            values["similarity_mse"] = losses.similarity_mse(student.last, teacher.last, mask)
+        if "similarity_kl" in self.weights:
+            values["similarity_kl"] = losses.similarity_kl(student.last, teacher.last, mask)
         return values
 
     def _attention_terms(self, student: list[QueryKey], teacher: list[QueryKey], mask: Tensor) -> dict[str, Tensor]:

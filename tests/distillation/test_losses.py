@@ -95,17 +95,17 @@ def test_pooled_distance():
     assert_per_sequence(losses.pooled_distance(s, t, MASK), expected)
 
 
-def test_similarity_mse():
+def test_similarity_kl():
     s, t = pair(SEQUENCES, LENGTH, 4)
     mine, theirs = ([x[b, :n].mean(0).numpy() for b, n in enumerate(LENGTHS)] for x in (s, t))
     expected = [
-        mean((cosine(mine[b], mine[c]) - cosine(theirs[b], theirs[c])) ** 2 for c in range(SEQUENCES) if c != b)
+        kl(*([1 - cosine(x[b], theirs[c]) for c in range(SEQUENCES)] for x in (mine, theirs)), temperature=0.05)
         for b in range(SEQUENCES)
     ]
-    assert_per_sequence(losses.similarity_mse(s, t, MASK), expected)
-    assert float(losses.similarity_mse(s[:1], t[:1], MASK[:1])) == pytest.approx(0, abs=1e-12)
-    turn = torch.linalg.qr(torch.randn(4, 4, dtype=s.dtype, generator=torch.Generator().manual_seed(0)))[0]
-    torch.testing.assert_close(losses.similarity_mse(s @ turn, s, MASK), torch.zeros(SEQUENCES, dtype=s.dtype))
+    assert_per_sequence(losses.similarity_kl(s, t, MASK), expected)
+    nothing = torch.zeros(SEQUENCES, dtype=s.dtype)
+    torch.testing.assert_close(losses.similarity_kl(3 * t, t, MASK), nothing)  # cosines know no lengths
+    torch.testing.assert_close(losses.similarity_kl(s[:1], t[:1], MASK[:1]), nothing[:1])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -172,7 +172,7 @@ def test_supervised_values():
 TERMS = {
     "hidden_state_mse": (LENGTH, 4),
     "pooled_distance": (LENGTH, 4),
-    "similarity_mse": (LENGTH, 4),
+    "similarity_kl": (LENGTH, 4),
     "token_logit_kl": (LENGTH, CLASSES),
     "span_logit_kl": (LENGTH,),
     "attention_mse": (HEADS, LENGTH, LENGTH),

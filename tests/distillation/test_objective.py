@@ -10,7 +10,7 @@ from distilling import ALL_TERMS, assert_same_step, collate, examples, make_trai
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 from kronecker_transformers import compress
-from kronecker_transformers.distillation import OBJECTIVES
+from kronecker_transformers.distillation import OBJECTIVES, TERMS
 from kronecker_transformers.distillation.losses import attention_scores
 from kronecker_transformers.distillation.tap import Tap
 from kronecker_transformers.models import DENSE_CLASSES
@@ -161,21 +161,19 @@ def test_loss_is_the_weighted_sum_of_the_logged_terms(tmp_path):
 
 @pytest.mark.parametrize("dense_class", [BertModel, transformers.BertForMultipleChoice, GPT2LMHeadModel])
 def test_similarities_are_those_of_the_stock_model(dense_class, tmp_path):
-    log, _ = one_step(dense_class, tmp_path, objective="sentence_encoder", similarity_mse_weight=3.0)
+    log, _ = one_step(dense_class, tmp_path, objective="sentence_encoder", similarity_kl_weight=3.0)
     teacher, student = pair(dense_class)
-    similarities = []
+    embeddings = []
     for model in (student, teacher):
         batch = {key: value for key, value in collate(examples(student)).items() if key != "labels"}
         with torch.no_grad():
             hidden = model.double().eval()(**batch, output_hidden_states=True).hidden_states[-1]
         rows = zip(hidden, batch["attention_mask"].flatten(0, -2).bool(), strict=True)
-        embeddings = torch.stack([states[real].mean(0) for states, real in rows])
-        similarities.append(torch.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1))
-    number = len(embeddings)
-    squares = (similarities[0] - similarities[1]).square()
-    assert log["similarity_mse"] == pytest.approx(float(squares.sum()) / (number * (number - 1)), rel=1e-4)
-    total = log["embedding_mse"] + log["hidden_mse"] + log["pooled"] + 3 * log["similarity_mse"]
-    assert log["loss"] == pytest.approx(total, rel=1e-5)
+        embeddings.append(torch.stack([states[real].mean(0) for states, real in rows]))
+    q, p = ((torch.cosine_similarity(x[:, None], embeddings[1][None], dim=-1) / 0.05).softmax(-1) for x in embeddings)
+    assert log["similarity_kl"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    weights = {**OBJECTIVES["sentence_encoder"], "similarity_kl": 3.0}
+    assert log["loss"] == pytest.approx(sum(weight * log[term] for term, weight in weights.items()), rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -184,9 +182,9 @@ def test_presets_use_their_terms_only(objective, tmp_path):
         objective, BertForSequenceClassification
     )
     log, _ = one_step(dense_class, tmp_path, objective=objective)
-    terms = {key.removesuffix("_weight") for key in ALL_TERMS} & log.keys()
-    assert terms == set(OBJECTIVES[objective])
-    assert log["loss"] == pytest.approx(sum(log[term] for term in terms), rel=1e-5)
+    assert set(TERMS) & log.keys() == set(OBJECTIVES[objective])
+    expected = sum(weight * log[term] for term, weight in OBJECTIVES[objective].items())
+    assert log["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_teacher_is_not_run_where_labels_alone_count(tmp_path):

@@ -77,8 +77,8 @@ SIZES = ("7.7x", "21x")
 """Presets of which a student has the size."""
 STUDENTS = (
     "paper shapes, nearest", "paper shapes, calibrated", "paper shapes and low-rank embedding, calibrated",
-    "searched plan, calibrated", "low rank, nearest", "low rank, calibrated", "one dense layer, low-rank embedding",
-    "narrow dense model",
+    "searched plan, nearest", "searched plan, calibrated", "low rank, nearest", "low rank, calibrated",
+    "one dense layer, low-rank embedding", "narrow dense model",
 )  # fmt: skip
 KINDS = {
     "embedding": ["embeddings.word_embeddings"],

@@ -20,8 +20,8 @@ from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, 
 from .factorization.calibrated import Moments, MomentSums, calibrated_kronecker, kronecker_product, weighted_kronecker
 from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 
-UNSEEN = 0.1
-"""Occurrences that every row of an embedding is taken to have beside those in the text."""
+UNSEEN = 1.0
+"""Occurrences that every row of an embedding is taken to have beside those in the text (Laplace smoothing)."""
 POSITIONS = ("embeddings.position_embeddings", "wpe")
 
 

@@ -35,7 +35,7 @@ from .nearest import nearest_kronecker
 
 _ROWS = 4096  # of an embedding at a time
 
-RIDGE = 1e-2
+RIDGE = 0.1
 """Pull towards the dense weight, as a share of the mean variance of an input."""
 MAX_SWEEPS = 40
 """Alternations over A and B at most."""

@@ -88,7 +88,7 @@ KINDS = {
 }
 STEPS, KIND_STEPS, TRIAL = 800, 200, 200
 LONG = 1400
-"""Steps that two cores make in ten minutes."""
+"""Steps meant to take two cores less than ten minutes; the table shows the minutes."""
 BATCH, LENGTH = 64, 64
 LOOKS = (50, 100, 200, 300, 500, 800, 1100, 1400)
 RATES = (1e-3, 3e-3)
@@ -164,7 +164,7 @@ class NarrowTrainer(Trainer):
         self._teacher = teacher
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Embedding and hidden states, and the mean-pooled embedding."""
+        """The terms of the objective."""
         with torch.no_grad(), self.accelerator.autocast():
             wanted = self._teacher(**inputs, output_hidden_states=True).hidden_states
         found, mask = model(**inputs).hidden_states, inputs["attention_mask"]

@@ -163,7 +163,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
                 "num_train_epochs": 1.0,
                 "warmup_steps": 0.1,
             },
-            note="Ours: found with benchmarks/learning_rates.py.",
+            note="Ours: found with benchmarks/learning_rates.py, where the pooled embeddings have weight 1.",
         )
     },
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
@@ -78,6 +80,8 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 f"n_gpu={args.n_gpu} in one process is not supported; start one process per GPU with torchrun"
             )
+        if args.world_size > 1:
+            atexit.register(_leave_process_group)
         self._move_model_to_device(teacher, args.device)
         # so that the loss comes back as it is: it is divided by the counts of the whole step already
         self.model_accepts_loss_kwargs = True
@@ -269,3 +273,13 @@ def is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError, TypeError):
         return False
     return True
+
+
+def _leave_process_group() -> None:
+    """At exit, while Python still runs: threads of gloo that outlive it can abort the process, and so all others.
+
+    The collection breaks the trainer's reference cycles, which hold the group too.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    gc.collect()

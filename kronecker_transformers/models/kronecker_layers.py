@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,6 +34,18 @@ from transformers.pytorch_utils import Conv1D
 def multiplications(m1: int, n1: int, m2: int, n2: int, terms: int) -> tuple[int, int]:
     """Multiplications per token of both contraction orders: X B^T first, and A X first."""
     return terms * n1 * n2 * m2 + terms * m2 * n1 * m1, terms * n2 * n1 * m1 + terms * m1 * n2 * m2
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
+_kernels: dict[str, Kernel] = {}
+
+
+def register_kernel(device_type: str, kernel: Kernel) -> None:
+    """Let `kronecker_linear` use a kernel, with its arguments, on one kind of device ("cuda").
+
+    Where the kernel returns None, PyTorch computes.
+    """
+    _kernels[device_type] = kernel
 
 
 def _left_multiply(M: Tensor, X: Tensor) -> Tensor:
@@ -51,7 +64,8 @@ def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
     """Compute y = W x + bias, W = sum over r of A_r (x) B_r, in the cheaper of the two orders.
 
     The larger factor is always one contiguous GEMM over all tokens. The smaller one goes over it as a batch of
-    small products; the obvious code, with the larger factor in the batch, is slower than the dense layer.
+    small products; the obvious code, with the larger factor in the batch, is slower than the dense layer. A kernel that
+    is registered for the device goes first.
 
     Args:
         x: (..., n), any leading dimensions, also empty.
@@ -68,6 +82,9 @@ def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
         raise ValueError(
             f"input has {x.shape[-1]} features, not n1 n2 = {n1} * {n2} = {n1 * n2}; check its last dimension"
         )
+    kernel = _kernels.get(x.device.type)
+    if kernel and (y := kernel(x, A, B, bias)) is not None:
+        return y
     X = x.reshape(-1, n1, n2)
     b_first, a_first = multiplications(m1, n1, m2, n2, R)
     swapped = False  # is Y (T, m2, m1) or already (T, m1, m2)?

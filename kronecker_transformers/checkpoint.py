@@ -93,12 +93,25 @@ def _load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
 
 
 def _load_weights(model_class: type[PreTrainedModel], source: str | os.PathLike[str]) -> PreTrainedModel:
-    """A model with every weight from its checkpoint; one that was saved without a pooler comes back without."""
-    load: Any = partial(model_class.from_pretrained, source, dtype="auto", use_safetensors=True)
+    """A model with every weight from its checkpoint; one that was saved without a pooler comes back without.
+
+    The library's report on weights that do not fit is held back until that is clear.
+    """
+    load: Any = partial(
+        model_class.from_pretrained, source, dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    reports, held_back = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
+
+    def hold_back(record: logging.LogRecord) -> bool:
+        held_back.append(record)
+        return False
+
+    reports.addFilter(hold_back)
     try:
-        model, info = load(output_loading_info=True)
+        model, info = load()
         if info["missing_keys"] and all(key.startswith("pooler.") for key in info["missing_keys"]):
-            model, info = load(output_loading_info=True, add_pooling_layer=False)
+            held_back.clear()
+            model, info = load(add_pooling_layer=False)
     except SafetensorError as error:
         raise OSError(
             f"the weights in {str(source)!r} are truncated or corrupted ({error}); copy or download them again"
@@ -107,6 +120,10 @@ def _load_weights(model_class: type[PreTrainedModel], source: str | os.PathLike[
         if str(error).startswith("the weights in"):  # from our own models, and clear
             raise
         raise OSError(f"the model in {str(source)!r} cannot be loaded ({error}); restore or replace it") from error
+    finally:
+        reports.removeFilter(hold_back)
+        for record in held_back:
+            reports.handle(record)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"the weights in {str(source)!r} lack {len(missing)} parameters, {missing[0]!r} first; restore them"

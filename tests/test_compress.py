@@ -1,6 +1,9 @@
+import logging
+
 import pytest
 import torch
 from oracles import kronecker_sum
+from safetensors.torch import load_file, save_file
 from tiny import BERT_SIZES, bert_config, inputs, teacher
 from torch import nn
 from transformers import (
@@ -250,8 +253,28 @@ def test_errors_belong_to_the_factors_they_were_measured_on(tmp_path):
     assert recorded_errors(tmp_path / "changed", describe(student).factors_sha256) == {}
 
 
-def test_without_a_pooler_there_and_back(tmp_path):
+@pytest.fixture
+def load_reports():
+    """What transformers reports on loading."""
+    logger, records = logging.getLogger("transformers.modeling_utils"), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def test_without_a_pooler_there_and_back(tmp_path, load_reports):
     result = compress(BertModel(bert_config(), add_pooling_layer=False).eval())
     result.save(tmp_path / "student")
     student, _ = load_student(tmp_path / "student")
     assert student.pooler is None
+    assert not load_reports  # it lacks nothing
+
+
+def test_weights_that_are_left_over_are_reported_once(tmp_path, load_reports):
+    compress(teacher(BertModel)).save(tmp_path / "student")
+    weights = load_file(tmp_path / "student" / "model.safetensors")
+    save_file(weights | {"other": torch.ones(2)}, tmp_path / "student" / "model.safetensors", {"format": "pt"})
+    load_student(tmp_path / "student")
+    assert ["other" in record.getMessage() for record in load_reports] == [True]

@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = command.add_mutually_exclusive_group()
     plan.add_argument(
         "--plan",
-        help="7.7x or 21x (BERT), kngpt2 (GPT-2), or a YAML or JSON file (default: 7.7x; with calibration text, "
-        "--ratio 7.7)",
+        help="7.7x or 21x (BERT), kngpt2 (GPT-2), or a YAML or JSON file (default: 7.7x or kngpt2; with calibration "
+        "text, --ratio 7.7 or 1.48)",
     )
     plan.add_argument(
         "--ratio", type=float, metavar="X", help="search the best plan of this ratio, as the command search does"

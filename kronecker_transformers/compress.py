@@ -30,8 +30,10 @@ from .report import Report, describe
 from .search import search_plan
 from .teachers import STUDENT_CLASSES, check_finite, check_teacher
 
-DEFAULT_RATIO = 7.7
-"""Of the plan that is searched for calibration text if neither a plan nor a ratio is given."""
+DEFAULT_PLANS = {"bert": "7.7x", "gpt2": "kngpt2"}
+"""By family, if no plan is given."""
+DEFAULT_RATIOS = {"bert": 7.7, "gpt2": 1.48}
+"""Those of these plans: what is searched for calibration text if neither a plan nor a ratio is given."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ def compress(
 
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that `STUDENT_CLASSES` lists.
-        plan: name of a preset, a `FactorPlan`, or a mapping from pattern to ``(m1, n1, terms)``; default: 7.7x, with
-            calibration text the best plan of this ratio.
+        plan: name of a preset, a `FactorPlan`, or a mapping from pattern to ``(m1, n1, terms)``; default: 7.7x for
+            BERT and kngpt2 for GPT-2, with calibration text the best plan of the ratio of these, 7.7 or 1.48.
         ratio: how many times smaller the base model shall be, by the best plan that `search_plan` finds for the
             calibration text, instead of a plan.
         calibration: texts on which the factors shall be near the teacher's layers; some hundred sentences like those
@@ -91,12 +93,13 @@ def compress(
             raise ValueError(f"ratio={ratio} was given beside a plan, which has its own; leave one of them out")
         if calibration is None:
             raise ValueError(f"ratio={ratio} needs calibration text, for which the best plan is searched; give some")
+    family = teacher.config.model_type
     if plan is None and calibration is not None:
         calibration = calibration if isinstance(calibration, str) else list(calibration)
-        ratio = DEFAULT_RATIO if ratio is None else ratio
+        ratio = DEFAULT_RATIOS[family] if ratio is None else ratio
         plan = search_plan(teacher, calibration, ratio=ratio, tokenizer=tokenizer, progress=progress).plan
     student_class: Any = STUDENT_CLASSES[type(teacher)]
-    config = student_class.config_class.from_dense(teacher.config, "7.7x" if plan is None else plan)
+    config = student_class.config_class.from_dense(teacher.config, DEFAULT_PLANS[family] if plan is None else plan)
     config.name_or_path = teacher.config.name_or_path
     head = teacher.get_output_embeddings()
     if head is not None and head.weight is not teacher.get_input_embeddings().weight:

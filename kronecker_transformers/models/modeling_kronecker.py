@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,68 @@ def factor_module(module: nn.Module, m1: int, n1: int, terms: int) -> KroneckerL
     raise TypeError(
         f"module of type {type(module).__name__} cannot be factored; supported are nn.Linear, Conv1D and nn.Embedding"
     )
+
+
+BLOCK_TOKENS = 512
+"""Tokens that go through an encoder at a time; their activations are some megabytes (benchmarks/blocks.py)."""
+
+
+def in_blocks(model: PreTrainedModel, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """Outputs of an encoder for a batch, computed for some sequences at a time where that is faster.
+
+    That is without gradients on a CPU. The batch stays whole for a compiled model, for a decoder with its cache, and
+    for forward hooks.
+
+    Args:
+        model: the encoder.
+        forward: the method of its stock class.
+        inputs: the arguments of this method, by name.
+    """
+    source = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_grad_enabled()
+        or not isinstance(source, torch.Tensor)
+        or source.device.type != "cpu"
+        or source.ndim < 2
+        or source.shape[0] * source.shape[1] <= BLOCK_TOKENS
+        or model.config.is_decoder
+        or _is_watched(model)
+    ):
+        return forward(**inputs)
+    batch = source.shape[0]
+    rows = max(1, BLOCK_TOKENS // source.shape[1])
+    parts = {
+        name: value.split(rows)
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch
+    }
+    blocks = [dict(zip(parts, block, strict=True)) for block in zip(*parts.values(), strict=True)]
+    return _joined([forward(**{**inputs, **block}) for block in blocks])
+
+
+def _is_watched(model: nn.Module) -> bool:
+    """Whether a forward hook looks into the model, apart from those by which transformers collects hidden states."""
+    hooks = (
+        hook
+        for module in model.modules()
+        if module is not model
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+    return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """Outputs of blocks as one: tensors are joined along the batch, in tuples and model outputs too."""
+    first = outputs[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(outputs)
+    if isinstance(first, dict):
+        return type(first)(**{name: _joined([output[name] for output in outputs]) for name in first})
+    if isinstance(first, tuple):
+        return tuple(map(_joined, map(list, zip(*outputs, strict=True))))
+    return first
 
 
 class KroneckerPreTrainedModel(PreTrainedModel):

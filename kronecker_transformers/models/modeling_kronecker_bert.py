@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from typing import Any
+
 from transformers import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -14,7 +18,7 @@ from transformers import (
 )
 
 from .configuration_kronecker_bert import KroneckerBertConfig
-from .modeling_kronecker import KroneckerPreTrainedModel
+from .modeling_kronecker import KroneckerPreTrainedModel, in_blocks
 
 
 class KroneckerBertPreTrainedModel(KroneckerPreTrainedModel, BertPreTrainedModel):
@@ -28,7 +32,15 @@ class KroneckerBertPreTrainedModel(KroneckerPreTrainedModel, BertPreTrainedModel
 
 
 class KroneckerBertModel(KroneckerBertPreTrainedModel, BertModel):
-    """`BertModel` with the factored layers of its plan."""
+    """`BertModel` with the factored layers of its plan; for inference on a CPU a large batch goes through in blocks."""
+
+    @functools.wraps(BertModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As the stock method; see `modeling_kronecker.in_blocks`."""
+        return in_blocks(self, super().forward, {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs})
+
+
+_FORWARD_ARGUMENTS = tuple(inspect.signature(BertModel.forward).parameters)[1:]
 
 
 class KroneckerBertForPreTraining(KroneckerBertPreTrainedModel, BertForPreTraining):

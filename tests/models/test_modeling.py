@@ -8,7 +8,7 @@ from transformers import AutoModel, BertConfig, GPT2Config, GPT2LMHeadModel
 
 import kronecker_transformers as kt
 from kronecker_transformers import to_dense
-from kronecker_transformers.models import DENSE_CLASSES
+from kronecker_transformers.models import DENSE_CLASSES, modeling_kronecker
 
 # terms > 1 and low rank beside the presets, so that no path is left out
 BERT_PLAN = {
@@ -357,3 +357,78 @@ def test_every_class_is_registered():
                 with torch.device("meta"):
                     model = getattr(transformers, auto_class).from_config(config_class())
                 assert type(model) is getattr(kt, reference.split(".")[1])
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Blocks of two sequences of 12 tokens; the batch sizes that pass through an encoder are counted."""
+    monkeypatch.setattr(modeling_kronecker, "BLOCK_TOKENS", 30)
+    sizes, forward = [], transformers.models.bert.modeling_bert.BertEncoder.forward
+
+    def counted(self, hidden_states, *args, **kwargs):
+        sizes.append(len(hidden_states))
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.models.bert.modeling_bert.BertEncoder, "forward", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("model_class", [c for c in MODELS if "Bert" in c.__name__], ids=lambda c: c.__name__)
+def test_blocks_of_a_large_batch_give_the_outputs_of_the_whole(model_class, blocks, monkeypatch):
+    model = student(model_class, dtype=torch.float64, attn_implementation="eager")
+    batch = inputs(model, batch=7, length=12)
+    batch |= {"token_type_ids": batch["input_ids"] % 2, "output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        found = model(**batch)
+        assert max(blocks) == 2
+        assert sum(blocks) == len(batch["input_ids"].flatten(0, -2))
+        monkeypatch.setattr(modeling_kronecker, "BLOCK_TOKENS", 10_000)
+        whole = model(**batch)
+    assert found.keys() == whole.keys()
+    torch.testing.assert_close(dict(found), dict(whole), rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_take_the_arguments_of_the_stock_model(blocks, monkeypatch):
+    model = student(kt.KroneckerBertModel, dtype=torch.float64)
+    ids, mask = inputs(model, batch=5, length=12).values()
+    positions = torch.arange(12).flip(0).unsqueeze(0)
+    arguments = (
+        ((ids, mask), {}),
+        ((ids,), {"position_ids": positions, "token_type_ids": torch.zeros(1, 12, dtype=torch.long)}),
+        ((ids, mask[:, None, None, :].bool().expand(-1, 1, 12, -1)), {"position_ids": positions.expand(5, -1)}),
+        ((), {"inputs_embeds": torch.randn(5, 12, 32, dtype=torch.float64), "attention_mask": mask}),
+        ((ids, None, ids % 2), {"return_dict": False}),
+    )
+    with torch.no_grad():
+        for args, kwargs in arguments:
+            blocks.clear()
+            monkeypatch.setattr(modeling_kronecker, "BLOCK_TOKENS", 30)
+            found = model(*args, **kwargs)
+            assert blocks == [2, 2, 1]
+            monkeypatch.setattr(modeling_kronecker, "BLOCK_TOKENS", 10_000)
+            whole = model(*args, **kwargs)
+            assert type(found) is type(whole)
+            for mine, other in zip(tuple(found), tuple(whole), strict=True):
+                if isinstance(other, torch.Tensor):
+                    torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+                else:
+                    assert mine == other
+
+
+def test_the_batch_stays_whole_for_gradients_hooks_and_decoders(blocks):
+    model = student(kt.KroneckerBertModel)
+    batch = inputs(model, batch=4, length=12)
+    model(**batch).last_hidden_state.sum().backward()
+    with torch.no_grad():
+        seen = []
+        hook = model.encoder.layer[1].register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+        model(**batch)
+        hook.remove()
+        assert seen == [4]
+        model(batch["input_ids"][:2], batch["attention_mask"][:2])
+        decoder = student(kt.KroneckerBertModel, is_decoder=True)
+        assert len(decoder(**batch, use_cache=True).past_key_values) == 3
+        assert blocks == [4, 4, 2, 4]
+        blocks.clear()
+        model(**batch)
+        assert blocks == [2, 2]

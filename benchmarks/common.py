@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kronecker_transformers.benchmark import environment
+from kronecker_transformers.benchmark import environment, memory
 
 ROOT = Path(__file__).parent
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
@@ -112,18 +112,12 @@ class RunLog:
             file.write(json.dumps({**key, **results, "environment": environment()}) + "\n")
 
 
-def _memory(field: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS is the memory held now, VmHWM its peak."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(field)))
-
-
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
     """Gives a function: bytes of the peak of this process since the block began, above what it held then (Linux)."""
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    yield lambda: _memory("VmHWM") - before
+    yield lambda: memory("VmHWM") - before
 
 
 def spread(values: list[float]) -> str | None:

@@ -167,6 +167,37 @@ def save_folder(
     return Path(folder)
 
 
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """Refuse an output file before long work begins.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        IsADirectoryError: it is a folder.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {str(path.parent)!r} of the file {path.name!r} does not exist; make it first")
+    if path.is_dir():
+        raise IsADirectoryError(f"output {str(path)!r} is a folder; give the name of a file")
+    return path
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a file, whole or not at all; an older one is replaced.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
 def check_new_folder(folder: str | os.PathLike[str]) -> Path:
     """Refuse an output folder before long work begins.
 

@@ -1,15 +1,17 @@
-"""The command line: compress, search, inspect, expand."""
+"""The command line: compress, search, inspect, expand, benchmark."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
 from . import __version__
-from .checkpoint import check_new_folder, load_student, recorded_errors, save_folder
+from .benchmark import DTYPES, benchmark
+from .checkpoint import check_file, check_new_folder, load_student, recorded_errors, save_folder, write_text
 from .compress import compress, to_dense
 from .plan_file import check_plan_path, read_plan
 from .report import Report, describe
@@ -77,6 +79,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="DIR", help="folder of the factored model")
     command.add_argument("--output", required=True, metavar="DIR", help="new folder for the dense model")
     command.set_defaults(run=_expand)
+
+    command = commands.add_parser(
+        "benchmark",
+        help="measure a model beside another one on this machine",
+        description="Measure a model beside another one on this machine, in turn: size, FLOPs, time, memory, limits.",
+    )
+    command.add_argument("model", metavar="MODEL", help="name on the Hub, or folder, of a factored or dense model")
+    command.add_argument("--against", required=True, metavar="TEACHER", help="the same, of the model to compare with")
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: %(default)s)")
+    command.add_argument("--length", type=int, default=128, metavar="N", help="tokens of each (default: %(default)s)")
+    command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
+    command.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
+    command.add_argument("--compile", action="store_true", help="with torch.compile")
+    command.add_argument("--rounds", type=int, default=15, metavar="N", help="of both (default: %(default)s)")
+    command.add_argument("--json", metavar="FILE", help="write all figures")
+    command.add_argument("--picture", metavar="FILE", help="PNG of time against size")
+    command.set_defaults(run=_benchmark)
     return parser
 
 
@@ -148,6 +167,28 @@ def _expand(arguments: argparse.Namespace, console: Console) -> None:
     model, tokenizer = load_student(arguments.model)
     save_folder(arguments.output, to_dense(model), tokenizer)
     console.print(f"Dense twin saved in {arguments.output}.")
+
+
+def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
+    for path in filter(None, (arguments.json, arguments.picture)):
+        check_file(path)
+    found = benchmark(
+        arguments.model,
+        arguments.against,
+        batch=arguments.batch,
+        length=arguments.length,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        compiled=arguments.compile,
+        rounds=arguments.rounds,
+    )
+    console.print(found.environment, highlight=False)
+    console.print(found.table())
+    console.print(found.verdict(), highlight=False)
+    if arguments.json:
+        write_text(arguments.json, json.dumps(found.to_dict(), indent=2) + "\n")
+    if arguments.picture:
+        found.picture(arguments.picture)
 
 
 def _show(report: Report, console: Console) -> None:

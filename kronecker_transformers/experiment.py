@@ -19,7 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from .checkpoint import check_new_folder, load_teacher, save_folder
+from .checkpoint import check_new_folder, load_teacher, save_folder, write_text
 from .distillation import DistillationArguments, DistillationTrainer
 from .distillation.trainer import is_complete
 
@@ -217,7 +217,5 @@ def finish(folder: Path, table: Table, results: Mapping[str, Any]) -> None:
     """Show the table, and keep the figures in ``results.json``, whole or not at all; in the main process only."""
     if not PartialState().is_main_process:
         return
-    draft = folder / ".results.json"
-    draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    draft.replace(folder / "results.json")
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     Console(width=None).print(table)

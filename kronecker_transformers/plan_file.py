@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .checkpoint import check_file, write_text
 from .models.factor_plan import PRESETS, FactorPlan
 
 
@@ -51,14 +52,12 @@ def check_plan_path(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: an ending other than `.yaml`, `.yml` or `.json`.
-        FileNotFoundError: its folder does not exist.
+        OSError: as `checkpoint.check_file`.
     """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"plan file {str(path)!r} must end in .yaml, .yml or .json; give it one of these endings")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"folder {str(path.parent)!r} of the plan file does not exist; make it first")
-    return path
+    return check_file(path)
 
 
 def write_plan(path: str | os.PathLike[str], plan: FactorPlan) -> Path:
@@ -81,13 +80,7 @@ def write_plan(path: str | os.PathLike[str], plan: FactorPlan) -> Path:
             name: yaml.safe_dump(entry, default_flow_style=True, sort_keys=False) for name, entry in entries.items()
         }
         text = "\n".join(f"{_key(name)}: {entry.strip()}" for name, entry in flow.items())
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        draft.write_text(text + "\n", encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
+    return write_text(path, text + "\n")
 
 
 def _key(pattern: str) -> str:

@@ -1,0 +1,171 @@
+"""All checks and timings on a GPU, in under ten minutes: Triton's kernels, layers and whole models.
+
+    python benchmarks/gpu.py | tee benchmarks/logs/gpu.txt
+
+Errors are relative to the largest entry of the dense product in float64. Layers are those of benchmarks/layers.py, in
+bf16: microseconds of the dense layer (the better of eager and compiled), of an einsum over all factors, of PyTorch and
+of Triton, each the median of three turns; and the part of the limit that Triton reaches, where the limit is the larger
+of FLOPs at the rate of a large GEMM and bytes at that of a large copy. Models have the sizes of BERT-base and weights
+as drawn for training from scratch, seed 0: one forward pass of 64 x 128 tokens in bf16, every way to run it in turn.
+`--device cpu` tries the script on tiny sizes where there is no GPU; set TRITON_INTERPRET=1 for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from layers import LAYERS
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.benchmark import Timer
+from transformers import BertConfig, BertModel
+
+from kronecker_transformers import compress
+from kronecker_transformers.benchmark import environment, forward_pass, in_turn, machine_rates, median_and_spread
+from kronecker_transformers.kernels import triton_linear
+from kronecker_transformers.models import kronecker_layers
+from kronecker_transformers.models.kronecker_layers import kronecker_linear, multiplications
+
+SMALL = {"attention": (32, 32, 2, 2, 1), "FFN up": (8, 2, 32, 32, 1), "FFN down": (2, 8, 32, 32, 1)}
+ROUNDS = 15
+
+
+def factors(shape: tuple[int, ...], tokens: int, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """x, A, B and bias of a layer."""
+    m1, n1, m2, n2, terms = shape
+    sizes = ((tokens, n1 * n2), (m1, terms, n1), (m2, terms, n2), (m1 * m2,))
+    return [torch.randn(size, device=device).to(dtype).requires_grad_() for size in sizes]
+
+
+def einsum(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
+    """All factors at once, as PyTorch orders them."""
+    X = x.unflatten(-1, (A.shape[2], B.shape[2]))
+    return torch.einsum("tjl,irj,krl->tik", X, A, B).flatten(1) + bias
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference over the largest entry."""
+    return float((found.double() - wanted).detach().abs().max() / wanted.detach().abs().max())
+
+
+def check(shape: tuple[int, ...], tokens: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Errors of the output and of the worst gradient."""
+    inputs = factors(shape, tokens, device, dtype)
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    x, A, B, bias = exact
+    W = torch.einsum("irj,krl->ikjl", A, B).reshape(len(bias), x.shape[1])
+    wanted, y = x @ W.t() + bias, triton_linear.linear(*inputs)
+    g = torch.randn_like(y)
+    gradients = zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(wanted, exact, g.double()), strict=True)
+    return relative(y, wanted), max(relative(*pair) for pair in gradients)
+
+
+def microseconds(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median of three turns."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(3):
+        for name, work in works.items():
+            timer = Timer("work()", globals={"work": work})
+            times[name].append(1e6 * timer.blocked_autorange(min_run_time=0.03).median)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def with_backward(function: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+    """Forward and backward of all inputs."""
+    g = torch.randn_like(function(*inputs))
+    return lambda: torch.autograd.grad(function(*inputs), inputs, g)
+
+
+def time_layers(layers: Mapping[str, tuple[int, ...]], tokens: tuple[int, ...], device: str) -> None:
+    """Print one row for each layer, number of tokens and direction."""
+    gemm_rate, copy_rate = machine_rates(torch.bfloat16, device)
+    print(f"\nGEMM {gemm_rate / 1e12:.3g} TFLOP/s, copy {copy_rate / 1e9:.4g} GB/s, bf16")
+    names = ("dense", "einsum", "PyTorch", "Triton")
+    print(f"{'layer':20s} {'tokens':>6s} {'':9s}", *(f"{name:>9s}" for name in names), f"{'ratio':>6s} {'limit':>6s}")
+    compiled = torch.compile(linear, dynamic=True) if device != "cpu" else linear
+    for name, shape in layers.items():
+        m1, n1, m2, n2, terms = shape
+        for count in tokens:
+            inputs = factors(shape, count, device, torch.bfloat16 if device != "cpu" else torch.float32)
+            if not triton_linear.fits(*inputs[:3]):
+                continue
+            W = torch.randn(m1 * m2, n1 * n2, device=device).to(inputs[0]).requires_grad_()
+            dense = [inputs[0], W, inputs[3]]
+            for direction in ("forward", "and back"):
+                ways: dict[str, tuple[Any, list[Tensor]]] = {
+                    "eager": (linear, dense), "compiled": (compiled, dense), "einsum": (einsum, inputs),
+                    "PyTorch": (kronecker_linear, inputs), "Triton": (triton_linear.linear, inputs),
+                }  # fmt: skip
+                if direction == "forward":
+                    with torch.no_grad():
+                        found = microseconds({key: partial(run, *values) for key, (run, values) in ways.items()})
+                else:
+                    found = microseconds({key: with_backward(*way) for key, way in ways.items()})
+                found["dense"] = min(found.pop("eager"), found.pop("compiled"))
+                flops = 2 * count * min(multiplications(m1, n1, m2, n2, terms))
+                size = sum(value.nbytes for value in inputs) + count * m1 * m2 * inputs[0].element_size()
+                limit = (1 if direction == "forward" else 3) * 1e6 * max(flops / gemm_rate, size / copy_rate)
+                print(
+                    f"{name:20s} {count:6d} {direction:9s}", *(f"{found[key]:9.1f}" for key in names),
+                    f"{found['dense'] / found['Triton']:5.2f}x {limit / found['Triton']:6.0%}", flush=True,
+                )  # fmt: skip
+
+
+def time_models(device: str, config: BertConfig, batch: int, length: int) -> None:
+    """Print one row for each way to run each model."""
+    torch.manual_seed(0)
+    dense: Any = BertModel(config)
+    dense = dense.to(device, torch.bfloat16).eval()
+    models = {"dense": dense, **{plan: compress(dense, plan).model for plan in ("7.7x", "21x")}}
+    ways: dict[str, Callable[[], object]] = {}
+
+    def with_triton(run: Callable[[], object]) -> object:
+        kronecker_layers.register_kernel(torch.device(device).type, triton_linear.kronecker_linear)
+        try:
+            return run()
+        finally:
+            kronecker_layers._kernels.clear()
+
+    for name, model in models.items():
+        for compiled in (False, True) if device != "cpu" else (False,):
+            label = f"{name}{', compiled' if compiled else ''}"
+            ways[label] = forward_pass(model, batch, length, compiled)
+            if name != "dense":
+                ways[f"{label}, Triton"] = partial(with_triton, forward_pass(model, batch, length, compiled))
+    with torch.inference_mode():
+        seconds = in_turn(ways, ROUNDS, warmup=3)
+    medians = {label: median_and_spread(times) for label, times in seconds.items()}
+    best = min(middle for label, (middle, _) in medians.items() if label.startswith("dense"))
+    print(f"\n{f'{batch} x {length}, bf16':28s} {'ms':>8s} {'spread':>7s} {'ratio':>6s}")
+    for label, (middle, spread) in medians.items():
+        print(f"{label:28s} {middle:8.2f} {spread:7.0%} {best / middle:5.2f}x", flush=True)
+
+
+def main() -> None:
+    """Print errors, then layers, then models."""
+    parser = argparse.ArgumentParser(description="Checks and timings on a GPU.")
+    parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
+    device = parser.parse_args().device
+    gpu = device != "cpu"
+    print(environment(), f"; {torch.cuda.get_device_name()}" if gpu else "; a trial without a GPU", sep="")
+    torch.manual_seed(0)
+    layers: Mapping[str, tuple[int, ...]] = LAYERS if gpu else SMALL
+    print(f"{'largest relative error':20s} {'dtype':>9s} {'output':>9s} {'gradients':>9s}")
+    for name, shape in layers.items():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16) if gpu else (torch.float32, torch.float16):
+            if triton_linear.fits(*factors(shape, 1, device, dtype)[:3]):
+                errors = [check(shape, tokens, device, dtype) for tokens in ((1, 127, 4096) if gpu else (1, 7))]
+                worst = (max(column) for column in zip(*errors, strict=True))
+                print(f"{name:22s} {str(dtype).removeprefix('torch.'):>9s}", *(f"{e:9.1e}" for e in worst), flush=True)
+    time_layers(layers, (128, 1024, 8192, 65536) if gpu else (8,), device)
+    time_models(device, BertConfig() if gpu else BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+                intermediate_size=256, vocab_size=100), *((64, 128) if gpu else (1, 8)))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -66,6 +66,8 @@ class Candidate:
     """Of one sequence of `REPORT_LENGTH` tokens."""
     error: float
     """Relative error of its outputs."""
+    milliseconds: float = 0.0
+    """In a forward pass on this machine, if that is budgeted."""
 
 
 @dataclass

@@ -13,6 +13,7 @@ from . import __version__
 from .benchmark import DTYPES, benchmark
 from .checkpoint import check_file, check_new_folder, load_student, recorded_errors, save_folder, write_text
 from .compress import compress, to_dense
+from .latency import Runtime
 from .plan_file import check_plan_path, read_plan
 from .report import Report, describe
 from .search import search_plan
@@ -58,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--flops", type=float, metavar="N", help="of its linear layers for 128 tokens, at most (1e9 for one GFLOP)"
     )
+    command.add_argument(
+        "--milliseconds", type=float, metavar="X", help="of a forward pass of the base model on this machine, at most"
+    )
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences of this pass (default: 1)")
+    command.add_argument("--length", type=int, default=128, metavar="N", help="tokens of each (default: 128)")
     _add_calibration(command, required=True)
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="plan file, .yaml or .json")
     command.add_argument("--picture", metavar="FILE", help="PNG of predicted error against size")
@@ -141,11 +147,15 @@ def _search(arguments: argparse.Namespace, console: Console) -> None:
         parameters=arguments.parameters,
         size_bytes=arguments.size_bytes,
         flops=arguments.flops,
+        milliseconds=arguments.milliseconds,
+        runtime=Runtime(arguments.batch, arguments.length),
         progress=True,
     )
     found.save(arguments.output)
     console.print(found.table())
     console.print(found.totals())
+    if found.latency:
+        console.print(str(found.latency), highlight=False)
     if arguments.picture:
         found.picture(arguments.picture)
     console.print(f"Saved in {arguments.output}; edit it as you like, then compress --plan {arguments.output}.")

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .activations import CalibrationBatch, calibration_batches
 from .candidates import Candidate, influences, measured_layers, noise_to_signal
 from .factorization.search import UNITS, best_choice
+from .latency import LatencyTable, Runtime, measured_passes
 from .models.factor_plan import PRESETS, FactorEntry, FactorPlan
 from .plan_file import write_plan
 from .teachers import STUDENT_CLASSES, check_teacher
@@ -43,6 +44,24 @@ class LayerChoice:
     """Noise over signal of the outputs that count, for each unit of that of the layer's own."""
     candidates: tuple[Candidate, ...]
     chosen: Candidate
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of a forward pass of the base model on this machine, in milliseconds."""
+
+    runtime: Runtime
+    predicted: float
+    """With the plan: measured layers, and all else as measured in the dense model."""
+    measured: float
+    """With the plan, whole."""
+    dense: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.runtime}: {self.predicted:.1f} ms predicted, {self.measured:.1f} ms measured; "
+            f"dense {self.dense:.1f} ms ({self.dense / self.measured:.2f}x)"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,8 @@ class PlanSearch:
     """Parameters of the base model, and the smallest error that is predicted for so many."""
     presets: Mapping[str, tuple[int, float]]
     """The same for the plans of the papers that fit the model."""
+    latency: Latency | None = None
+    """If milliseconds were budgeted."""
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as a YAML or JSON file.
@@ -129,10 +150,12 @@ def search_plan(
     parameters: int | None = None,
     size_bytes: int | None = None,
     flops: float | None = None,
+    milliseconds: float | None = None,
+    runtime: Runtime | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
 ) -> PlanSearch:
-    """Search the best plan for a budget, of one or two kinds. Deterministic.
+    """Search the best plan for a budget, of one or two kinds. Deterministic, but for milliseconds.
 
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that `compress` takes. What counts are
@@ -144,6 +167,8 @@ def search_plan(
         parameters: of the base model.
         size_bytes: of these parameters in the teacher's dtype.
         flops: of the linear layers of the base model, for a sequence of `REPORT_LENGTH` tokens.
+        milliseconds: of a forward pass of the base model on this machine, by the times of layers that are measured.
+        runtime: what these are of; default: one sequence of 128 tokens.
         tokenizer: of a teacher that is a loaded model.
         progress: show progress bars on standard error.
 
@@ -154,7 +179,9 @@ def search_plan(
         TypeError, ValueError, OSError: as `compress`; or no budget, more than two, or one that cannot be met.
     """
     model, tokenizer = check_teacher(teacher, tokenizer)
-    budgets = {"ratio": ratio, "parameters": parameters, "size_bytes": size_bytes, "flops": flops}
+    budgets = {
+        "ratio": ratio, "parameters": parameters, "size_bytes": size_bytes, "flops": flops, "milliseconds": milliseconds
+    }  # fmt: skip
     given = {name: value for name, value in budgets.items() if value is not None}
     if not 1 <= len(given) <= 2:
         raise ValueError(f"budgets given: {', '.join(given) or 'none'}; give one or two of {', '.join(budgets)}")
@@ -166,28 +193,39 @@ def search_plan(
     batches = calibration_batches(calibration, tokenizer, model)
     training = model.training
     try:
-        return _search(model.eval(), batches, given, progress)
+        return _search(model.eval(), batches, given, runtime or Runtime(), progress)
     finally:
         model.train(training)
 
 
 @torch.no_grad()
 def _search(
-    teacher: PreTrainedModel, batches: Sequence[CalibrationBatch], budgets: Mapping[str, float], progress: bool
+    teacher: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    budgets: Mapping[str, float],
+    runtime: Runtime,
+    progress: bool,
 ) -> PlanSearch:
     base: Any = teacher.base_model
     presets = _presets(teacher)
     layers = list(tqdm(measured_layers(base, batches, presets), desc="candidates", unit="layer", disable=not progress))
     weights = influences(teacher, layers, batches, progress)
-    options = [_useful(layer.candidates) for layer in layers]
+    candidates, rest = [layer.candidates for layer in layers], 0.0
+    if "milliseconds" in budgets:
+        times = LatencyTable(teacher, runtime)
+        candidates, rest = times.timed(layers, progress), times.rest(base)
+    options = [_useful(found) for found in candidates]
     values = [[w * noise_to_signal(c.error) for c in found] for w, found in zip(weights, options, strict=True)]
 
     dense = sum(p.numel() for p in base.parameters())
     fixed = dense - sum(layer.weight.numel() for layer in layers)
-    limits = []
+    limits: list[tuple[str, list[list[float]], float]] = []
     for name, value in budgets.items():
         if name == "flops":
             limits.append((name, [[c.flops for c in found] for found in options], value))
+            continue
+        if name == "milliseconds":
+            limits.append((name, [[c.milliseconds for c in found] for found in options], value - rest))
             continue
         limit = {"ratio": dense / value, "parameters": value, "size_bytes": value / base.dtype.itemsize}[name]
         limits.append((name, [[c.parameters for c in found] for found in options], limit - fixed))
@@ -195,7 +233,8 @@ def _search(
         if (least := sum(map(min, costs))) > limit:
             smallest = {"ratio": f"at most {dense / (least + fixed):.2f}", "flops": f"at least {least:,}",
                         "parameters": f"at least {least + fixed:,}",
-                        "size_bytes": f"at least {(least + fixed) * base.dtype.itemsize:,}"}[name]  # fmt: skip
+                        "size_bytes": f"at least {(least + fixed) * base.dtype.itemsize:,}",
+                        "milliseconds": f"at least {least + rest:.2f}"}[name]  # fmt: skip
             raise ValueError(f"{name}={budgets[name]:,} cannot be met: {smallest} is possible; give another budget")
     picked = _choose(values, [(costs, limit) for _, costs, limit in limits])
     chosen = [found[index] for found, index in zip(options, picked, strict=True)]
@@ -209,6 +248,9 @@ def _search(
         noise = sum(w * noise_to_signal(c.error) for w, c in zip(weights, taken, strict=True))
         known[name] = fixed + sum(c.parameters for c in taken), _error(noise)
     plan = {layer.name: c.entry for layer, c in zip(layers, chosen, strict=True) if c.entry is not None}
+    latency = None
+    if "milliseconds" in budgets:
+        latency = _latency(base, plan, runtime, rest + sum(c.milliseconds for c in chosen))
     return PlanSearch(
         FactorPlan(plan),
         tuple(
@@ -221,7 +263,15 @@ def _search(
         _error(sum(w * noise_to_signal(c.error) for w, c in zip(weights, chosen, strict=True))),
         tuple(points[:: UNITS // 200]),
         known,
+        latency,
     )
+
+
+def _latency(base: PreTrainedModel, plan: Mapping[str, FactorEntry], runtime: Runtime, predicted: float) -> Latency:
+    """The plan, measured in a student with random weights."""
+    student_class: Any = STUDENT_CLASSES[type(base)]
+    student = student_class(student_class.config_class.from_dense(base.config, plan)).to(base.device, base.dtype).eval()
+    return Latency(runtime, predicted, *measured_passes(student, base, runtime))
 
 
 def _error(noise: float) -> float:
@@ -229,7 +279,7 @@ def _error(noise: float) -> float:
     return math.sqrt(noise / (1 + noise))
 
 
-def _choose(values: list[list[float]], limits: list[tuple[list[list[int]], float]]) -> list[int]:
+def _choose(values: list[list[float]], limits: list[tuple[list[list[float]], float]]) -> list[int]:
     """The best candidates within one limit, or within two by a Lagrange multiplier on the second."""
     costs, limit = limits[0]
     picked, _ = best_choice(costs, values, limit)
@@ -237,7 +287,7 @@ def _choose(values: list[list[float]], limits: list[tuple[list[list[int]], float
         return picked
     second, second_limit = limits[1]
 
-    def spent(picked: list[int]) -> int:
+    def spent(picked: list[int]) -> float:
         return sum(layer[index] for layer, index in zip(second, picked, strict=True))
 
     if spent(picked) <= second_limit:
@@ -259,10 +309,10 @@ def _choose(values: list[list[float]], limits: list[tuple[list[list[int]], float
 
 
 def _useful(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Without those that another one beats in parameters, FLOPs and error; smallest first."""
+    """Without those that another one beats in parameters, FLOPs, time and error; smallest first."""
     kept: list[Candidate] = []
-    for c in sorted(candidates, key=lambda c: (c.parameters, c.flops, c.error)):
-        if not any(k.flops <= c.flops and k.error <= c.error for k in kept):
+    for c in sorted(candidates, key=lambda c: (c.parameters, c.flops, c.milliseconds, c.error)):
+        if not any(k.flops <= c.flops and k.milliseconds <= c.milliseconds and k.error <= c.error for k in kept):
             kept.append(c)
     return kept
 

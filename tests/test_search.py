@@ -15,6 +15,8 @@ from kronecker_transformers.activations import calibration_batches
 from kronecker_transformers.candidates import EMBEDDINGS, MeasuredLayer, influences
 from kronecker_transformers.cli import main
 from kronecker_transformers.factorization import nearest_kronecker
+from kronecker_transformers.latency import LatencyTable, Runtime
+from kronecker_transformers.models.kronecker_layers import multiplications
 from kronecker_transformers.plan_file import read_plan
 from kronecker_transformers.report import REPORT_LENGTH
 from kronecker_transformers.search import search_plan
@@ -145,6 +147,50 @@ def test_other_budgets(bert):
     assert both.error > by_bytes.error
 
 
+def test_a_budget_of_time_takes_the_best_of_what_is_measured(bert, monkeypatch):
+    """With times that follow the FLOPs, the plan is the best one for these FLOPs."""
+    dense, tokenizer, _ = bert
+
+    def milliseconds(self, layer, entry):
+        m, n = layer.weight.shape
+        if "embeddings" in layer.name:
+            return 1.0  # as the dense one: no more
+        tokens = 1 if layer.name == "pooler.dense" else REPORT_LENGTH
+        if entry is None:
+            return 2e-6 * tokens * m * n
+        return 2e-6 * tokens * min(multiplications(entry.m1, entry.n1, *entry.b_shape(m, n), entry.terms))
+
+    monkeypatch.setattr(LatencyTable, "_milliseconds", milliseconds)
+    monkeypatch.setattr(LatencyTable, "rest", lambda self, base: 3.0)
+    by_flops = search_plan(dense, texts(), flops=2.5e6, tokenizer=tokenizer)
+    by_time = search_plan(dense, texts(), milliseconds=3.0 + 2.5, runtime=Runtime(2, 16), tokenizer=tokenizer)
+    assert by_time.latency.runtime == Runtime(2, 16)
+    assert 5.4 < by_time.latency.predicted <= 5.5
+    assert by_time.latency.predicted == pytest.approx(3 + 1e-6 * by_time.flops)
+    assert by_time.error == pytest.approx(by_flops.error, rel=0.02)  # between measured sizes times are rounded
+    assert by_time.latency.measured > 0
+    assert by_time.latency.dense > 0
+    both = search_plan(dense, texts(), ratio=2.5, milliseconds=5.5, tokenizer=tokenizer)
+    assert both.parameters <= size(dense) / 2.5
+    assert both.latency.predicted <= 5.5
+    with pytest.raises(ValueError, match=r"milliseconds=3.1 cannot be met: at least 3\.\d+ is possible"):
+        search_plan(dense, texts(), milliseconds=3.1, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_times_are_measured(family, request):
+    dense, tokenizer, _ = request.getfixturevalue(family)
+    found = search_plan(dense, texts(), milliseconds=1e6, runtime=Runtime(1, 8), tokenizer=tokenizer)
+    assert not found.plan  # all may stay dense
+    assert found.latency.predicted > 0
+    for layer in found.layers:
+        embedding = layer.name in EMBEDDINGS
+        assert all(c.milliseconds >= 0 if embedding else c.milliseconds > 0 for c in layer.candidates)
+    for name in ("batch", "length"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            Runtime(**{name: 0})
+
+
 def test_the_teacher_is_unchanged_and_the_plan_the_same_twice(gpt2):
     dense, tokenizer, found = gpt2
     dense.train()
@@ -230,3 +276,6 @@ def test_command_line(tmp_path, capsys):
     assert main([*command, "--ratio", "100", "-o", str(tmp_path / "none.yaml")]) == 1
     assert "ratio=100.0 cannot be met" in capsys.readouterr().err
     assert not (tmp_path / "none.yaml").exists()
+    by_time = ["--milliseconds", "1e6", "--batch", "2", "--length", "8", "-o", str(tmp_path / "by_time.yaml")]
+    assert main([*command, *by_time]) == 0
+    assert "2 x 8 tokens, eager: " in capsys.readouterr().out

@@ -11,10 +11,9 @@ rates, by STS-B's training pairs after 200 steps; the best three of each size ge
 only the embedding, the attention or the feed-forward layers are factored, all else stays dense. Judged on dev sets: by
 Spearman on STS-B, and on SST-2 by a logistic regression on the embeddings of 4,000 sentences.
 
-Students are trained two at a time with one thread each; at last the best one of the larger size alone, with all
-threads, for as many steps as two cores make in ten minutes. WORK keeps the text and the untrained students; searched
-plans are lines of logs/plans_searched.jsonl and finished runs of logs/plans.jsonl, and are not made again. --table
-shows them without a run.
+Students are trained two at a time with one thread each: ten minutes of one run are at most ten minutes of two cores.
+WORK keeps the text and the untrained students; searched plans are lines of logs/plans_searched.jsonl and finished runs
+of logs/plans.jsonl, and are not made again. --table shows them without a run.
 """
 
 from __future__ import annotations
@@ -87,10 +86,8 @@ KINDS = {
     "feed-forward": ["encoder.layer.*.intermediate.dense", "encoder.layer.*[0-9].output.dense"],
 }
 STEPS, KIND_STEPS, TRIAL = 800, 200, 200
-LONG = 1400
-"""Steps meant to take two cores less than ten minutes; the table shows the minutes."""
 BATCH, LENGTH = 64, 64
-LOOKS = (50, 100, 200, 300, 500, 800, 1100, 1400)
+LOOKS = (50, 100, 200, 300, 500, 800)
 RATES = (1e-3, 3e-3)
 WARMUP = 0.5
 SEEDS = (0, 1, 2)
@@ -394,12 +391,6 @@ def stages() -> Iterator[list[Run]]:
     ]  # fmt: skip
 
 
-def long_runs() -> list[Run]:
-    """What ten minutes of two cores make of the best student."""
-    name = best_three(SIZES[0])[0]
-    return [Run(name, SIZES[0], best_rate(name, SIZES[0]), LONG, seed) for seed in SEEDS]
-
-
 def in_process(run: Run, options: argparse.Namespace) -> None:
     """One run in a process of its own."""
     places = ["--data", str(options.data), "--work", str(options.work)]
@@ -407,24 +398,24 @@ def in_process(run: Run, options: argparse.Namespace) -> None:
     subprocess.run(command, check=True, env={**os.environ, **KEEP_MEMORY})
 
 
-def complete(runs: list[Run], options: argparse.Namespace, processes: int) -> None:
+def complete(runs: list[Run], options: argparse.Namespace) -> None:
     """Make the runs that are not finished."""
-    in_parallel([partial(in_process, run, options) for run in runs if not finished(run)], processes)
+    in_parallel([partial(in_process, run, options) for run in runs if not finished(run)], options.processes)
 
 
 def table(console: Console) -> None:
     """Plans, then the curves as tables."""
     console.print(LOG.environments(), highlight=False)
-    for size, last in (*((size, STEPS) for size in SIZES), (SIZES[0], LONG)):
-        steps = [0, *(step for step in LOOKS if step <= last)]
+    steps = [0, *LOOKS]
+    for size in SIZES:
         rows: dict[str, list[Any]] = {}
         for name in students(size):
             rate = best_rate(name, size)
-            lines = [line for seed in SEEDS if (line := finished(Run(name, size, rate, last, seed)))]
+            lines = [line for seed in SEEDS if (line := finished(Run(name, size, rate, STEPS, seed)))]
             if not lines:
                 continue
             curve = [spread([line["curve"][str(step)][0] for line in lines]) for step in steps]
-            minutes = statistics.mean(line["curve"][str(last)][1] for line in lines)
+            minutes = statistics.mean(line["curve"][str(STEPS)][1] for line in lines)
             sst2 = [spread([line[key] for line in lines]) for key in ("sst2_untrained", "sst2")]
             rows[name] = [lines[0]["parameters"], f"{rate:g}", *curve, f"{minutes:.1f}", *sst2]
         headings = ["parameters", "rate", *map(str, steps), "minutes", "SST-2, untrained", "SST-2"]
@@ -474,8 +465,7 @@ def main() -> None:
         for size in SIZES:
             search(size, data)
         for stage in stages():
-            complete(stage, options, options.processes)
-        complete(long_runs(), options, 1)
+            complete(stage, options)
     table(Console(width=180))
     picture()
 

@@ -40,8 +40,8 @@ def main() -> None:
     print(environment())
     torch.manual_seed(0)
     dense = BertModel(BertConfig()).eval()
-    names = ["dense", "in 512s", *("whole" if block == BLOCKS[0] else f"in {block}s" for block in BLOCKS)]
-    print(f"{'':13s}", *(f"{name:>9s}" for name in names))
+    names = ["dense", "dense 512s", *("whole" if block == BLOCKS[0] else f"in {block}s" for block in BLOCKS)]
+    print(f"{'':13s}", *(f"{name:>10s}" for name in names))
     for plan in ("7.7x", "21x"):
         model = compress(dense, plan).model
         for batch, length in BATCHES:
@@ -54,7 +54,7 @@ def main() -> None:
             ]
             seconds = in_turn(dict(zip(names, candidates, strict=True)), ROUNDS)
             medians = (median_and_spread(times)[0] for times in seconds.values())
-            print(f"{plan:5s} {batch:3d}x{length:3d}", *(f"{median:9.1f}" for median in medians), flush=True)
+            print(f"{plan:5s} {batch:3d}x{length:3d}", *(f"{median:10.1f}" for median in medians), flush=True)
 
 
 if __name__ == "__main__":

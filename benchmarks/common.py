@@ -1,4 +1,4 @@
-"""What benchmarks share: examples as processes of their own, logs that are gone on with, peaks of memory."""
+"""What benchmarks share: examples as processes of their own, and logs that are gone on with."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kronecker_transformers.benchmark import environment, memory
+from kronecker_transformers.benchmark import environment
 
 ROOT = Path(__file__).parent
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
@@ -110,14 +109,6 @@ class RunLog:
         """Keep a run that has just finished."""
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**key, **results, "environment": environment()}) + "\n")
-
-
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], int]]:
-    """Gives a function: bytes of the peak of this process since the block began, above what it held then (Linux)."""
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    yield lambda: memory("VmHWM") - before
 
 
 def spread(values: list[float]) -> str | None:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import time
 
 import torch
-from common import peak_memory
 from transformers import BertConfig, BertModel
 
 from kronecker_transformers import compress, nearest_kronecker
-from kronecker_transformers.benchmark import environment
+from kronecker_transformers.benchmark import environment, peak_memory
 
 ROUNDS = 3
 

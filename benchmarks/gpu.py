@@ -107,9 +107,12 @@ def time_layers(layers: Mapping[str, tuple[int, ...]], tokens: tuple[int, ...], 
                 else:
                     found = microseconds({key: with_backward(*way) for key, way in ways.items()})
                 found["dense"] = min(found.pop("eager"), found.pop("compiled"))
-                flops = 2 * count * min(multiplications(m1, n1, m2, n2, terms))
-                size = sum(value.nbytes for value in inputs) + count * m1 * m2 * inputs[0].element_size()
-                limit = (1 if direction == "forward" else 3) * 1e6 * max(flops / gemm_rate, size / copy_rate)
+                x, *weights = (value.nbytes for value in inputs)
+                flops, size = 2 * count * min(multiplications(m1, n1, m2, n2, terms)), inputs[0].element_size()
+                y, weight = count * m1 * m2 * size, sum(weights)
+                limit = 1e6 * max(flops / gemm_rate, (x + weight + y) / copy_rate)
+                if direction == "and back":  # reads the gradient of y, x and weights; writes their gradients
+                    limit += 1e6 * max(2 * flops / gemm_rate, (y + 2 * x + 2 * weight) / copy_rate)
                 print(
                     f"{name:20s} {count:6d} {direction:9s}", *(f"{found[key]:9.1f}" for key in names),
                     f"{found['dense'] / found['Triton']:5.2f}x {limit / found['Triton']:6.0%}", flush=True,
@@ -129,7 +132,7 @@ def time_models(device: str, config: BertConfig, batch: int, length: int) -> Non
         try:
             return run()
         finally:
-            kronecker_layers._kernels.clear()
+            kronecker_layers.register_kernel(torch.device(device).type, None)
 
     for name, model in models.items():
         for compiled in (False, True) if device != "cpu" else (False,):
@@ -138,7 +141,7 @@ def time_models(device: str, config: BertConfig, batch: int, length: int) -> Non
             if name != "dense":
                 ways[f"{label}, Triton"] = partial(with_triton, forward_pass(model, batch, length, compiled))
     with torch.inference_mode():
-        seconds = in_turn(ways, ROUNDS, warmup=3)
+        seconds = in_turn(ways, ROUNDS, warmup=3, device=device)
     medians = {label: median_and_spread(times) for label, times in seconds.items()}
     best = min(middle for label, (middle, _) in medians.items() if label.startswith("dense"))
     print(f"\n{f'{batch} x {length}, bf16':28s} {'ms':>8s} {'spread':>7s} {'ratio':>6s}")

@@ -12,7 +12,6 @@ runs one section, --trial all of them with tiny models.
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,15 +25,15 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
-from kronecker_transformers import compress, describe
+from kronecker_transformers import compress
 from kronecker_transformers.benchmark import (
     environment,
     in_turn,
+    limit_seconds,
     machine_rates,
     median_and_spread,
-    memory,
+    peak_memory,
     process_memory,
-    without_linear_layers,
 )
 from kronecker_transformers.checkpoint import load_model, save_folder
 
@@ -64,12 +63,13 @@ def inference(trial: bool) -> None:
     print(f"{'model':10s} {'dtype':9s} {'batch':>7s} {'dense ms':>9s} {'compiled':>9s} {'spread':>7s} {columns}")
     for name, sizes in models.items():
         for dtype in (torch.float32, torch.bfloat16):
+            torch.compiler.reset()  # all models share code objects, of which only so many versions are compiled
             torch.manual_seed(0)
             dense = BertModel(BertConfig(**sizes)).eval()
             sides: dict[str, Any] = {"dense": dense, **{plan: compress(dense, plan).model for plan in PLANS}}
             sides = {side: model.to(dtype) for side, model in sides.items()}
             compiled = {side: torch.compile(model, dynamic=True) for side, model in sides.items()}
-            gemm_rate, copy_rate = machine_rates(dtype)
+            rates = machine_rates(dtype)
             for batch, length in ((2, 16),) if trial else BATCHES:
                 torch.manual_seed(0)
                 ids = torch.randint(100, dense.config.vocab_size, (batch, length))
@@ -80,10 +80,7 @@ def inference(trial: bool) -> None:
                 best, spread = min(found["dense eager"], found["dense compiled"])
                 row = f"{found['dense eager'][0]:9.2f} {found['dense compiled'][0]:9.2f} {spread:7.0%} "
                 for plan in PLANS:
-                    with without_linear_layers(sides[plan]):
-                        rest = statistics.median(in_turn({"": ways[plan, "eager"]}, rounds(batch * length))[""])
-                    costs = describe(sides[plan], length).factored
-                    limit = 1e3 * (rest + max(batch * costs.linear_flops / gemm_rate, costs.bytes / copy_rate))
+                    limit = 1e3 * limit_seconds(sides[plan], batch, length, rates, rounds(batch * length))
                     times = [found[f"{plan} {way}"][0] for way in ("eager", "compiled")]
                     row += f"{times[0]:9.2f} {times[1]:9.2f} {best / min(times):6.2f}x {best / limit:6.2f}x"
                 print(f"{name:10s} {str(dtype)[6:]:9s} {batch:3d}x{length:3d} {row}", flush=True)
@@ -123,7 +120,7 @@ def training_step(model: Any, ids: torch.Tensor, optimizer: torch.optim.Optimize
 
 
 def training(trial: bool) -> None:
-    """A step of 8 x 128 tokens without its teacher, fp32; memory is that of a process which makes one with AdamW."""
+    """Forward and backward of 8 x 128 tokens, fp32; memory is that of a process which makes one step with AdamW."""
     batch, length = (2, 16) if trial else (8, 128)
     torch.manual_seed(0)
     sizes: dict[str, Any] = TINY if trial else {}
@@ -144,10 +141,11 @@ def training(trial: bool) -> None:
 
 def one_step(folder: str, batch: int, length: int) -> None:
     """In a process of its own: one step, and what memory that took above the imports."""
-    before = memory("VmRSS")
-    model = load_model(folder)[0].train()
-    training_step(model, torch.randint(model.config.vocab_size, (batch, length)), torch.optim.AdamW(model.parameters()))
-    print(memory("VmHWM") - before)
+    with peak_memory() as extra:
+        model = load_model(folder)[0].train()
+        ids = torch.randint(model.config.vocab_size, (batch, length))
+        training_step(model, ids, torch.optim.AdamW(model.parameters()))
+    print(extra())
 
 
 def footprint(trial: bool) -> None:
@@ -181,6 +179,7 @@ def main() -> None:
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     disable_progress_bar()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     if options.step:
         one_step(options.step[0], int(options.step[1]), int(options.step[2]))
         return

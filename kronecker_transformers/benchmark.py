@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,13 +46,21 @@ def _read(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def in_turn(candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, in which all take turns; rounds of warming up are not counted."""
+def in_turn(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, device: str | torch.device = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, in which all take turns; rounds of warming up are not counted.
+
+    A candidate has ended when the device has done what it was given.
+    """
+    device = torch.device(device)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds + warmup):
         for name, candidate in candidates.items():
             start = time.perf_counter()
             candidate()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     return {name: times[warmup:] for name, times in seconds.items()}
 
@@ -78,7 +86,7 @@ class Measurement:
     spread: float
     """Half the distance between the quartiles, relative to it."""
     limit_milliseconds: float
-    """What a forward pass takes at least: linear layers at the rates of this machine, the rest as measured, eager."""
+    """What remains of a forward pass with its linear layers at the rates of this machine; see `limit_seconds`."""
     peak_bytes: int | None
     """Memory of a process that loads the model and makes one forward pass, above that of one which has only imported
     the libraries; None where it cannot be known (no folder, another system than Linux)."""
@@ -129,7 +137,7 @@ class Comparison:
         rates = [1e3 * self.batch / side.milliseconds for side in sides]
         table.add_row("sequences per second", *(f"{rate:,.1f}" for rate in rates), f"{rates[1] / rates[0]:.2f}x")
         limits = [side.limit_milliseconds for side in sides]
-        table.add_row("at least milliseconds", *(f"{limit:,.2f}" for limit in limits), f"{limits[0] / limits[1]:.2f}x")
+        table.add_row("limit in milliseconds", *(f"{limit:,.2f}" for limit in limits), f"{limits[0] / limits[1]:.2f}x")
         table.add_row("of this limit", *(f"{side.limit_milliseconds / side.milliseconds:.0%}" for side in sides), "")
         return table
 
@@ -142,8 +150,11 @@ class Comparison:
         if self.speedup > 1 + noise:
             return f"{name} is {self.speedup:.2f} times as fast as {other} here, and {smaller}."
         how = "as fast as" if self.speedup >= 1 - noise else f"{1 / self.speedup:.2f} times as slow as"
-        twin = "its dense twin (kronecker-transformers expand) takes the time of the dense model"
-        return f"{name} does not pay here: it is {how} {other}, though {smaller}. Where time counts more, {twin}."
+        remedy = (
+            "Where time counts more, a factored model's dense twin (kronecker-transformers expand) takes the time of "
+            "the dense model, and a plan can be searched for a time (kronecker-transformers search --milliseconds)."
+        )
+        return f"{name} does not pay here: it is {how} {other}, and {smaller}. {remedy}"
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, for JSON."""
@@ -206,7 +217,7 @@ def benchmark(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}; choose one")
     try:
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without it
         raise ValueError(f"device={device!r} cannot be used here ({error}); choose another, such as cpu") from error
     sources = {"model": model, "against": against}
@@ -216,29 +227,25 @@ def benchmark(
         if length > (most := side.config.max_position_embeddings):
             raise ValueError(f"length={length} is more than the {most} tokens of {_name(source)}; give a smaller one")
         sides[key] = side.to(dtype=getattr(torch, dtype), device=device).eval()
-    gemm_rate, copy_rate = machine_rates(getattr(torch, dtype), device)
+    costs = {key: describe(side, length).factored for key, side in sides.items()}
+    rates = machine_rates(getattr(torch, dtype), device)
     with torch.inference_mode():
-        plain = {key: forward_pass(side, batch, length) for key, side in sides.items()}
-        ways = {key: forward_pass(side, batch, length, compiled) for key, side in sides.items()} if compiled else plain
-        seconds = in_turn(ways, rounds)
-        with ExitStack() as stack:
-            for side in sides.values():
-                stack.enter_context(without_linear_layers(side))
-            rests = {key: statistics.median(times) for key, times in in_turn(plain, rounds).items()}
+        passes = {key: forward_pass(side, batch, length, compiled) for key, side in sides.items()}
+        seconds = in_turn(passes, rounds, device=device)
+    limits = {key: limit_seconds(side, batch, length, rates, rounds) for key, side in sides.items()}
     measurements = {}
-    for key, side in sides.items():
-        source, costs, peak = sources[key], describe(side, length).factored, None
+    for key, cost in costs.items():
+        source, peak = sources[key], None
         if device == "cpu" and not isinstance(source, PreTrainedModel):
             peak = process_memory(source, batch, length, dtype)
         middle, spread = median_and_spread(seconds[key])
-        limit = rests[key] + max(batch * costs.linear_flops / gemm_rate, costs.bytes / copy_rate)
         measurements[key] = Measurement(
-            name=_name(source), parameters=costs.parameters, bytes=costs.bytes, flops=batch * costs.total_flops,
-            milliseconds=middle, spread=spread, limit_milliseconds=1e3 * limit, peak_bytes=peak,
+            name=_name(source), parameters=cost.parameters, bytes=cost.bytes, flops=batch * cost.total_flops,
+            milliseconds=middle, spread=spread, limit_milliseconds=1e3 * limits[key], peak_bytes=peak,
         )  # fmt: skip
     return Comparison(
         **measurements, batch=batch, length=length, dtype=dtype, device=device, compiled=compiled,
-        gemm_rate=gemm_rate, copy_rate=copy_rate, environment=environment(),
+        gemm_rate=rates[0], copy_rate=rates[1], environment=environment(),
     )  # fmt: skip
 
 
@@ -247,61 +254,66 @@ def _name(source: str | os.PathLike[str] | PreTrainedModel) -> str:
 
 
 def forward_pass(model: PreTrainedModel, batch: int, length: int, compiled: bool = False) -> Callable[[], Any]:
-    """A function that runs the model on random tokens, and waits for its device; without a cache for generation."""
+    """A function that runs the model on random tokens, without a cache for generation."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, 1, length) if "MultipleChoice" in type(model).__name__ else (batch, length)
     ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
     options = {"use_cache": False} if model.config.model_type.endswith("gpt2") else {}
     run: Any = torch.compile(model) if compiled else model
 
-    def forward() -> Any:
-        output = run(ids, **options)
-        if ids.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return output
-
-    return forward
+    return partial(run, ids, **options)
 
 
 @contextmanager
 def without_linear_layers(model: nn.Module) -> Iterator[None]:
-    """In the block, every linear layer gives what it once gave for an input of this shape, at no cost."""
-    outputs: dict[tuple[nn.Module, torch.Size], torch.Tensor] = {}
+    """In the block, linear layers give, at no cost, what one of their size once gave for an input of this shape."""
+    outputs: dict[tuple[int, torch.Size], torch.Tensor] = {}
 
-    def recall(layer: nn.Module, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        if (layer, x.shape) not in outputs:
-            outputs[layer, x.shape] = compute(x)
-        return outputs[layer, x.shape]
+    def recall(size: int, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        if (size, x.shape) not in outputs:
+            outputs[size, x.shape] = compute(x)
+        return outputs[size, x.shape]
 
-    layers: list[Any] = [
-        module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D, KroneckerLinear))
-    ]
+    layers: list[Any] = list(_linear_layers(model))
+    before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(recall, layer, layer.forward)
+        layer.forward = partial(recall, layer.nf if isinstance(layer, Conv1D) else layer.out_features, layer.forward)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _linear_layers(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D, KroneckerLinear)))
+
+
+def limit_seconds(model: PreTrainedModel, batch: int, length: int, rates: tuple[float, float], rounds: int) -> float:
+    """What remains of a forward pass if its linear layers only take the time of their products, or of their weights.
+
+    That is the larger of their FLOPs at the rate of a large GEMM and of their bytes at that of a large copy; all else
+    is measured, eager. Weights that stay in a cache between two passes may be read faster.
+    """
+    forward = forward_pass(model, batch, length)
+    with torch.inference_mode(), without_linear_layers(model):
+        rest = statistics.median(in_turn({"rest": forward}, rounds, device=model.device)["rest"])
+    weights = {weight for layer in _linear_layers(model) for weight in layer.parameters()}
+    flops = batch * describe(model, length).factored.linear_flops
+    return rest + max(flops / rates[0], sum(weight.nbytes for weight in weights) / rates[1])
 
 
 def machine_rates(dtype: torch.dtype, device: str = "cpu") -> tuple[float, float]:
     """FLOPs per second of a large matrix product, and bytes per second, read and written, of a large copy."""
-    a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
-    source = torch.zeros(2**25, dtype=torch.uint8, device=device)
+    size, count = (2048, 2**27) if torch.device(device).type == "cpu" else (8192, 2**30)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     works = {"product": partial(torch.matmul, a, b), "copy": partial(target.copy_, source)}
-
-    def timed(work: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            work()
-            if a.device.type != "cpu":
-                torch.accelerator.synchronize()
-
-        return run
-
-    best = {name: min(times) for name, times in in_turn({k: timed(w) for k, w in works.items()}, 7).items()}
-    return 2 * 2048**3 / best["product"], 2 * source.nbytes / best["copy"]
+    best = {name: min(times) for name, times in in_turn(works, 7, device=device).items()}
+    return 2 * size**3 / best["product"], 2 * count / best["copy"]
 
 
 def process_memory(source: str | os.PathLike[str], batch: int, length: int, dtype: str) -> int | None:
@@ -322,13 +334,19 @@ def process_memory(source: str | os.PathLike[str], batch: int, length: int, dtyp
 
 
 def _print_memory(source: str, batch: int, length: int, dtype: str) -> None:
-    before = memory("VmRSS")
-    model = load_model(source)[0].to(getattr(torch, dtype))
-    with torch.inference_mode():
-        forward_pass(model, batch, length)()
-    print(memory("VmHWM") - before)
+    with peak_memory() as extra, torch.inference_mode():
+        forward_pass(load_model(source)[0].to(getattr(torch, dtype)), batch, length)()
+    print(extra())
 
 
-def memory(field: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS is the memory that this process holds, VmHWM its peak (Linux)."""
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], int]]:
+    """Gives a function: bytes of the peak of this process since the block began, above what it held then (Linux)."""
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    yield lambda: _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    """A field of /proc/self/status in bytes: VmRSS is the memory held now, VmHWM its peak."""
     return 1024 * int(next(line.split()[1] for line in _read("/proc/self/status") if line.startswith(field)))

@@ -95,7 +95,7 @@ def _load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
 def _load_weights(model_class: type[PreTrainedModel], source: str | os.PathLike[str]) -> PreTrainedModel:
     """A model with every weight from its checkpoint; one that was saved without a pooler comes back without.
 
-    The library's report on weights that do not fit is held back until that is clear.
+    The library's load report, on weights that do not fit, is held back until that is clear.
     """
     load: Any = partial(
         model_class.from_pretrained, source, dtype="auto", use_safetensors=True, output_loading_info=True
@@ -103,8 +103,9 @@ def _load_weights(model_class: type[PreTrainedModel], source: str | os.PathLike[
     reports, held_back = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
 
     def hold_back(record: logging.LogRecord) -> bool:
-        held_back.append(record)
-        return False
+        if is_report := "LOAD REPORT" in record.getMessage():
+            held_back.append(record)
+        return not is_report
 
     reports.addFilter(hold_back)
     try:
@@ -172,11 +173,14 @@ def check_file(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileNotFoundError: its folder does not exist.
+        PermissionError: nothing may be written there.
         IsADirectoryError: it is a folder.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder {str(path.parent)!r} of the file {path.name!r} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"folder {str(path.parent)!r} may not be written; choose another one for {path.name!r}")
     if path.is_dir():
         raise IsADirectoryError(f"output {str(path)!r} is a folder; give the name of a file")
     return path

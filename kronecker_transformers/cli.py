@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--milliseconds", type=float, metavar="X", help="of a forward pass of the base model on this machine, at most"
     )
-    command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences of this pass (default: 1)")
-    command.add_argument("--length", type=int, default=128, metavar="N", help="tokens of each (default: 128)")
+    command.add_argument("--batch", type=int, metavar="N", help=f"sequences of this pass (default: {Runtime.batch})")
+    command.add_argument("--length", type=int, metavar="N", help=f"tokens of each (default: {Runtime.length})")
     _add_calibration(command, required=True)
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="plan file, .yaml or .json")
     command.add_argument("--picture", metavar="FILE", help="PNG of predicted error against size")
@@ -140,6 +140,9 @@ def _calibration_texts(arguments: argparse.Namespace) -> list[str]:
 
 def _search(arguments: argparse.Namespace, console: Console) -> None:
     check_plan_path(arguments.output)
+    if arguments.picture:
+        check_file(arguments.picture)
+    sizes = {name: getattr(arguments, name) for name in ("batch", "length") if getattr(arguments, name) is not None}
     found = search_plan(
         arguments.teacher,
         _calibration_texts(arguments),
@@ -148,7 +151,7 @@ def _search(arguments: argparse.Namespace, console: Console) -> None:
         size_bytes=arguments.size_bytes,
         flops=arguments.flops,
         milliseconds=arguments.milliseconds,
-        runtime=Runtime(arguments.batch, arguments.length),
+        runtime=Runtime(**sizes) if sizes else None,
         progress=True,
     )
     found.save(arguments.output)

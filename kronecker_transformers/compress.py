@@ -28,12 +28,10 @@ from .models import DENSE_CLASSES
 from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .report import Report, describe
 from .search import search_plan
-from .teachers import STUDENT_CLASSES, check_finite, check_teacher
+from .teachers import STUDENT_CLASSES, check_finite, check_teacher, model_like
 
-DEFAULT_PLANS = {"bert": "7.7x", "gpt2": "kngpt2"}
-"""By family, if no plan is given."""
-DEFAULT_RATIOS = {"bert": 7.7, "gpt2": 1.48}
-"""Those of these plans: what is searched for calibration text if neither a plan nor a ratio is given."""
+DEFAULTS = {"bert": ("7.7x", 7.7), "gpt2": ("kngpt2", 1.48)}
+"""By family: the plan if none is given, and its ratio, for which one is searched if there is calibration text."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +91,13 @@ def compress(
             raise ValueError(f"ratio={ratio} was given beside a plan, which has its own; leave one of them out")
         if calibration is None:
             raise ValueError(f"ratio={ratio} needs calibration text, for which the best plan is searched; give some")
-    family = teacher.config.model_type
+    default_plan, default_ratio = DEFAULTS[teacher.config.model_type]
     if plan is None and calibration is not None:
         calibration = calibration if isinstance(calibration, str) else list(calibration)
-        ratio = DEFAULT_RATIOS[family] if ratio is None else ratio
+        ratio = default_ratio if ratio is None else ratio
         plan = search_plan(teacher, calibration, ratio=ratio, tokenizer=tokenizer, progress=progress).plan
     student_class: Any = STUDENT_CLASSES[type(teacher)]
-    config = student_class.config_class.from_dense(teacher.config, DEFAULT_PLANS[family] if plan is None else plan)
+    config = student_class.config_class.from_dense(teacher.config, default_plan if plan is None else plan)
     config.name_or_path = teacher.config.name_or_path
     head = teacher.get_output_embeddings()
     if head is not None and head.weight is not teacher.get_input_embeddings().weight:
@@ -109,7 +107,8 @@ def compress(
         if tokenizer is None:
             raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
         batches = calibration_batches(calibration, tokenizer, teacher)
-    student = _empty_like(student_class, config, teacher)
+    with torch.device("meta"):
+        student = model_like(teacher, student_class, config)
 
     errors: dict[str, dict[str, float]] = {}
     dense_modules = dict(teacher.named_modules())
@@ -157,7 +156,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         )
     check_finite(model)
     dense_class = DENSE_CLASSES[type(model)]
-    dense = _empty_like(dense_class, model.config.to_dense_config(), model)
+    with torch.device("meta"):
+        dense = model_like(model, dense_class, model.config.to_dense_config())
     factored_modules = dict(model.named_modules())
     for name, module in dense.named_modules():
         source = factored_modules[name]
@@ -169,16 +169,6 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
             )
     _copy_rest(model, dense)
     return dense
-
-
-def _empty_like(model_class: type[PreTrainedModel], config: Any, source: PreTrainedModel) -> PreTrainedModel:
-    """A model of another class, with the attention and the pooler of `source`, without memory for its weights."""
-    config._attn_implementation = source.config._attn_implementation
-    choices = {}
-    if source.base_model is source and hasattr(source, "pooler"):
-        choices["add_pooling_layer"] = source.pooler is not None
-    with torch.device("meta"):
-        return model_class(config, **choices)
 
 
 def _copy_rest(source: PreTrainedModel, target: PreTrainedModel) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .benchmark import forward_pass, in_turn, without_linear_layers
+from .calibration import POSITIONS
 from .candidates import EMBEDDINGS, Candidate, MeasuredLayer
 from .models.factor_plan import FactorEntry
 from .models.kronecker_layers import kronecker_embedding, kronecker_linear
@@ -25,7 +26,10 @@ from .models.modeling_kronecker import BLOCK_TOKENS
 ROUNDS = 7
 """Of a measurement, after one to warm up."""
 STEP = 4
-"""Of the candidates of a shape every so many is measured, and the largest; in between, time is linear in the terms."""
+"""Of the candidates of a shape every so many is measured, and the largest; in between, time is linear in the terms.
+
+Each is measured alone, with its weights in the cache; what that hides, the time of the whole plan shows.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class LatencyTable:
     def timed(self, layers: Sequence[MeasuredLayer], progress: bool = False) -> list[list[Candidate]]:
         """The candidates of all layers with their times."""
         bar = tqdm(layers, desc="timing candidates", unit="layer", disable=not progress)
-        return [self._candidates(layer) for layer in bar]
+        with torch.random.fork_rng(devices=[]):
+            return [self._candidates(layer) for layer in bar]
 
     def _candidates(self, layer: MeasuredLayer) -> list[Candidate]:
         shapes = defaultdict(list)
@@ -84,7 +89,11 @@ class LatencyTable:
     def _milliseconds(self, layer: MeasuredLayer, entry: FactorEntry | None) -> float:
         m, n = layer.weight.shape
         is_embedding = layer.name in EMBEDDINGS
-        tokens = self._rows if layer.name == "pooler.dense" else self._rows * self._length
+        tokens = self._rows * self._length
+        if layer.name == "pooler.dense":
+            tokens = self._rows
+        elif layer.name in POSITIONS:
+            tokens = self._length
         key = (m, n, entry, is_embedding, tokens)
         if key not in self._known:
             factors = [torch.randn(m, n, **self._options)]
@@ -99,30 +108,22 @@ class LatencyTable:
                 x = torch.randn(tokens, n, **self._options)
                 factors.append(torch.randn(m, **self._options))  # the bias
                 layer_function = linear if entry is None else kronecker_linear
-            self._known[key] = self._blocks * _measured(lambda: layer_function(x, *factors), x)
+            self._known[key] = self._blocks * _milliseconds(partial(layer_function, x, *factors), x.device)
         return self._known[key]
 
     def rest(self, base: PreTrainedModel) -> float:
         """Milliseconds of all that is not a linear layer in a forward pass of a dense base model."""
-        forward = forward_pass(base, self._rows, self._length)
         with without_linear_layers(base):
-            return self._blocks * 1e3 * statistics.median(in_turn({"rest": forward}, ROUNDS)["rest"])
+            return self._blocks * _milliseconds(forward_pass(base, self._rows, self._length), base.device)
+
+
+def _milliseconds(work: Callable[[], object], device: torch.device) -> float:
+    return 1e3 * statistics.median(in_turn({"": work}, ROUNDS, warmup=1, device=device)[""])
 
 
 def measured_passes(student: PreTrainedModel, dense: PreTrainedModel, runtime: Runtime) -> tuple[float, float]:
     """Milliseconds of a forward pass of each, in turn."""
     passes = {name: forward_pass(model, runtime.batch, runtime.length) for name, model in
               (("student", student), ("dense", dense))}  # fmt: skip
-    seconds = in_turn(passes, ROUNDS)
+    seconds = in_turn(passes, ROUNDS, device=dense.device)
     return 1e3 * statistics.median(seconds["student"]), 1e3 * statistics.median(seconds["dense"])
-
-
-def _measured(work: Callable[[], object], x: Tensor) -> float:
-    times = []
-    for _ in range(ROUNDS + 1):
-        start = time.perf_counter()
-        work()
-        if x.device.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])

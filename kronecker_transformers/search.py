@@ -31,7 +31,7 @@ from .factorization.search import UNITS, best_choice
 from .latency import LatencyTable, Runtime, measured_passes
 from .models.factor_plan import PRESETS, FactorEntry, FactorPlan
 from .plan_file import write_plan
-from .teachers import STUDENT_CLASSES, check_teacher
+from .teachers import STUDENT_CLASSES, check_teacher, model_like
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def search_plan(
         size_bytes: of these parameters in the teacher's dtype.
         flops: of the linear layers of the base model, for a sequence of `REPORT_LENGTH` tokens.
         milliseconds: of a forward pass of the base model on this machine, by the times of layers that are measured.
-        runtime: what these are of; default: one sequence of 128 tokens.
+        runtime: what these are of; default: one sequence of 128 tokens. Only with `milliseconds`.
         tokenizer: of a teacher that is a loaded model.
         progress: show progress bars on standard error.
 
@@ -188,12 +188,17 @@ def search_plan(
     for name, value in given.items():
         if not (math.isfinite(value) and value > (1 if name == "ratio" else 0)):
             raise ValueError(f"{name}={value} must be above {1 if name == 'ratio' else 0}; give a larger number")
+    if runtime is not None and milliseconds is None:
+        raise ValueError(f"{runtime} were given without milliseconds to budget; give both or neither")
+    runtime = runtime or Runtime()
+    if milliseconds is not None and runtime.length > (most := model.config.max_position_embeddings):
+        raise ValueError(f"length={runtime.length} is more than the {most} tokens of the teacher; give a smaller one")
     if tokenizer is None:
         raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
     batches = calibration_batches(calibration, tokenizer, model)
     training = model.training
     try:
-        return _search(model.eval(), batches, given, runtime or Runtime(), progress)
+        return _search(model.eval(), batches, given, runtime, progress)
     finally:
         model.train(training)
 
@@ -221,14 +226,14 @@ def _search(
     fixed = dense - sum(layer.weight.numel() for layer in layers)
     limits: list[tuple[str, list[list[float]], float]] = []
     for name, value in budgets.items():
-        if name == "flops":
-            limits.append((name, [[c.flops for c in found] for found in options], value))
-            continue
-        if name == "milliseconds":
-            limits.append((name, [[c.milliseconds for c in found] for found in options], value - rest))
-            continue
-        limit = {"ratio": dense / value, "parameters": value, "size_bytes": value / base.dtype.itemsize}[name]
-        limits.append((name, [[c.parameters for c in found] for found in options], limit - fixed))
+        kind, limit = {
+            "ratio": ("parameters", dense / value - fixed),
+            "parameters": ("parameters", value - fixed),
+            "size_bytes": ("parameters", value / base.dtype.itemsize - fixed),
+            "flops": ("flops", value),
+            "milliseconds": ("milliseconds", value - rest),
+        }[name]
+        limits.append((name, [[getattr(c, kind) for c in found] for found in options], limit))
     for name, costs, limit in limits:
         if (least := sum(map(min, costs))) > limit:
             smallest = {"ratio": f"at most {dense / (least + fixed):.2f}", "flops": f"at least {least:,}",
@@ -270,7 +275,9 @@ def _search(
 def _latency(base: PreTrainedModel, plan: Mapping[str, FactorEntry], runtime: Runtime, predicted: float) -> Latency:
     """The plan, measured in a student with random weights."""
     student_class: Any = STUDENT_CLASSES[type(base)]
-    student = student_class(student_class.config_class.from_dense(base.config, plan)).to(base.device, base.dtype).eval()
+    with torch.random.fork_rng(devices=[]):
+        student: Any = model_like(base, student_class, student_class.config_class.from_dense(base.config, plan))
+    student = student.to(base.device, base.dtype).eval()
     return Latency(runtime, predicted, *measured_passes(student, base, runtime))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,15 @@ def check_teacher(
         raise ValueError(f"teacher of class {type(teacher).__name__} is not supported; supported are {supported}")
     check_finite(teacher)
     return teacher, tokenizer
+
+
+def model_like(source: PreTrainedModel, model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """A new model of another class, with the kind of attention and the pooler of `source`, or without one."""
+    config._attn_implementation = source.config._attn_implementation
+    choices = {}
+    if source.base_model is source and hasattr(source, "pooler"):
+        choices["add_pooling_layer"] = source.pooler is not None
+    return model_class(config, **choices)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from kronecker_transformers.benchmark import (
     Measurement,
     benchmark,
     in_turn,
+    limit_seconds,
     machine_rates,
     median_and_spread,
     process_memory,
@@ -85,14 +86,35 @@ def test_without_linear_layers_none_computes(dense_class):
     with torch.no_grad():
         whole = model(ids)[0]
         with without_linear_layers(model):
-            assert torch.equal(model(ids)[0], whole)
+            model(ids)
             with torch.profiler.profile() as profile:
-                assert torch.equal(model(ids)[0], whole)
+                model(ids)
             calls = [event.key for event in profile.key_averages()]
         assert not any(f"aten::{name}" in calls for name in products)
         assert "aten::scaled_dot_product_attention" in calls
         assert torch.equal(model(ids)[0], whole)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(("rates", "linear"), [((1e6, 1e30), "flops"), ((1e30, 1e6), "bytes")])
+def test_the_limit_is_the_rest_and_the_slower_of_products_and_weights(rates, linear, monkeypatch):
+    """An embedding is looked up, so its bytes do not count; a tied head's do, once."""
+    dense = teacher(GPT2LMHeadModel)
+    monkeypatch.setattr(package_benchmark, "in_turn", lambda works, *args, **kwargs: {key: [3, 1, 2] for key in works})
+    per_layer = [(96 * 32, 96), (32 * 32, 32), (96 * 32, 96), (32 * 96, 32)]
+    weights, biases = (3 * sum(column) for column in zip(*per_layer, strict=True))
+    head = 72 * 32
+    wanted = {"flops": 2 * 5 * 10 * (weights + head) / 1e6, "bytes": 4 * (weights + biases + head) / 1e6}
+    assert limit_seconds(dense, 5, 10, rates, 3) == pytest.approx(2 + wanted[linear])
+
+
+def test_a_forward_that_was_replaced_before_is_put_back():
+    model = teacher(BertModel)
+    replaced = model.encoder.layer[0].intermediate.dense
+    mine = replaced.forward = lambda x: torch.zeros(*x.shape[:-1], 96)
+    with without_linear_layers(model):
+        assert replaced.forward is not mine
+    assert replaced.forward is mine
 
 
 def test_rates_of_the_machine():
@@ -121,7 +143,7 @@ def side(name, milliseconds, parameters, spread=0.02):
     ("milliseconds", "parameters", "words"),
     [
         (5.0, 100, ("student is 2.00 times as fast as teacher here, and 7.70 times smaller.",)),
-        (20.0, 100, ("does not pay here: it is 2.00 times as slow as teacher, though 7.70", "transformers expand")),
+        (20.0, 100, ("does not pay here: it is 2.00 times as slow as teacher, and 7.70", "transformers expand")),
         (9.8, 100, ("does not pay here: it is as fast as teacher",)),
         (5.0, 1540, ("2.00 times larger",)),
     ],

@@ -10,13 +10,14 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from kronecker_transformers import KroneckerBertConfig, compress, describe
+from kronecker_transformers import KroneckerBertConfig, compress, describe, latency, search
 from kronecker_transformers.activations import calibration_batches
-from kronecker_transformers.candidates import EMBEDDINGS, MeasuredLayer, influences
+from kronecker_transformers.candidates import EMBEDDINGS, Candidate, MeasuredLayer, influences
 from kronecker_transformers.cli import main
 from kronecker_transformers.factorization import nearest_kronecker
 from kronecker_transformers.latency import LatencyTable, Runtime
-from kronecker_transformers.models.kronecker_layers import multiplications
+from kronecker_transformers.models.factor_plan import FactorEntry
+from kronecker_transformers.models.kronecker_layers import kronecker_linear, multiplications
 from kronecker_transformers.plan_file import read_plan
 from kronecker_transformers.report import REPORT_LENGTH
 from kronecker_transformers.search import search_plan
@@ -177,6 +178,42 @@ def test_a_budget_of_time_takes_the_best_of_what_is_measured(bert, monkeypatch):
         search_plan(dense, texts(), milliseconds=3.1, tokenizer=tokenizer)
 
 
+def test_times_are_those_of_the_blocks_that_a_batch_goes_through_in(monkeypatch):
+    dense = teacher(BertModel, hidden_size=32)
+    seen = []
+
+    def milliseconds(work, device):
+        seen.append(work.args[0].shape[:1].numel())
+        return 5.0 + (work.func is kronecker_linear) * work.args[1].shape[1]  # terms
+
+    monkeypatch.setattr(latency, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(latency, "_milliseconds", milliseconds)
+    entries = [FactorEntry(32, 1, terms) for terms in (1, 2, 3, 4, 5, 6)]
+    choices = [Candidate(entry, 64 * entry.terms, 0, 0.5) for entry in entries]
+    names = ("encoder.layer.0.output.dense", "pooler.dense", *EMBEDDINGS[:2])
+    layers = [MeasuredLayer(name, torch.ones(32, 32), [Candidate(None, 1024, 0, 0.0), *choices], (None,) * 3, 0.1)
+              for name in names]  # fmt: skip
+    found = dict(zip(names, LatencyTable(dense, Runtime(12, 16)).timed(layers), strict=True))
+    assert set(seen) == {4 * 16, 4, 16}  # tokens of a block, its sequences, positions
+    for name in names[:2]:  # three blocks; terms 1, 5 and 6 are measured, and what lies between them interpolated
+        assert [c.milliseconds for c in found[name]] == pytest.approx([15, 18, 21, 24, 27, 30, 33])
+    for name in names[2:]:  # no more than the dense one
+        assert [c.milliseconds for c in found[name]] == [0] * 7
+    assert sum(tokens == 64 for tokens in seen) == 4 + 4  # dense and 1, 5, 6 terms, linear and of the words
+
+
+def test_sizes_of_a_pass_are_checked_before_anything_is_measured(bert, monkeypatch):
+    dense, tokenizer, _ = bert
+    monkeypatch.setattr(search, "measured_layers", None)
+    for name in ("batch", "length"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
+            Runtime(**{name: 0})
+    with pytest.raises(ValueError, match="length=129 is more than the 128 tokens of the teacher"):
+        search_plan(dense, texts(), milliseconds=5, runtime=Runtime(1, 129), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="2 x 8 tokens, eager were given without milliseconds"):
+        search_plan(dense, texts(), ratio=2, runtime=Runtime(2, 8), tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_times_are_measured(family, request):
     dense, tokenizer, _ = request.getfixturevalue(family)
@@ -186,9 +223,6 @@ def test_times_are_measured(family, request):
     for layer in found.layers:
         embedding = layer.name in EMBEDDINGS
         assert all(c.milliseconds >= 0 if embedding else c.milliseconds > 0 for c in layer.candidates)
-    for name in ("batch", "length"):
-        with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
-            Runtime(**{name: 0})
 
 
 def test_the_teacher_is_unchanged_and_the_plan_the_same_twice(gpt2):

@@ -80,7 +80,8 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 f"n_gpu={args.n_gpu} in one process is not supported; start one process per GPU with torchrun"
             )
-        if args.world_size > 1:
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            atexit.unregister(_leave_process_group)
             atexit.register(_leave_process_group)
         self._move_model_to_device(teacher, args.device)
         # so that the loss comes back as it is: it is divided by the counts of the whole step already
@@ -278,7 +279,7 @@ def is_complete(checkpoint: Path) -> bool:
 def _leave_process_group() -> None:
     """At exit, while Python still runs: threads of gloo that outlive it can abort the process, and so all others.
 
-    The collection breaks the trainer's reference cycles, which hold the group too.
+    The collection breaks the reference cycles of trainers, which hold the group too; not of one that a module holds.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

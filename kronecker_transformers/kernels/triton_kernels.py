@@ -1,7 +1,8 @@
 """The kernels of `triton_linear`, which says what they compute.
 
-Strides are in entries, one for each index: x_t is that of x over t. NS, NQ and NR count small indices and terms, S2, Q2
-and R2 are powers of two that hold them. ROWS, COLUMNS and DEPTH are those of the tile of a GEMM.
+Strides are in entries, one for each index: x_t is that of x over t. NS, NQ and NR count small indices and terms; S2, Q2
+and R2 are powers of two that hold them, for kernels that use them. SIZE, that of T, is for tuning only. ROWS, COLUMNS
+and DEPTH are those of the tile of a GEMM.
 """
 
 import triton

@@ -9,13 +9,14 @@ factors transposed. That of the large factor is a GEMM over tokens with one oper
 that of the small factor reduces the accumulator of `mix_after` against the other side. Nothing but the inputs is kept
 for the backward pass, and neither a mixed activation nor anything of the size of W is ever in memory.
 
-Accumulation is in float32; products of float32 are exact unless `torch.backends.cuda.matmul.allow_tf32` is on. All sums
-have a fixed order.
+Accumulation is in float32, and float32 is multiplied in full unless PyTorch may use TF32. Sums have the order of the
+tiles, which are tuned once in each process for every size: results repeat within a process.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ MOST = 32
 """Small indices of the input and of the output at most."""
 LEAST = 16
 """Large indices of the input and of the output at least; with fewer there is no work for tensor cores."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROGRAMS = 256  # that the gradient of the large factor is split into, over tokens
 
 
@@ -42,12 +44,18 @@ def _tuned(kernel: Any) -> Any:
         triton.Config({"ROWS": rows, "COLUMNS": columns, "DEPTH": depth}, num_warps=warps, num_stages=3)
         for rows, columns, depth, warps in tiles
     ]
-    return triton.autotune(configurations, key=["SIZE", "P", "K", "NS", "NQ", "NR"])(kernel)
+    return triton.autotune(configurations, key=["SIZE", "P", "K", "NS", "NQ", "NR", "PRECISION"])(kernel)
 
 
 _mix_after_tuned, _mix_before_tuned, _large_gradient_tuned = map(_tuned, (mix_after, mix_before, large_gradient))
 _REDUCING = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "num_warps": 4, "num_stages": 3}
 """Tile where parts of a gradient have their places by the tile, so that it is not tuned."""
+
+
+def _tf32() -> bool:
+    """Whether PyTorch may use it for products of float32."""
+    settings: Any = torch.backends.cuda.matmul  # the older setting is an error where only the newer one was changed
+    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
 
 
 class _Form(NamedTuple):
@@ -85,11 +93,10 @@ class _Form(NamedTuple):
     def sizes(self, x: Tensor) -> dict[str, Any]:
         """The sizes, small ones also as powers of two that hold them, and the precision, by their names."""
         small = {"NS": self.S, "NQ": self.Q, "NR": self.R}
-        tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
         return {
             "T": len(x), "SIZE": triton.next_power_of_2(len(x)), "P": self.P, "K": self.K, **small,
             **{f"{name[1]}2": triton.next_power_of_2(size) for name, size in small.items()},
-            "PRECISION": "tf32" if tf32 else "ieee",
+            "PRECISION": "tf32" if x.dtype == torch.float32 and _tf32() else "ieee",
         }  # fmt: skip
 
     def grid(self, tokens: int) -> Any:
@@ -111,19 +118,20 @@ def _form(A: Tensor, B: Tensor) -> tuple[_Form, bool]:
 
 def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor | None:
     """As `kronecker_layers.kronecker_linear`, for sums that the kernels are made for; None for others."""
+    if not fits(x, A, B):
+        return None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, A, B, bias = x.to(dtype), A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype)
-    return linear(x, A, B, bias) if fits(x, A, B) else None
+    return linear(x, A, B, bias) if x.dtype == A.dtype == B.dtype else None
 
 
 def fits(x: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether one factor is tiny and the other is not, and there are tokens."""
+    """Whether one factor is tiny and the other is not, there are tokens, and no float64."""
     form, _ = _form(A, B)
     return (
         x.numel() > 0
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and x.dtype == A.dtype == B.dtype
+        and all(value.dtype in _DTYPES and value.device == x.device for value in (x, A, B))
         and min(form.S, form.Q) * form.R <= FEWEST
         and max(form.S, form.Q) <= MOST
         and min(form.P, form.K) >= LEAST
@@ -143,7 +151,9 @@ def linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     """
     form, a_is_large = _form(A, B)
     L, S = (A, B) if a_is_large else (B, A)
-    y = _product(form, x.reshape(-1, form.K * form.S).contiguous(), L.contiguous(), S.contiguous(), bias)
+    flat, bias = x.reshape(-1, form.K * form.S).contiguous(), None if bias is None else bias.contiguous()
+    with _on(x.device):
+        y = _product(form, flat, L.contiguous(), S.contiguous(), bias)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -159,19 +169,27 @@ def linear_backward(g: Tensor, x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor,
     L, S = (part.contiguous() for part in ((A, B) if a_is_large else (B, A)))
     flat, g = x.reshape(-1, form.K * form.S).contiguous(), g.reshape(-1, form.P * form.Q).contiguous()
     back = form.transposed
-    if back.mixes_after:
-        dx = torch.empty_like(flat)
-        dS = _accumulate(back, g, L, S, None, dx, flat).permute(2, 1, 0)
-    else:
-        dx = _product(back, g, L, S, None)
-        dS = _accumulate(form, flat, L, S, None, None, g)
-    dL, dS = _gradient_of_large(form, flat, L, S, g), dS.to(S.dtype).contiguous()
+    with _on(x.device):
+        if back.mixes_after:
+            dx = torch.empty_like(flat)
+            dS = _accumulate(back, g, L, S, None, dx, flat).permute(2, 1, 0)
+        else:
+            dx = _product(back, g, L, S, None)
+            dS = _accumulate(form, flat, L, S, None, None, g)
+        dL = _gradient_of_large(form, flat, L, S, g)
+    dS = dS.to(S.dtype).contiguous()
     return dx.reshape(x.shape), *((dL, dS) if a_is_large else (dS, dL))
 
 
 @linear_backward.register_fake
 def _(g: Tensor, x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(A), torch.empty_like(B)
+    dx, dA, dB = (torch.empty_like(value, memory_format=torch.contiguous_format) for value in (x, A, B))
+    return dx, dA, dB
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch on this GPU; Triton takes the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -202,7 +220,7 @@ def _product(form: _Form, x: Tensor, L: Tensor, S: Tensor, bias: Tensor | None) 
 def _accumulate(
     form: _Form, x: Tensor, L: Tensor, S: Tensor, bias: Tensor | None, y: Tensor | None, other: Tensor | None
 ) -> Tensor:
-    """Fill y, if there is one; the gradient of S, as float32 in (q, r, s), if there is another tensor like y."""
+    """Fill y, if there is one; the gradient of S, float32 (Q, R, S), is empty unless there is another tensor like y."""
     kernel, tile, partial = _mix_after_tuned, {}, x.new_empty(0, dtype=torch.float32)
     grid: Any = form.grid(len(x))
     if other is not None:  # the parts have places by the tile, so it is not tuned
@@ -210,7 +228,7 @@ def _accumulate(
         partial = partial.new_empty(grid[0] * grid[1], form.Q, form.R, form.S)
     arguments = {"x": x, "L": L, "S": S, "bias": bias, "y": y, "other": other, "partial": partial}
     kernel[grid](**arguments, **form.strides(), **form.sizes(x), **tile)
-    return partial.sum(0)
+    return partial if other is None else partial.sum(0)
 
 
 def _gradient_of_large(form: _Form, x: Tensor, L: Tensor, S: Tensor, g: Tensor) -> Tensor:

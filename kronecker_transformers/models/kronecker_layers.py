@@ -40,12 +40,15 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
 _kernels: dict[str, Kernel] = {}
 
 
-def register_kernel(device_type: str, kernel: Kernel) -> None:
-    """Let `kronecker_linear` use a kernel, with its arguments, on one kind of device ("cuda").
+def register_kernel(device_type: str, kernel: Kernel | None) -> None:
+    """Let `kronecker_linear` use a kernel, with its arguments, on one kind of device ("cuda"); None removes it.
 
     Where the kernel returns None, PyTorch computes.
     """
-    _kernels[device_type] = kernel
+    if kernel is None:
+        _kernels.pop(device_type, None)
+    else:
+        _kernels[device_type] = kernel
 
 
 def _left_multiply(M: Tensor, X: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ BLOCK_TOKENS = 512
 def in_blocks(model: PreTrainedModel, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
     """Outputs of an encoder for a batch, computed for some sequences at a time where that is faster.
 
-    That is without gradients on a CPU. The batch stays whole for a compiled model, for a decoder with its cache, and
-    for forward hooks.
+    That is without gradients on a CPU. The batch stays whole for a compiled model, for a decoder or whatever else has
+    a cache, for forward hooks, and for masks that are no tensors.
 
     Args:
         model: the encoder.
@@ -51,6 +52,8 @@ def in_blocks(model: PreTrainedModel, forward: Callable[..., Any], inputs: dict[
         or source.ndim < 2
         or source.shape[0] * source.shape[1] <= BLOCK_TOKENS
         or model.config.is_decoder
+        or inputs.get("past_key_values") is not None
+        or not isinstance(inputs.get("attention_mask"), (torch.Tensor, NoneType))
         or _is_watched(model)
     ):
         return forward(**inputs)

@@ -37,7 +37,10 @@ class KroneckerBertModel(KroneckerBertPreTrainedModel, BertModel):
     @functools.wraps(BertModel.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As the stock method; see `modeling_kronecker.in_blocks`."""
-        return in_blocks(self, super().forward, {**dict(zip(_FORWARD_ARGUMENTS, args, strict=False)), **kwargs})
+        named = dict(zip(_FORWARD_ARGUMENTS, args, strict=False))
+        if len(named) < len(args) or named.keys() & kwargs.keys():
+            return super().forward(*args, **kwargs)  # which refuses them
+        return in_blocks(self, super().forward, named | kwargs)
 
 
 _FORWARD_ARGUMENTS = tuple(inspect.signature(BertModel.forward).parameters)[1:]

@@ -105,6 +105,11 @@ def test_any_strides_and_leading_dimensions(shape):
     row = x.detach()[0]
     assert torch.equal(triton_linear.linear(row, A, B, bias), plain[0])
     assert torch.equal(triton_linear.linear(row.expand(4, -1), A, B, bias), plain[:1].expand(4, -1))
+    narrow = bias.detach().repeat_interleave(2)[::2]
+    assert not narrow.is_contiguous()
+    assert torch.equal(triton_linear.linear(x, A, B, narrow), plain)
+    one = torch.ones(1, device=DEVICE).expand(len(bias))
+    assert torch.equal(triton_linear.linear(x, A, B, one), triton_linear.linear(x, A, B, one.clone()))
     transposed = A.detach().transpose(0, 2).contiguous().transpose(0, 2)
     y = triton_linear.linear(x, transposed.requires_grad_(), B, None)
     assert torch.equal(y, triton_linear.linear(x, A, B, None))
@@ -200,7 +205,7 @@ def test_a_model_uses_it_and_learns_with_it(kernel):
 
     loss, gradients = step()
     assert kernel.uses == 4 * teacher.config.num_hidden_layers
-    kronecker_layers._kernels.clear()
+    kronecker_layers.register_kernel(DEVICE, None)
     plain_loss, plain_gradients = step()
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     assert gradients.keys() == plain_gradients.keys()
@@ -249,6 +254,20 @@ def test_kernels_compile_for_tensor_cores():
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_tf32_follows_pytorch_by_its_old_and_its_new_setting(monkeypatch):
+    assert not triton_linear._tf32()
+    if not hasattr(torch.backends, "fp32_precision"):
+        return
+    try:
+        torch.backends.fp32_precision = "tf32"
+        assert triton_linear._tf32()
+    finally:
+        torch.backends.fp32_precision = "none"
+    old = type("Settings", (), {"allow_tf32": True})
+    monkeypatch.setattr(torch.backends.cuda, "matmul", old)
+    assert triton_linear._tf32()
 
 
 def test_registering(monkeypatch):

@@ -415,9 +415,12 @@ def test_blocks_take_the_arguments_of_the_stock_model(blocks, monkeypatch):
                     assert mine == other
 
 
-def test_the_batch_stays_whole_for_gradients_hooks_and_decoders(blocks):
+def test_the_batch_stays_whole_for_gradients_hooks_caches_and_decoders(blocks):
     model = student(kt.KroneckerBertModel)
     batch = inputs(model, batch=4, length=12)
+    for args, kwargs in (((batch["input_ids"],), {"input_ids": batch["input_ids"]}), ((batch["input_ids"],) * 12, {})):
+        with torch.no_grad(), pytest.raises(TypeError):
+            model(*args, **kwargs)
     model(**batch).last_hidden_state.sum().backward()
     with torch.no_grad():
         seen = []
@@ -428,7 +431,10 @@ def test_the_batch_stays_whole_for_gradients_hooks_and_decoders(blocks):
         model(batch["input_ids"][:2], batch["attention_mask"][:2])
         decoder = student(kt.KroneckerBertModel, is_decoder=True)
         assert len(decoder(**batch, use_cache=True).past_key_values) == 3
-        assert blocks == [4, 4, 2, 4]
+        prefix = transformers.DynamicCache(config=decoder.config)
+        model(batch["input_ids"], past_key_values=prefix)
+        assert prefix.get_seq_length() == 12
+        assert blocks == [4, 4, 2, 4, 4]
         blocks.clear()
         model(**batch)
         assert blocks == [2, 2]

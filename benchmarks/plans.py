@@ -93,6 +93,7 @@ WARMUP = 0.5
 SEEDS = (0, 1, 2)
 CALIBRATION, PROBE = 512, 4000
 """Sentences."""
+TEACHER_RUN = {"student": "teacher"}
 
 
 @dataclass(frozen=True)
@@ -406,6 +407,9 @@ def complete(runs: list[Run], options: argparse.Namespace) -> None:
 def table(console: Console) -> None:
     """Plans, then the curves as tables."""
     console.print(LOG.environments(), highlight=False)
+    if teacher := LOG.find(TEACHER_RUN):
+        parameters, stsb, sst2 = (teacher[name] for name in ("parameters", "stsb", "sst2"))
+        console.print(f"Teacher: {parameters:,} parameters, STS-B {stsb:.1f}, SST-2 {sst2:.1f}", highlight=False)
     steps = [0, *LOOKS]
     for size in SIZES:
         rows: dict[str, list[Any]] = {}
@@ -462,6 +466,9 @@ def main() -> None:
     if not options.table:
         options.work.mkdir(parents=True, exist_ok=True)
         data = Data(options.data, options.work)
+        if not LOG.find(TEACHER_RUN):
+            scores = {"stsb": data.similarity(data.teacher, "validation"), "sst2": data.sentiment(data.teacher)}
+            LOG.add(TEACHER_RUN, {"parameters": data.teacher.num_parameters(), **scores})
         for size in SIZES:
             search(size, data)
         for stage in stages():

@@ -1,6 +1,6 @@
 """What to make of a model at equal parameters: plans and starts, before and after the same distillation.
 
-    python benchmarks/plans.py --data DIR --work WORK
+    python benchmarks/plans.py --data DIR --work WORK > benchmarks/logs/plans.txt
 
 DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler. Students
 of the sizes of the presets 7.7x and 21x start from 512 sentences of calibration, where they are calibrated, and learn
@@ -473,7 +473,7 @@ def main() -> None:
             search(size, data)
         for stage in stages():
             complete(stage, options)
-    table(Console(width=180))
+    table(Console(width=230))
     picture()
 
 

@@ -444,10 +444,11 @@ def picture() -> None:
             if line := finished(Run(name, size, best_rate(name, size), STEPS)):
                 points = [(int(step), minutes, value) for step, (value, minutes) in line["curve"].items()]
                 found, minutes, values = zip(*points, strict=True)
-                row[0].plot(found, values, marker=".", label=name)
-                row[1].plot(minutes, values, marker=".")
-        row[0].set(xlabel="steps", ylabel="STS-B dev, Spearman, per cent", title=size, ylim=(0, 90))
-        row[1].set(xlabel="minutes on one core", title=size, ylim=(0, 90))
+                style = {"marker": ".", "color": f"C{STUDENTS.index(name)}"}
+                row[0].plot(found, values, label=name, **style)
+                row[1].plot(minutes, values, **style)
+        row[0].set(xlabel="steps", ylabel="STS-B dev, Spearman, per cent", title=size, ylim=(40, 90))
+        row[1].set(xlabel="minutes on one core", title=size, ylim=(40, 90))
         row[0].legend(fontsize="small")
     figure.savefig(LOG.path.with_suffix(".png"), dpi=110)
 

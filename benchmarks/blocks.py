@@ -1,4 +1,4 @@
-"""How many tokens of a large batch should go through a factored BERT at a time (`modeling_kronecker.BLOCK_TOKENS`).
+"""How many tokens of a large batch should go through a factored BERT at a time (`modeling_kronecker.BLOCK`).
 
     python benchmarks/blocks.py | tee benchmarks/logs/blocks.txt
 
@@ -28,7 +28,7 @@ def in_blocks(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Callabl
     """A forward pass of a factored model in blocks."""
 
     def run() -> None:
-        with patch.object(modeling_kronecker, "BLOCK_TOKENS", tokens):
+        with patch.object(modeling_kronecker, "BLOCK", tokens * model.config.hidden_size):
             model(ids)
 
     return run

@@ -21,7 +21,7 @@ from .calibration import POSITIONS
 from .candidates import EMBEDDINGS, Candidate, MeasuredLayer
 from .models.factor_plan import FactorEntry
 from .models.kronecker_layers import kronecker_embedding, kronecker_linear
-from .models.modeling_kronecker import BLOCK_TOKENS
+from .models.modeling_kronecker import BLOCK
 
 ROUNDS = 7
 """Of a measurement, after one to warm up."""
@@ -62,7 +62,7 @@ class LatencyTable:
         self._options: dict[str, Any] = {"device": teacher.device, "dtype": teacher.dtype}
         rows = runtime.batch
         if teacher.config.model_type == "bert" and teacher.device.type == "cpu":
-            rows = min(rows, max(1, BLOCK_TOKENS // runtime.length))
+            rows = min(rows, max(1, BLOCK // (runtime.length * teacher.config.hidden_size)))
         self._rows, self._length, self._blocks = rows, runtime.length, runtime.batch / rows
         self._known: dict[tuple[Any, ...], float] = {}
 

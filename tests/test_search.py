@@ -186,7 +186,7 @@ def test_times_are_those_of_the_blocks_that_a_batch_goes_through_in(monkeypatch)
         seen.append(work.args[0].shape[:1].numel())
         return 5.0 + (work.func is kronecker_linear) * work.args[1].shape[1]  # terms
 
-    monkeypatch.setattr(latency, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(latency, "BLOCK", 64 * 32)
     monkeypatch.setattr(latency, "_milliseconds", milliseconds)
     entries = [FactorEntry(32, 1, terms) for terms in (1, 2, 3, 4, 5, 6)]
     choices = [Candidate(entry, 64 * entry.terms, 0, 0.5) for entry in entries]

@@ -27,8 +27,8 @@ def factor_module(module: nn.Module, m1: int, n1: int, terms: int) -> KroneckerL
     )
 
 
-BLOCK_TOKENS = 512
-"""Tokens that go through an encoder at a time; their activations are some megabytes (benchmarks/blocks.py)."""
+BLOCK = 512 * 768
+"""Entries of the hidden states that go through an encoder at a time: 512 tokens of BERT-base (benchmarks/blocks.py)."""
 
 
 def in_blocks(model: PreTrainedModel, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
@@ -50,7 +50,7 @@ def in_blocks(model: PreTrainedModel, forward: Callable[..., Any], inputs: dict[
         or not isinstance(source, torch.Tensor)
         or source.device.type != "cpu"
         or source.ndim < 2
-        or source.shape[0] * source.shape[1] <= BLOCK_TOKENS
+        or source.shape[0] * source.shape[1] * model.config.hidden_size <= BLOCK
         or model.config.is_decoder
         or inputs.get("past_key_values") is not None
         or not isinstance(inputs.get("attention_mask"), (torch.Tensor, NoneType))
@@ -58,7 +58,7 @@ def in_blocks(model: PreTrainedModel, forward: Callable[..., Any], inputs: dict[
     ):
         return forward(**inputs)
     batch = source.shape[0]
-    rows = max(1, BLOCK_TOKENS // source.shape[1])
+    rows = max(1, BLOCK // (source.shape[1] * model.config.hidden_size))
     parts = {
         name: value.split(rows)
         for name, value in inputs.items()

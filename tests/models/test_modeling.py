@@ -362,7 +362,7 @@ def test_every_class_is_registered():
 @pytest.fixture
 def blocks(monkeypatch):
     """Blocks of two sequences of 12 tokens; the batch sizes that pass through an encoder are counted."""
-    monkeypatch.setattr(modeling_kronecker, "BLOCK_TOKENS", 30)
+    monkeypatch.setattr(modeling_kronecker, "BLOCK", 30 * 32)
     sizes, forward = [], transformers.models.bert.modeling_bert.BertEncoder.forward
 
     def counted(self, hidden_states, *args, **kwargs):
@@ -382,7 +382,7 @@ def test_blocks_of_a_large_batch_give_the_outputs_of_the_whole(model_class, bloc
         found = model(**batch)
         assert max(blocks) == 2
         assert sum(blocks) == len(batch["input_ids"].flatten(0, -2))
-        monkeypatch.setattr(modeling_kronecker, "BLOCK_TOKENS", 10_000)
+        monkeypatch.setattr(modeling_kronecker, "BLOCK", 10**9)
         whole = model(**batch)
     assert found.keys() == whole.keys()
     torch.testing.assert_close(dict(found), dict(whole), rtol=1e-12, atol=1e-12)
@@ -402,10 +402,10 @@ def test_blocks_take_the_arguments_of_the_stock_model(blocks, monkeypatch):
     with torch.no_grad():
         for args, kwargs in arguments:
             blocks.clear()
-            monkeypatch.setattr(modeling_kronecker, "BLOCK_TOKENS", 30)
+            monkeypatch.setattr(modeling_kronecker, "BLOCK", 30 * 32)
             found = model(*args, **kwargs)
             assert blocks == [2, 2, 1]
-            monkeypatch.setattr(modeling_kronecker, "BLOCK_TOKENS", 10_000)
+            monkeypatch.setattr(modeling_kronecker, "BLOCK", 10**9)
             whole = model(*args, **kwargs)
             assert type(found) is type(whole)
             for mine, other in zip(tuple(found), tuple(whole), strict=True):

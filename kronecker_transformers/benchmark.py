@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .checkpoint import load_model
 from .models.kronecker_layers import KroneckerLinear
-from .report import describe
+from .report import describe, picture_axes
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -166,12 +166,7 @@ class Comparison:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("a picture needs matplotlib; pip install matplotlib") from error
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = picture_axes()
         for side in (self.against, self.model):
             megabytes = side.bytes / 1e6
             points = axes.plot(megabytes, side.milliseconds, "o", label=side.name)
@@ -260,7 +255,6 @@ def forward_pass(model: PreTrainedModel, batch: int, length: int, compiled: bool
     ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
     options = {"use_cache": False} if model.config.model_type.endswith("gpt2") else {}
     run: Any = torch.compile(model) if compiled else model
-
     return partial(run, ids, **options)
 
 

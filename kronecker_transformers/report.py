@@ -188,3 +188,17 @@ def _linear_flops(model: PreTrainedModel, length: int) -> tuple[int, int]:
         for handle in handles:
             handle.remove()
     return counts[0], counts[1]
+
+
+def picture_axes() -> tuple[Any, Any]:
+    """A figure of its own, and the axes in it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a picture needs matplotlib; pip install matplotlib") from error
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    return figure, figure.subplots()

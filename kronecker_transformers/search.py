@@ -31,6 +31,7 @@ from .factorization.search import UNITS, best_choice
 from .latency import LatencyTable, Runtime, measured_passes
 from .models.factor_plan import PRESETS, FactorEntry, FactorPlan
 from .plan_file import write_plan
+from .report import picture_axes
 from .teachers import STUDENT_CLASSES, check_teacher, model_like
 
 
@@ -127,12 +128,7 @@ class PlanSearch:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("a picture needs matplotlib; pip install matplotlib") from error
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = picture_axes()
         axes.plot(*zip(*self.frontier, strict=True), label="best plans")
         axes.plot(self.parameters, self.error, "o", label="chosen")
         for name, point in self.presets.items():

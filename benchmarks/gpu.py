@@ -29,7 +29,8 @@ from kronecker_transformers import compress
 from kronecker_transformers.benchmark import environment, forward_pass, in_turn, machine_rates, median_and_spread
 from kronecker_transformers.kernels import triton_linear
 from kronecker_transformers.models import kronecker_layers
-from kronecker_transformers.models.kronecker_layers import kronecker_linear, multiplications
+from kronecker_transformers.models.kronecker_contraction import multiplications
+from kronecker_transformers.models.kronecker_layers import kronecker_linear
 
 SMALL = {"attention": (32, 32, 2, 2, 1), "FFN up": (8, 2, 32, 32, 1), "FFN down": (2, 8, 32, 32, 1)}
 ROUNDS = 15

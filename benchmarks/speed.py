@@ -1,12 +1,12 @@
 """Speed and memory of whole models on a CPU, beside the dense models they come from.
 
-    python benchmarks/speed.py | tee benchmarks/logs/speed.txt
+    python benchmarks/speed.py --picture benchmarks/logs/speed.png | tee benchmarks/logs/speed.txt
 
 Weights are drawn as for training from scratch, seed 0. All ways to run a model take turns in one process; median of the
 rounds, and ratios to the better of the dense model's two ways, eager and under `torch.compile` (dynamic shapes). Above
 1 the factored model is faster. The limit is the ratio that linear layers at the rate of a large GEMM (or their bytes at
 that of a large copy, if that takes longer) would give, with all else as measured in the factored model. --only SECTION
-runs one section, --trial all of them with tiny models.
+runs one section, --trial all of them with tiny models; --picture draws speed against size, fp32, without torch.compile.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from kronecker_transformers.benchmark import (
     process_memory,
 )
 from kronecker_transformers.checkpoint import load_model, save_folder
+from kronecker_transformers.report import describe, picture_axes
 
 BATCHES = ((1, 16), (1, 128), (8, 128), (32, 128), (1, 512), (8, 512))  # batch x length
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
@@ -51,13 +53,31 @@ PROMPT, NEW = 128, 128
 """Tokens of a generation."""
 
 
+@dataclass(frozen=True)
+class Point:
+    """Of the picture."""
+
+    work: str
+    model: str
+    megabytes: float
+    """Of parameters."""
+    speedup: float
+    """Over the dense model."""
+
+
+def megabytes(model: Any) -> float:
+    """Of parameters, those that are tied counted once."""
+    return describe(model, 1).factored.bytes / 1e6
+
+
 def rounds(tokens: int) -> int:
     """Fewer for what takes seconds."""
     return 15 if tokens < 1000 else 7
 
 
-def inference(trial: bool) -> None:
+def inference(trial: bool) -> list[Point]:
     """One forward pass, fp32 and bf16."""
+    points = []
     models: dict[str, dict[str, Any]] = {"tiny": TINY} if trial else {"BERT-base": {}, "MiniLM": MINILM}
     columns = "".join(f"{plan:>9s} {'compiled':>9s} {'ratio':>7s} {'limit':>7s}" for plan in PLANS)
     print(f"{'model':10s} {'dtype':9s} {'batch':>7s} {'dense ms':>9s} {'compiled':>9s} {'spread':>7s} {columns}")
@@ -84,10 +104,17 @@ def inference(trial: bool) -> None:
                     times = [found[f"{plan} {way}"][0] for way in ("eager", "compiled")]
                     row += f"{times[0]:9.2f} {times[1]:9.2f} {best / min(times):6.2f}x {best / limit:6.2f}x"
                 print(f"{name:10s} {str(dtype)[6:]:9s} {batch:3d}x{length:3d} {row}", flush=True)
+                if dtype == torch.float32 and (name, length) == ("BERT-base", 128):
+                    points += [
+                        Point(f"{name}, {batch} x {length}", side, megabytes(model), eager / found[f"{side} eager"][0])
+                        for eager in [found["dense eager"][0]] for side, model in sides.items()
+                    ]  # fmt: skip
+    return points
 
 
-def generation(trial: bool) -> None:
+def generation(trial: bool) -> list[Point]:
     """GPT-2 with its cache, greedy; tokens per second, and the prompt alone."""
+    points = []
     sizes: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 200} if trial else {}
     torch.manual_seed(0)
     dense = GPT2LMHeadModel(GPT2Config(**sizes)).eval()
@@ -109,6 +136,9 @@ def generation(trial: bool) -> None:
                 f"{name:20s} {batch:5d} {prompt:10.1f} {first / prompt:5.2f}x {1e3 * batch * new / whole:9.1f} "
                 f"{spread:7.0%} {reference / whole:5.2f}x", flush=True,
             )  # fmt: skip
+            if name != "half of the layers":
+                points.append(Point(f"GPT-2, {batch} x {new} new", name, megabytes(models[name]), reference / whole))
+    return points
 
 
 def training_step(model: Any, ids: torch.Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -119,8 +149,8 @@ def training_step(model: Any, ids: torch.Tensor, optimizer: torch.optim.Optimize
     model.zero_grad()
 
 
-def training(trial: bool) -> None:
-    """Forward and backward of 8 x 128 tokens, fp32; memory is that of a process which makes one step with AdamW."""
+def training(trial: bool) -> list[Point]:
+    """Forward and backward of 8 x 128 tokens, fp32; memory: the peak of a process that makes one step with AdamW."""
     batch, length = (2, 16) if trial else (8, 128)
     torch.manual_seed(0)
     sizes: dict[str, Any] = TINY if trial else {}
@@ -129,14 +159,19 @@ def training(trial: bool) -> None:
     ids = torch.randint(100, dense.config.vocab_size, (batch, length))
     works = {name: partial(training_step, model.train(), ids) for name, model in models.items()}
     seconds = in_turn(works, rounds(batch * length))
-    print(f"{'model':10s} {'step ms':>9s} {'spread':>7s} {'share':>7s} {'peak MB':>8s}")
+    print(f"{'model':10s} {'step ms':>9s} {'spread':>7s} {'share':>7s} {'peak MB':>8s} {'of 4 x as many':>15s}")
     for name, model in models.items():
+        peaks = []
         with tempfile.TemporaryDirectory() as scratch:
             save_folder(Path(scratch) / "model", model)
-            command = [sys.executable, __file__, "--step", str(Path(scratch) / "model"), str(batch), str(length)]
-            peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+            for sequences in (batch, 4 * batch):
+                command = [sys.executable, __file__, "--step", f"{scratch}/model", str(sequences), str(length)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                peaks.append(int(done.stdout.split()[-1]) / 1e6)
         (middle, spread), (reference, _) = median_and_spread(seconds[name]), median_and_spread(seconds["dense"])
-        print(f"{name:10s} {middle:9.1f} {spread:7.0%} {middle / reference:7.2f} {peak / 1e6:8.0f}", flush=True)
+        row = f"{name:10s} {middle:9.1f} {spread:7.0%} {middle / reference:7.2f} {peaks[0]:8.0f} {peaks[1]:15.0f}"
+        print(row, flush=True)
+    return []
 
 
 def one_step(folder: str, batch: int, length: int) -> None:
@@ -148,7 +183,7 @@ def one_step(folder: str, batch: int, length: int) -> None:
     print(extra())
 
 
-def footprint(trial: bool) -> None:
+def footprint(trial: bool) -> list[Point]:
     """A saved model: bytes on disk, time to load, and memory of a process that loads it and runs 1 x 128 tokens."""
     sizes: dict[str, Any] = TINY if trial else {}
     dense = BertModel(BertConfig(**sizes)).eval()
@@ -164,9 +199,30 @@ def footprint(trial: bool) -> None:
             disk = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
             peak = (process_memory(folder, 1, 128, "float32") or 0) / 1e6
             print(f"{name:10s} {disk:8.1f} {median_and_spread(seconds[name])[0]:8.1f} {peak:8.0f}", flush=True)
+    return []
 
 
-SECTIONS: dict[str, Callable[[bool], None]] = {
+def draw(points: list[Point], path: Path) -> None:
+    """One line for each work, from the dense model to the smallest."""
+    figure, axes = picture_axes()
+    for work in dict.fromkeys(point.work for point in points):
+        line = [point for point in points if point.work == work]
+        axes.plot([point.megabytes for point in line], [point.speedup for point in line], "o-", label=work)
+    highest: dict[str, Point] = {}
+    for point in sorted(points, key=lambda point: point.speedup):
+        if point.model != "dense":
+            highest[point.model] = point
+    for name, point in highest.items():
+        axes.annotate(name, (point.megabytes, point.speedup), xytext=(6, 4), textcoords="offset points")
+    axes.set(
+        xlabel="megabytes of parameters", ylabel="times as fast as the dense model", xlim=(0, None), ylim=(0, None)
+    )
+    axes.axhline(1, color="0.7", linewidth=1)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+SECTIONS: dict[str, Callable[[bool], list[Point]]] = {
     "inference": inference, "generation": generation, "training": training, "footprint": footprint
 }  # fmt: skip
 
@@ -176,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and memory of whole models on a CPU.")
     parser.add_argument("--only", choices=SECTIONS, help="one section")
     parser.add_argument("--trial", action="store_true", help="tiny models")
+    parser.add_argument("--picture", type=Path, help="PNG to draw")
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     disable_progress_bar()
@@ -184,13 +241,16 @@ def main() -> None:
         one_step(options.step[0], int(options.step[1]), int(options.step[2]))
         return
     print(environment())
+    points = []
     for name, section in SECTIONS.items():
         if options.only in (None, name):
             print(f"\n{name}: {(section.__doc__ or '').strip()}", flush=True)
             start = time.perf_counter()
             with torch.set_grad_enabled(name == "training"):
-                section(options.trial)
+                points += section(options.trial)
             print(f"({time.perf_counter() - start:.0f} s)", flush=True)
+    if options.picture:
+        draw(points, options.picture)
 
 
 if __name__ == "__main__":

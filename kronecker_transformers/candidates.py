@@ -34,7 +34,7 @@ from .factorization.calibrated import (
 )
 from .factorization.search import error_curves, factor_shapes, weighted_error_curve
 from .models.factor_plan import FactorEntry
-from .models.kronecker_layers import multiplications
+from .models.kronecker_contraction import multiplications
 from .report import REPORT_LENGTH
 
 SIZES = tuple(2 ** (-k / 8) for k in range(8, 57))

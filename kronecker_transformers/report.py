@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .models import DENSE_CLASSES
-from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear, multiplications
+from .models.kronecker_contraction import multiplications
+from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 
 REPORT_LENGTH = 128
 """Tokens of the sequence for which FLOPs are reported, as in KroneckerBERT, Table 1."""

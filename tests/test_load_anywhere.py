@@ -34,7 +34,10 @@ HUB_SET = {
     "bert": {"configuration_kronecker_bert.py", "modeling_kronecker_bert.py"},
     "gpt2": {"configuration_kronecker_gpt2.py", "modeling_kronecker_gpt2.py"},
 }
-SHARED = {"configuration_kronecker.py", "factor_plan.py", "kronecker_layers.py", "modeling_kronecker.py"}
+SHARED = {
+    "configuration_kronecker.py", "factor_plan.py", "kronecker_contraction.py", "kronecker_layers.py",
+    "modeling_kronecker.py",
+}  # fmt: skip
 
 # Runs without the package; reads a list of jobs, writes what it found.
 STRANGER = """

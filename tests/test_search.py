@@ -17,7 +17,8 @@ from kronecker_transformers.cli import main
 from kronecker_transformers.factorization import nearest_kronecker
 from kronecker_transformers.latency import LatencyTable, Runtime
 from kronecker_transformers.models.factor_plan import FactorEntry
-from kronecker_transformers.models.kronecker_layers import kronecker_linear, multiplications
+from kronecker_transformers.models.kronecker_contraction import multiplications
+from kronecker_transformers.models.kronecker_layers import kronecker_linear
 from kronecker_transformers.plan_file import read_plan
 from kronecker_transformers.report import REPORT_LENGTH
 from kronecker_transformers.search import search_plan

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.kronecker_contraction import contract
 from .nearest import nearest_kronecker
 
 _ROWS = 4096  # of an embedding at a time
@@ -270,11 +271,12 @@ def _alternate(
 ) -> tuple[Tensor, Tensor, list[float]]:
     roots = kronecker_roots(C, n1)
     inverses = [torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False) for L in roots]
+    back = [inverse.t() for inverse in inverses]
     regression = torch.cholesky_solve(D.t(), torch.linalg.cholesky(C)).t()
-    D, C = _columns(D, *(inverse.t() for inverse in inverses)), _columns(C, *(inverse.t() for inverse in inverses))
-    C = _columns(C.t(), *(inverse.t() for inverse in inverses))
+    D, C = times_kronecker(D, *back), times_kronecker(times_kronecker(C, *back).t(), *back)
     # the better of two starts: the nearest sum to the regression, in these coordinates, and to W
-    first, second = nearest_kronecker(_columns(regression, *roots), m1, n1, terms), nearest_kronecker(W, m1, n1, terms)
+    first = nearest_kronecker(times_kronecker(regression, *roots), m1, n1, terms)
+    second = nearest_kronecker(W, m1, n1, terms)
     starts = (first.A, first.B), (second.A.double() @ roots[0], second.B.double() @ roots[1])
     system = _System(C, D.reshape(m1, len(D) // m1, n1, -1), total)
     A, B, value = min((system.solve(A, B) for A, B in starts), key=itemgetter(2))
@@ -290,10 +292,9 @@ def _alternate(
     return *_canonical(A @ inverses[0], B @ inverses[1]), history
 
 
-def _columns(X: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """X (left (x) right)."""
-    blocks = X.reshape(len(X), len(left), len(right))
-    return (left.t() @ (blocks @ right)).reshape(X.shape)
+def times_kronecker(X: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """X (left (x) right), X (m, n)."""
+    return contract(X, left.t().unsqueeze(1), right.t().unsqueeze(1), None)
 
 
 def kronecker_roots(C: Tensor, n1: int) -> tuple[Tensor, Tensor]:

@@ -30,11 +30,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
-
-def multiplications(m1: int, n1: int, m2: int, n2: int, terms: int) -> tuple[int, int]:
-    """Multiplications per token of both contraction orders: X B^T first, and A X first."""
-    return terms * n1 * n2 * m2 + terms * m2 * n1 * m1, terms * n2 * n1 * m1 + terms * m1 * n2 * m2
-
+from .kronecker_contraction import contract
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
 _kernels: dict[str, Kernel] = {}
@@ -51,24 +47,10 @@ def register_kernel(device_type: str, kernel: Kernel | None) -> None:
         _kernels[device_type] = kernel
 
 
-def _left_multiply(M: Tensor, X: Tensor) -> Tensor:
-    """M X[t] for every t: M (p, k) shared, X (T, k, q), result (T, p, q)."""
-    p, k = M.shape
-    tokens, _, q = X.shape
-    if q == 1:
-        return F.linear(X.squeeze(-1), M).unsqueeze(-1)
-    if min(p, k) <= q:  # else the gradient of M, (T, p, k) before the sum over T, would be larger than the activations
-        # bmm, not matmul: matmul folds this into one very thin GEMM when M needs a gradient, ten times slower on a CPU
-        return torch.bmm(M.expand(tokens, p, k), X)
-    return F.linear(X.transpose(1, 2), M).transpose(1, 2)
-
-
 def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute y = W x + bias, W = sum over r of A_r (x) B_r, in the cheaper of the two orders.
+    """Compute y = W x + bias, W = sum over r of A_r (x) B_r.
 
-    The larger factor is always one contiguous GEMM over all tokens. The smaller one goes over it as a batch of
-    small products; the obvious code, with the larger factor in the batch, is slower than the dense layer. A kernel that
-    is registered for the device goes first.
+    A kernel that is registered for the device goes first.
 
     Args:
         x: (..., n), any leading dimensions, also empty.
@@ -79,8 +61,7 @@ def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
     Returns:
         (..., m), in the dtype of x (under autocast, in the autocast dtype, as for a dense layer).
     """
-    m1, R, n1 = A.shape
-    m2, _, n2 = B.shape
+    n1, n2 = A.shape[2], B.shape[2]
     if x.shape[-1] != n1 * n2:
         raise ValueError(
             f"input has {x.shape[-1]} features, not n1 n2 = {n1} * {n2} = {n1 * n2}; check its last dimension"
@@ -88,29 +69,17 @@ def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
     kernel = _kernels.get(x.device.type)
     if kernel and (y := kernel(x, A, B, bias)) is not None:
         return y
-    X = x.reshape(-1, n1, n2)
-    b_first, a_first = multiplications(m1, n1, m2, n2, R)
-    swapped = False  # is Y (T, m2, m1) or already (T, m1, m2)?
-    if b_first <= a_first:
-        if n1 == 1 or A.numel() >= B.numel():
-            Z = _left_multiply(B.reshape(m2 * R, n2), X.transpose(1, 2)).reshape(-1, m2, R * n1)  # (T, m2, R n1)
-            Y, swapped = F.linear(Z, A.reshape(m1, R * n1)), True  # (T, m2, m1)
-        else:
-            Z = F.linear(X, B.reshape(m2 * R, n2)).unflatten(-1, (m2, R))  # (T, n1, m2, R)
-            Z = Z.permute(0, 3, 1, 2).reshape(-1, R * n1, m2)  # (T, R n1, m2)
-            Y = _left_multiply(A.reshape(m1, R * n1), Z)  # (T, m1, m2)
-    elif n2 == 1 or B.numel() >= A.numel():
-        Z = _left_multiply(A.reshape(m1 * R, n1), X).reshape(-1, m1, R * n2)  # (T, m1, R n2)
-        Y = Z * B.reshape(m2).to(Z.dtype) if R * n2 == 1 else F.linear(Z, B.reshape(m2, R * n2))  # (T, m1, m2)
-    else:
-        Z = F.linear(X.transpose(1, 2), A.reshape(m1 * R, n1)).unflatten(-1, (m1, R))  # (T, n2, m1, R)
-        Z = Z.permute(0, 3, 1, 2).reshape(-1, R * n2, m1)  # (T, R n2, m1)
-        Y, swapped = _left_multiply(B.reshape(m2, R * n2), Z), True  # (T, m2, m1)
-    if bias is not None:
-        # in place and before the copy that the transpose below may need: Y is fresh, and saved for no gradient
-        shaped = bias.to(Y.dtype).reshape(m1, m2)
-        Y.add_(shaped.t() if swapped else shaped)
-    return (Y.transpose(1, 2) if swapped else Y).reshape(*x.shape[:-1], m1 * m2)
+    y = contract(*_autocast(x.reshape(-1, n1 * n2), A, B, bias))
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def _autocast(x: Tensor, *others: Any) -> list[Any]:
+    """All in the dtype that autocast asks of a matrix product."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return [x, *others]
+    dtype = torch.get_autocast_dtype(kind)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others)]
 
 
 def kronecker_embedding(indices: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from kronecker_transformers import KroneckerEmbedding, KroneckerLinear
-from kronecker_transformers.models.kronecker_layers import kronecker_embedding, kronecker_linear, multiplications
+from kronecker_transformers.models import kronecker_contraction
+from kronecker_transformers.models.kronecker_contraction import multiplications
+from kronecker_transformers.models.kronecker_layers import kronecker_embedding, kronecker_linear
 
 # (m1, n1, m2, n2, terms): every contraction order and form, pairwise distinct sizes
 SHAPES = {
@@ -105,6 +107,53 @@ class TestLinear:
         parameters = [p.detach().clone().requires_grad_() for p in (layer.A, layer.B, layer.bias)]
         assert torch.autograd.gradcheck(kronecker_linear, (x, *parameters))
 
+    @pytest.mark.parametrize(
+        "shape", [SHAPES["B first, large A"], SHAPES["A first, large A, terms"], SHAPES["low rank"]], ids=str
+    )
+    def test_gradients_of_all_kinds(self, shape):
+        layer = linear(shape)
+        x = torch.randn(3, layer.in_features, dtype=torch.float64, requires_grad=True)
+        inputs = (x, *(p.detach().clone().requires_grad_() for p in (layer.A, layer.B, layer.bias)))
+        assert torch.autograd.gradgradcheck(kronecker_linear, inputs)
+        assert torch.autograd.gradcheck(kronecker_linear, inputs, check_forward_ad=True, check_batched_grad=True)
+
+    @ALL_SHAPES
+    def test_in_blocks_of_tokens(self, shape, monkeypatch):
+        layer = linear(shape)
+        x = torch.randn(7, layer.in_features, dtype=torch.float64, requires_grad=True)
+        inputs = (x, layer.A, layer.B, layer.bias)
+        whole = layer(x)
+        direction = torch.randn_like(whole)
+        expected = torch.autograd.grad(whole, inputs, direction)
+        monkeypatch.setattr(kronecker_contraction, "TOKENS_AT_A_TIME", 3)
+        torch.testing.assert_close(layer(x), whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(layer(x), inputs, direction), expected, rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), whole, rtol=1e-12, atol=1e-12)
+
+    @ALL_SHAPES
+    def test_frozen_parts_get_no_gradient(self, shape):
+        layer = linear(shape)
+        x = torch.randn(4, layer.in_features, dtype=torch.float64, requires_grad=True)
+        parts = {"x": x, "A": layer.A, "B": layer.B, "bias": layer.bias}
+        expected = dict(zip(parts, torch.autograd.grad(layer(x).square().sum(), parts.values()), strict=True))
+        for name, part in parts.items():
+            for other in parts.values():
+                other.requires_grad_(other is part)
+            layer(x).square().sum().backward()
+            torch.testing.assert_close(part.grad, expected[name], rtol=1e-12, atol=1e-12)
+            assert [key for key, other in parts.items() if other.grad is not None] == [name]
+            part.grad = None
+
+    @ALL_SHAPES
+    def test_keeps_only_its_inputs_for_the_gradients(self, shape):
+        layer = linear(shape)
+        x = torch.randn(4, layer.in_features, dtype=torch.float64, requires_grad=True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
+            layer(x)
+        assert set(kept) == {x.data_ptr(), layer.A.data_ptr(), layer.B.data_ptr()}
+
     @ALL_SHAPES
     @pytest.mark.parametrize(
         ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=str
@@ -144,9 +193,10 @@ class TestLinear:
         layer = linear(shape)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             layer(torch.randn(6, n1 * n2, dtype=torch.float64))
-        elementwise = 2 * 6 * m1 * m2 if SHAPES["B a column"] == shape else 0  # a product with one column, no GEMM
         b_first = n1 * n2 * m2 + m2 * n1 * m1
         a_first = n2 * n1 * m1 + m1 * n2 * m2
+        columns = terms * (n1 if b_first <= a_first else n2)  # of the factor that comes last
+        elementwise = 2 * 6 * m1 * m2 if columns == 1 else 0  # that is no GEMM
         assert counter.get_total_flops() + elementwise == 2 * 6 * terms * min(b_first, a_first)
 
     @pytest.mark.parametrize(("shape", "batched"), [((24, 20, 2, 2, 1), True), ((60, 2, 10, 10, 1), False)], ids=str)
@@ -433,18 +483,40 @@ def test_bad_types(make, message):
         make()
 
 
-def check_random_layer(m1, n1, m2, n2, terms, tokens, dtype, seed):
+def laid_out(x, layout):
+    """The same values, elsewhere in memory, or for the last one the first row for all."""
+    tokens, n = x.shape
+    return {
+        "contiguous": lambda: x,
+        "strided": lambda: torch.stack([x, x], -1)[..., 0],
+        "transposed": lambda: x.t().contiguous().t(),
+        "three dimensions": lambda: x.reshape(tokens, 1, n).expand(tokens, 2, n),
+        "expanded": lambda: x[:1].expand(tokens, n),
+    }[layout]()
+
+
+def check_random_layer(m1, n1, m2, n2, terms, tokens, dtype, layout, seed):
     torch.manual_seed(seed)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 8e-3}[dtype]
     layer = linear((m1, n1, m2, n2, terms), dtype=dtype)
-    W = kronecker_sum(layer.A, layer.B)
-    x = torch.randn(tokens, n1 * n2).to(dtype)
-    expected = x.double() @ W.T
+    x = laid_out(torch.randn(tokens, n1 * n2).to(dtype), layout).requires_grad_()
+    dy = torch.randn(*x.shape[:-1], m1 * m2).to(dtype)
+    inputs = (x, layer.A, layer.B, layer.bias)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+
+    def dense(x, A, B, bias):
+        return x @ torch.einsum("irj,krl->ikjl", A, B).reshape(m1 * m2, n1 * n2).T + bias
+
     # relative to what the sums add up in size, so that cancellation does not fail a correct layer
-    scale = (
-        (x.double().abs() @ kronecker_sum(layer.A.abs(), layer.B.abs()).T).norm() + layer.bias.double().norm() + 1e-30
-    )
-    assert ((layer(x).double() - layer.bias.double() - expected).norm() / scale).item() < tolerance
+    sizes = [tensor.detach().abs().requires_grad_() for tensor in exact]
+    y, expected, scale = layer(x), dense(*exact), dense(*sizes)
+    gradients = torch.autograd.grad(y, inputs, dy)
+    exact_gradients = torch.autograd.grad(expected, exact, dy.double())
+    scales = torch.autograd.grad(scale, sizes, dy.double().abs())
+    for found, wanted, size in zip((y, *gradients), (expected, *exact_gradients), (scale, *scales), strict=True):
+        assert (found.double() - wanted).norm() <= tolerance * size.norm() + 1e-30
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y, rtol=tolerance, atol=tolerance)
 
     table = embedding((m1, n1, m2, n2, terms), dtype=dtype)
     indices = torch.randint(m1 * m2, (tokens,))
@@ -454,6 +526,9 @@ def check_random_layer(m1, n1, m2, n2, terms, tokens, dtype, seed):
 
 
 SIZES = st.integers(1, 5)
+TOKENS = st.sampled_from([0, 1, 2, 7, 13])
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+LAYOUTS = st.sampled_from(["contiguous", "strided", "transposed", "three dimensions", "expanded"])
 
 
 @settings(max_examples=150, deadline=None)
@@ -463,12 +538,13 @@ SIZES = st.integers(1, 5)
     SIZES,
     SIZES,
     st.integers(1, 4),
-    st.integers(0, 7),
-    st.sampled_from([torch.float64, torch.float32]),
+    TOKENS,
+    DTYPES,
+    LAYOUTS,
     st.integers(0, 99),
 )
-def test_random_shapes(m1, n1, m2, n2, terms, tokens, dtype, seed):
-    check_random_layer(m1, n1, m2, n2, terms, tokens, dtype, seed)
+def test_random_shapes(m1, n1, m2, n2, terms, tokens, dtype, layout, seed):
+    check_random_layer(m1, n1, m2, n2, terms, tokens, dtype, layout, seed)
 
 
 WIDE = st.integers(1, 13)
@@ -477,8 +553,8 @@ WIDE = st.integers(1, 13)
 @pytest.mark.slow
 @settings(max_examples=1500, deadline=None)
 @given(
-    WIDE, WIDE, WIDE, WIDE, st.integers(1, 9), st.sampled_from([0, 1, 2, 7, 31]),
-    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 9999),
+    WIDE, WIDE, WIDE, WIDE, st.integers(1, 9), st.sampled_from([0, 1, 7, 31, 1025, 1531]), DTYPES, LAYOUTS,
+    st.integers(0, 9999),
 )  # fmt: skip
-def test_random_shapes_wide(m1, n1, m2, n2, terms, tokens, dtype, seed):
-    check_random_layer(m1, n1, m2, n2, terms, tokens, dtype, seed)
+def test_random_shapes_wide(m1, n1, m2, n2, terms, tokens, dtype, layout, seed):
+    check_random_layer(m1, n1, m2, n2, terms, tokens, dtype, layout, seed)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -13,6 +15,7 @@ from . import __version__
 from .benchmark import DTYPES, benchmark
 from .checkpoint import check_file, check_new_folder, load_student, recorded_errors, save_folder, write_text
 from .compress import compress, to_dense
+from .hub import files_table, published_files, push
 from .latency import Runtime
 from .plan_file import check_plan_path, read_plan
 from .report import Report, describe
@@ -102,6 +105,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write all figures")
     command.add_argument("--picture", metavar="FILE", help="PNG of time against size")
     command.set_defaults(run=_benchmark)
+
+    command = commands.add_parser(
+        "push",
+        help="publish a saved model on the Hub",
+        description="Publish a saved model on the Hub, in one commit: weights, tokenizer, and the code that loads it.",
+    )
+    command.add_argument("folder", metavar="DIR", help="folder of the model")
+    command.add_argument("repository", metavar="ORG/NAME", help="where to; made if it does not exist")
+    command.add_argument(
+        "--with-dense-twin", action="store_true", help="publish the factors multiplied out, too, as ORG/NAME-dense"
+    )
+    command.add_argument("--private", action="store_true", default=None, help="if the repository is made")
+    command.add_argument("--revision", metavar="BRANCH", help="(default: main)")
+    command.add_argument("--create-pr", action="store_true", help="as a pull request")
+    command.add_argument("--dry-run", action="store_true", help="list the files, send nothing")
+    command.set_defaults(run=_push)
     return parser
 
 
@@ -202,6 +221,28 @@ def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
         write_text(arguments.json, json.dumps(found.to_dict(), indent=2) + "\n")
     if arguments.picture:
         found.picture(arguments.picture)
+
+
+def _push(arguments: argparse.Namespace, console: Console) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        pushes = {arguments.repository: published_files(arguments.folder)}
+        if arguments.with_dense_twin:
+            model, tokenizer = load_student(arguments.folder)
+            twin = save_folder(Path(scratch) / "twin", to_dense(model), tokenizer)
+            pushes[f"{arguments.repository}-dense"] = published_files(twin)
+        for repository, files in pushes.items():
+            console.print(files_table(repository, files))
+            if not arguments.dry_run:
+                done = push(
+                    files[0].path.parent,
+                    repository,
+                    private=arguments.private,
+                    revision=arguments.revision,
+                    create_pr=arguments.create_pr,
+                )
+                console.print(done.url if done.is_new else f"{done.url} holds all of this already.", soft_wrap=True)
+        if arguments.dry_run:
+            console.print("Nothing was sent.")
 
 
 def _show(report: Report, console: Console) -> None:

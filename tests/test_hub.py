@@ -1,0 +1,316 @@
+"""Pushes to a hub on loopback, with the real client; and what a stranger then gets from it."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from huggingface_hub import constants
+from loopback_hub import Fault, Hub
+from tiny import bert_tokenizer, inputs, perturb, teacher
+from transformers import BertForSequenceClassification
+
+from kronecker_transformers import compress
+from kronecker_transformers.checkpoint import save_folder
+from kronecker_transformers.cli import main
+from kronecker_transformers.hub import published_files, push
+
+TOKEN = "hf_good"
+CODE = {
+    "configuration_kronecker.py", "configuration_kronecker_bert.py", "factor_plan.py", "kronecker_contraction.py",
+    "kronecker_layers.py", "modeling_kronecker.py", "modeling_kronecker_bert.py",
+}  # fmt: skip
+FILES = CODE | {
+    "compression.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return perturb(compress(teacher(BertForSequenceClassification), "7.7x").model, seed=3)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    dense = teacher(BertForSequenceClassification)
+    return save_folder(tmp_path / "model", model, bert_tokenizer(tmp_path), compress(dense, "7.7x").report)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    found = []
+    monkeypatch.setattr("time.sleep", found.append)
+    return found
+
+
+@pytest.fixture
+def hub(monkeypatch, waits):
+    with Hub(tokens=(TOKEN,)) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield hub
+
+
+STRANGER = """
+    import json, sys
+    sys.modules["kronecker_transformers"] = None
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    settings = json.loads(sys.argv[1])
+    model = AutoModelForSequenceClassification.from_pretrained("org/tiny", trust_remote_code=True, **settings).eval()
+    assert type(model).__module__.startswith("transformers_modules.")
+    with torch.no_grad():
+        torch.save(model(**torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])
+"""
+
+
+def stranger(hub, model, tmp_path, offline=False, **settings):
+    """Logits of a process without this package, with a cache of its own."""
+    batch, logits = tmp_path / "batch.pt", tmp_path / "logits.pt"
+    torch.save(inputs(model), batch)
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "1" if offline else "0",
+    }  # fmt: skip
+    environment.pop("HF_MODULES_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(STRANGER), json.dumps(settings), batch, logits],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(logits, weights_only=True)
+
+
+def test_what_is_pushed_loads_without_the_package(hub, model, folder, tmp_path):
+    done = push(folder, "org/tiny", token=TOKEN)
+    repo = hub.repo("org/tiny")
+    assert done.is_new
+    assert done.commit == repo.revisions["main"]
+    assert [branch for _, branch, _ in repo.log] == ["main", "main"]  # made, and filled in one commit
+    assert repo.files().keys() == FILES | {".gitattributes"}
+    assert all(repo.files()[name] == (folder / name).read_bytes() for name in FILES)
+    with torch.no_grad():
+        expected = model(**inputs(model)).logits
+    for settings in ({}, {"revision": done.commit, "code_revision": done.commit}, {"offline": True}):
+        assert torch.equal(stranger(hub, model, tmp_path, **settings), expected)
+
+
+def test_pushing_the_same_again_makes_no_commit(hub, folder):
+    first, second = push(folder, "org/tiny", token=TOKEN), push(folder, "org/tiny", token=TOKEN)
+    assert (second.is_new, second.commit) == (False, first.commit)
+    assert len(hub.repo("org/tiny").log) == 2
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    third = push(folder, "org/tiny", token=TOKEN, message="A card")
+    assert third.is_new
+    assert hub.repo("org/tiny").log[-1] == (third.commit, "main", "A card")
+
+
+def test_nothing_else_travels(hub, folder):
+    for name in ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "trainer_state.json",
+                 "events.out.tfevents.1", "notes.txt", "evil.py", ".env", "x.safetensors"):  # fmt: skip
+        (folder / name).write_bytes(b"private")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"private")
+    push(folder, "org/tiny", token=TOKEN)
+    assert hub.repo("org/tiny").files().keys() == FILES | {".gitattributes"}
+
+
+def test_weights_and_code_of_an_older_version_go_in_the_same_commit(hub, model, folder, tmp_path):
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    push(tmp_path / "shards", "org/tiny", token=TOKEN)
+    repo = hub.repo("org/tiny")
+    assert "model.safetensors.index.json" in repo.files()
+    commit = repo.commit("main", {**repo.files(), "kronecker_export.py": b"own", "examples.md": b"own",
+                                  "configuration_kronecker_gpt2.py": b"old"}, "by hand")  # fmt: skip
+    push(folder, "org/tiny", token=TOKEN)
+    assert repo.files().keys() == FILES | {".gitattributes", "kronecker_export.py", "examples.md"}
+    assert [name for name, _, _ in repo.log].index(commit) == len(repo.log) - 2
+
+
+def test_branch_and_pull_request(hub, folder):
+    push(folder, "org/tiny", token=TOKEN, revision="trial")
+    repo = hub.repo("org/tiny")
+    assert repo.files("main").keys() == {".gitattributes"}
+    assert repo.files("trial").keys() > FILES
+    done = push(folder, "org/tiny", token=TOKEN, create_pr=True)
+    assert done.url.endswith("/org/tiny/discussions/1")
+    assert repo.files("main").keys() == {".gitattributes"}
+    assert repo.files("refs/pr/1").keys() > FILES
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_private(hub, folder, private):
+    push(folder, "org/tiny", token=TOKEN, private=private)
+    assert hub.repo("org/tiny").private is private
+
+
+@pytest.mark.parametrize(
+    ("fault", "waited"),
+    [
+        (Fault("POST", "/repos/create", 503), [2]),
+        (Fault("GET", "/revision/", 504), [2]),
+        (Fault("POST", "/preupload/", 500, times=2), [1, 2]),  # the client's own waits
+        (Fault("PUT", "/lfs/", 503), [1]),
+        (Fault("PUT", "/lfs/", None, after=5000), [1]),
+        (Fault("POST", "/commit/", 500, times=4), [2, 4, 8, 16]),
+        (Fault("POST", "/commit/", 429, {"Retry-After": "7"}), [7]),
+        (Fault("POST", "/commit/", None), [2]),
+        (Fault("POST", "/commit/", None, done=True), [2]),
+    ],
+    ids=lambda value: f"{value.path}-{value.status}-{value.done}" if isinstance(value, Fault) else "",
+)
+def test_what_passes_is_tried_again(hub, folder, waits, fault, waited):
+    hub.faults = [fault]
+    fault.times = fault.times or 1
+    done = push(folder, "org/tiny", token=TOKEN)
+    assert done.is_new
+    assert waits == waited
+    assert [branch for _, branch, _ in hub.repo("org/tiny").log] == ["main", "main"]
+    assert hub.repo("org/tiny").files().keys() > FILES
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("/commit/", 401, "does not accept the token; log in with `hf auth login`"),
+        ("/commit/", 403, "the token may not write to 'org/tiny'; use one with write access"),
+        ("/preupload/", 404, "'org/tiny' is not found, or hidden from this token"),
+        ("/commit/", 409, r"answered 409 \(injected\)"),
+        ("/commit/", 412, "has been changed by somebody else in the meantime; push again"),
+        ("/commit/", 429, "asks for fewer requests; push again later"),
+        ("/commit/", 500, r"answered 500 \(injected\); push again later"),
+        ("/commit/", None, r"cannot be reached \(RemoteProtocolError\); look at the network"),
+        ("/lfs/", None, "cannot be reached"),
+    ],
+)
+def test_refusals_leave_the_old_state_and_can_be_made_again(hub, folder, path, status, message):
+    hub.repos["models/org/tiny"] = repo = Hub.empty_repo()
+    before = dict(repo.files())
+    hub.faults = [Fault("PUT" if path == "/lfs/" else "POST", path, status, times=99)]
+    with pytest.raises(OSError, match=f"push failed, and nothing of it is visible: .*{message}") as error:
+        push(folder, "org/tiny", token=TOKEN)
+    assert TOKEN not in str(error.value)
+    assert repo.files() == before
+    hub.faults = []
+    assert push(folder, "org/tiny", token=TOKEN).is_new
+    assert repo.files().keys() > FILES
+
+
+def test_a_pull_request_is_not_tried_twice(hub, folder):
+    hub.faults = [Fault("POST", "/commit/", None, done=True)]
+    with pytest.raises(OSError, match="cannot be reached"):
+        push(folder, "org/tiny", token=TOKEN, create_pr=True)
+    assert [branch for branch in hub.repo("org/tiny").revisions if "pr" in branch] == ["refs/pr/1"]
+
+
+def test_no_network(folder, monkeypatch, waits):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(OSError, match=r"http://127.0.0.1:9 cannot be reached \(ConnectError\); look at the network"):
+        push(folder, "org/tiny", token=TOKEN)
+
+
+@pytest.mark.parametrize(("token", "name"), [("hf_wrong", "org/tiny"), (False, "org/tiny")])
+def test_wrong_or_no_token(hub, folder, token, name, caplog):
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(OSError, match="does not accept the token"):
+        push(folder, name, token=token)
+    assert not hub.repos
+    assert "hf_wrong" not in caplog.text
+
+
+def test_foreign_name(hub, folder):
+    with pytest.raises(OSError, match="the token may not write to 'other/tiny'"):
+        push(folder, "other/tiny", token=TOKEN)
+
+
+def test_the_token_is_in_no_log(hub, folder, caplog):
+    caplog.set_level(logging.DEBUG)
+    hub.faults = [Fault("POST", "/commit/", 503)]
+    push(folder, "org/tiny", token=TOKEN)
+    assert caplog.text
+    assert TOKEN not in caplog.text
+
+
+def test_files(folder):
+    files = published_files(folder)
+    assert [file.name for file in files] == sorted(FILES)
+    assert {file.name for file in files if file.is_code} == CODE
+    assert all(file.size == len((folder / file.name).read_bytes()) for file in files)
+
+
+def test_command_line(hub, folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    arguments = ["push", str(folder), "org/tiny", "--with-dense-twin"]
+    assert main([*arguments, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "Nothing was sent" in shown
+    assert not hub.requests
+    for file in published_files(folder):
+        row = next(line for line in shown.splitlines() if line.split()[:1] == [file.name])
+        assert row.split()[1:] == [f"{file.size:,}", *([file.sha256()] if file.is_code else [])]
+
+    assert main([*arguments, "--private"]) == 0
+    shown = capsys.readouterr().out
+    assert hub.repo("org/tiny").private
+    assert f"/org/tiny/commit/{hub.repo('org/tiny').revisions['main']}" in shown
+    twin = hub.repo("org/tiny-dense").files()
+    assert json.loads(twin["config.json"])["architectures"] == ["BertForSequenceClassification"]
+    assert not [name for name in twin if name.endswith(".py")]
+
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("holds all of this already") == 2
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert main(arguments) == 1
+    assert "error: push failed, and nothing of it is visible" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "holds no config.json; give the folder"),
+        (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "holds list, not an object"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (lambda f: (f / "kronecker_layers.py").unlink(), "kronecker_layers.py"),
+        (lambda f: (f / "modeling_kronecker_bert.py").unlink(), "modeling_kronecker_bert.py, which is missing"),
+    ],
+)
+def test_bad_folders(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises((ValueError, OSError), match=message):
+        published_files(folder)
+
+
+@pytest.mark.parametrize("reference", ["../evil.Model", "os.path.Model", "/etc/passwd", "org/repo--modeling.Model", ""])
+def test_code_outside_the_folder_is_refused(folder, reference):
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = reference
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"auto_map in the config of .* names .*, not module.Class"):
+        published_files(folder)
+
+
+@pytest.mark.parametrize("shard", ["../model-00001-of-00002.safetensors", "optimizer.pt", "model-9-of-9.safetensors"])
+def test_shards_outside_the_folder_are_refused(folder, shard):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(FileNotFoundError, match=r"names .*, which is no weights file there"):
+        published_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("org/a/b", {}, "repository 'org/a/b' is no name that the Hub allows"),
+        ("../x", {}, "repository '../x' is no name"),
+        ("org/tiny", {"create_pr": True, "revision": "dev"}, "revision='dev' cannot be combined with a pull request"),
+    ],
+)
+def test_bad_arguments(folder, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        push(folder, name, **options)

@@ -15,7 +15,7 @@ import argparse
 import copy
 import hashlib
 import importlib.util
-import io
+import json
 import os
 import shutil
 import statistics
@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -46,10 +45,11 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from kronecker_transformers import Report, compress, search_plan
+from kronecker_transformers import compress, search_plan
 from kronecker_transformers.benchmark import environment, in_turn
-from kronecker_transformers.checkpoint import save_folder
+from kronecker_transformers.checkpoint import save_folder, write_text
 from kronecker_transformers.distillation import OBJECTIVES, DistillationArguments, DistillationTrainer, Objective
+from kronecker_transformers.model_card import model_card
 from kronecker_transformers.tasks.docstrings import docstring_sentences
 from kronecker_transformers.tasks.sentences import (
     encode,
@@ -59,6 +59,7 @@ from kronecker_transformers.tasks.sentences import (
     similarity_fidelity,
 )
 
+TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
 RATIO = 7.7
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 OUTPUT = Path("demo_output") / f"kronecker-minilm-{RATIO}x"
@@ -152,8 +153,8 @@ def distil(
     sentences: list[str],
     minutes: float,
     watch: Watch,
-) -> int:
-    """Train the student on the teacher's hidden states and embeddings; returns the number of steps."""
+) -> dict[str, Any]:
+    """Train the student on the teacher's hidden states and embeddings; returns what the training was."""
     examples = Dataset.from_dict(dict(tokenizer(sentences, truncation=True, max_length=LENGTH)))
     collator = DataCollatorWithPadding(tokenizer)
     tried = sorted(examples.select(range(TRIED * BATCH)), key=lambda example: -len(example["input_ids"]))
@@ -174,6 +175,7 @@ def distil(
             seed=SEED,
             logging_steps=steps // LOOKS,
             save_strategy="no",
+            include_num_input_tokens_seen="non_padding",
             report_to=[],
             disable_tqdm=True,
         )
@@ -183,7 +185,7 @@ def distil(
         trainer.remove_callback(PrinterCallback)
         watch.look(student, 0, steps)
         trainer.train()
-    return steps
+        return trainer.training_summary()
 
 
 def open_elsewhere(folder: Path, batch: dict[str, Tensor]) -> Tensor:
@@ -220,49 +222,20 @@ def draw(folder: Path, watch: Watch, teacher: Tensor, student: Tensor) -> None:
     figure.savefig(folder / "similarities.png", dpi=110)
 
 
-CARD = """---
-{metadata}
----
-
-# A sentence encoder of {parameters:,} parameters
-
-all-MiniLM-L6-v2 with its embedding and linear layers factored into sums of Kronecker products (kronecker_transformers)
-by the best plan of ratio {ratio} for {calibration} sentences, `plan.yaml`, with factors calibrated on them; then
-distilled for {steps:,} steps of {batch} English sentences from software documentation.
-
-```
-{table}
-```
-
-Fidelity is the Spearman correlation between the cosine similarities that teacher and student give to 20,000 random
-pairs of {held_out:,} sentences that were held out. Measured on: {environment}.
-
-![Training](training.png) ![Similarities](similarities.png) ![Plan](plan.png)
-
-    from transformers import AutoModel
-    model = AutoModel.from_pretrained("this folder", trust_remote_code=True)
-
-Embeddings are the mean of the last hidden states over the tokens, then normalised. It is a demonstration: it learned
-from docstrings only, and has not been judged on anything else. The Python files beside the weights hold its layers, and
-are what `trust_remote_code=True` runs.
-"""
-
-
-def write_card(folder: Path, report: Report, steps: int, table: str) -> None:
-    """A model card beside the weights, from what was really run."""
-    metadata = ModelCardData(
-        base_model="sentence-transformers/all-MiniLM-L6-v2",
-        language="en",
-        library_name="transformers",
-        license="apache-2.0",
-        pipeline_tag="feature-extraction",
-        tags=["kronecker", "compression", "distillation", "sentence-similarity"],
-    )
-    text = CARD.format(
-        metadata=metadata.to_yaml(), parameters=report.factored.parameters, ratio=RATIO, calibration=CALIBRATION,
-        steps=steps, batch=BATCH, table=table, held_out=HELD_OUT, environment=environment(),
-    )  # fmt: skip
-    (folder / "README.md").write_text(text, encoding="utf-8")
+def write_card(folder: Path, models: Sequence[str], rows: dict[str, list[float]], training: dict[str, Any]) -> None:
+    """A model card beside the weights, from a record of what was really run."""
+    record = {
+        "options": {"teacher": TEACHER, "command": ["make", "demo"]},
+        "models": list(models),
+        "rows": rows,
+        "protocol": f"{HELD_OUT:,} held-out sentences from the documentation of software; fidelity is the Spearman "
+        "correlation between the cosine similarities that teacher and student give to 20,000 random pairs",
+        "training": training,
+        "environment": environment(),
+    }
+    write_text(folder / "results.json", json.dumps(record, indent=2) + "\n")
+    card = model_card(folder, f"your-name/{folder.name}", license="apache-2.0", language="en")
+    write_text(folder / "README.md", str(card))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -296,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     console.print(f"\n[bold]Distillation[/] for about {minutes:g} minutes", highlight=False)
     watch = Watch(console, models["teacher"], tokenizer, watched)
-    steps = distil(student, models["teacher"], tokenizer, train, minutes, watch)
+    training = distil(student, models["teacher"], tokenizer, train, minutes, watch)
     student.eval()
 
     shutil.rmtree(OUTPUT, ignore_errors=True)  # of an earlier demo
@@ -323,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     costs = (result.report.dense, result.report.factored, result.report.factored)
     disk = [(path / "model.safetensors").stat().st_size for path in (folder, OUTPUT, OUTPUT)]
-    table = Table(title=f"{RATIO}x, {steps:,} steps, {torch.get_num_threads()} threads", box=SIMPLE_HEAD)
+    table = Table(title=f"{RATIO}x, {training['steps']:,} steps, {torch.get_num_threads()} threads", box=SIMPLE_HEAD)
     table.add_column("")
     for heading in (*models, "ratio"):
         table.add_column(heading, justify="right")
@@ -337,9 +310,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(table)
 
     draw(OUTPUT, watch, embeddings[0], embeddings[-1])
-    plain = io.StringIO()
-    Console(width=100, file=plain).print(table)
-    write_card(OUTPUT, result.report, steps, plain.getvalue().strip("\n"))
+    rows = {
+        "sentences per second": speeds,
+        "similarity fidelity": fidelity,
+        f"nearest {NEIGHBOURS} neighbours in common": agreement,
+    }
+    write_card(OUTPUT, list(models), rows, training)
     console.print(
         "The student's ranking of pairs by similarity correlates with its teacher's by "
         f"{fidelity[-1]:.2f}, where it was {fidelity[1]:.2f} before the distillation. See training.png, "

@@ -207,14 +207,22 @@ def main(argv: list[str] | None = None) -> None:
     seen = train_and_save(trainer, tokenizer, folder)
 
     metrics = {name: judged(model, task, data, collator) for name, model in models.items()}
-    rows = {"parameters": [model.num_parameters() for model in models.values()]}
-    for name, value in metrics["teacher"].items():
-        values = [found[name] for found in metrics.values()]
-        rows[name] = [*values, 100 * values[-1] / value if value else None]
+    parameters = [model.num_parameters() for model in models.values()]
+    rows = {name: [found[name] for found in metrics.values()] for name in metrics["teacher"]}
+    shown = {name: [*values, 100 * values[-1] / values[0] if values[0] else None] for name, values in rows.items()}
     finish(
         folder,
-        results_table(f"{title}: {seen['samples']:,} examples seen", [*models, "retained, %"], rows),
-        {"options": vars(options), "metrics": metrics, "training": seen, "parameters": rows["parameters"]},
+        results_table(
+            f"{title}: {seen['samples']:,} examples seen", [*models, "retained, %"], {"parameters": parameters, **shown}
+        ),
+        {
+            "options": vars(options),
+            "models": list(models),
+            "rows": rows,
+            "metrics": metrics,
+            "training": seen,
+            "parameters": parameters,
+        },
     )
     if options.task_name:
         for split in glue_task(options.task_name).server_files:

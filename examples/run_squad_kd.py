@@ -216,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     parameters = [model.num_parameters() for model in models.values()]
     rows = {name: [found[name] for found in metrics.values()] for name in metrics["teacher"] if "total" not in name}
     notes = f"The student has seen {seen['samples']:,} windows, {seen['tokens']:,} tokens."
-    results = {"options": vars(options), "parameters": parameters, "metrics": metrics, "training": seen}
+    results = {"options": vars(options), "models": list(models), "rows": rows, "parameters": parameters,
+               "metrics": metrics, "training": seen}  # fmt: skip
     if options.version == "v2.0":
         results["tuned_on_validation"] = tuned = {name: exam.tuned(found) for name, found in answers.items()}
         notes += "\n* with the threshold that is best on these very validation questions; on new ones f1 is lower"

@@ -164,7 +164,8 @@ def save_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         if report is not None:
-            (draft / REPORT_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+            record = {"teacher": model.config.name_or_path or None, **report.to_dict()}
+            (draft / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
 

@@ -15,9 +15,11 @@ from . import __version__
 from .benchmark import DTYPES, benchmark
 from .checkpoint import check_file, check_new_folder, load_student, recorded_errors, save_folder, write_text
 from .compress import compress, to_dense
-from .hub import files_table, published_files, push
+from .hub import push
 from .latency import Runtime
+from .model_card import model_card
 from .plan_file import check_plan_path, read_plan
+from .published import files_table, published_files
 from .report import Report, describe
 from .search import search_plan
 from .tasks.language_modeling import TextSource
@@ -224,21 +226,24 @@ def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _push(arguments: argparse.Namespace, console: Console) -> None:
+    name, twin_name = arguments.repository, f"{arguments.repository}-dense"
     with tempfile.TemporaryDirectory() as scratch:
-        pushes = {arguments.repository: published_files(arguments.folder)}
+        folders = {name: Path(arguments.folder)}
+        cards = {name: model_card(arguments.folder, name, has_twin=arguments.with_dense_twin)}
         if arguments.with_dense_twin:
             model, tokenizer = load_student(arguments.folder)
-            twin = save_folder(Path(scratch) / "twin", to_dense(model), tokenizer)
-            pushes[f"{arguments.repository}-dense"] = published_files(twin)
-        for repository, files in pushes.items():
-            console.print(files_table(repository, files))
+            folders[twin_name] = save_folder(Path(scratch) / "twin", to_dense(model), tokenizer)
+            cards[twin_name] = model_card(folders[twin_name], twin_name, twin_of=name)
+        for repository, folder in folders.items():
+            console.print(files_table(repository, published_files(folder)))
             if not arguments.dry_run:
                 done = push(
-                    files[0].path.parent,
+                    folder,
                     repository,
                     private=arguments.private,
                     revision=arguments.revision,
                     create_pr=arguments.create_pr,
+                    card=cards[repository],
                 )
                 console.print(done.url if done.is_new else f"{done.url} holds all of this already.", soft_wrap=True)
         if arguments.dry_run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from .benchmark import environment
 from .checkpoint import check_new_folder, load_teacher, save_folder, write_text
 from .distillation import DistillationArguments, DistillationTrainer
 from .distillation.trainer import is_complete
@@ -122,40 +123,25 @@ def save_once(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     PartialState().wait_for_everyone()
 
 
-def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, float]:
+def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
     """Distil, from the last checkpoint if that was asked for, and save the student whole in ``folder/student``.
 
     Returns:
-        Samples and tokens (padding not counted) that the student has seen, and seconds.
+        Samples and tokens (padding not counted) that the student has seen, seconds, and how it has learned.
     """
     resume: str | bool | None = trainer.args.resume_from_checkpoint
     if str(resume).lower() == "true":  # a run may have stopped before its first checkpoint was whole
         resume = any(map(is_complete, Path(trainer.args.output_dir or "").glob("checkpoint-*")))
-    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
+    summary = trainer.training_summary()
     _without_autocast(trainer)
     save_once(folder / STUDENT, trainer.model, tokenizer)
-    state = trainer.state
-    return {
-        "steps": state.global_step,
-        "samples": _samples_seen(trainer),
-        "tokens": state.num_input_tokens_seen,
-        "seconds": result.metrics["train_runtime"],
-    }
+    return summary
 
 
 def _without_autocast(trainer: Trainer) -> None:
     """Take away the autocast that a training in half precision leaves on its model, which is judged in full."""
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-
-
-def _samples_seen(trainer: DistillationTrainer) -> int:
-    args, steps = trainer.args, trainer.state.global_step
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if not isinstance(trainer.train_dataset, Sized):
-        return steps * batch
-    size = len(trainer.train_dataset)
-    epochs, rest = divmod(steps, -(-size // batch))  # the last batch of an epoch may be smaller
-    return epochs * size + min(rest * batch, size)
 
 
 @torch.no_grad()
@@ -214,8 +200,14 @@ def _cell(value: Any) -> str:
 
 
 def finish(folder: Path, table: Table, results: Mapping[str, Any]) -> None:
-    """Show the table, and keep the figures in ``results.json``, whole or not at all; in the main process only."""
+    """Show the table, and keep the figures in ``results.json``, whole or not at all; in the main process only.
+
+    Beside a finished student lies a copy: its model card is made from it.
+    """
     if not PartialState().is_main_process:
         return
-    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    text = json.dumps({**results, "environment": environment()}, indent=2) + "\n"
+    for place in (folder, folder / STUDENT):
+        if place.is_dir():
+            write_text(place / "results.json", text)
     Console(width=None).print(table)

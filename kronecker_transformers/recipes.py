@@ -53,6 +53,8 @@ class StudentOptions:
         metadata={"help": "Text, as for training, on which the first factors shall be near the teacher's layers."},
     )
     calibration_texts: int = field(default=512, metadata={"help": "Sentences of it that are read."})
+    command: list[str] = field(init=False, default_factory=list)
+    """The command line, for the record."""
 
     def student(
         self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, progress: bool = False
@@ -225,7 +227,9 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
             wanted["include_num_input_tokens_seen"] = "non_padding"  # the results tell how much the student has seen
         arguments = DistillationArguments(**wanted)
         set_seed(arguments.seed)  # a new head of a teacher is drawn before the Trainer sets it
-        return script(**chosen), arguments
+        found: Any = script(**chosen)
+        found.command = ["python", f"examples/{Path(sys.modules[script.__module__].__file__ or '').name}", *argv]
+        return found, arguments
     except (ValueError, OSError) as error:
         parser.error(str(error))
         raise  # parser.error does not return

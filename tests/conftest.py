@@ -1,4 +1,5 @@
 import os
+import sys
 
 # Before any import of transformers: the default tests never touch the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,3 +17,26 @@ torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds for which somebody would have slept."""
+    found = []
+    monkeypatch.setattr("time.sleep", found.append)
+    return found
+
+
+@pytest.fixture
+def hub(monkeypatch, waits):
+    """A hub on loopback, for this process."""
+    from huggingface_hub import constants
+    from loopback_hub import Hub
+
+    with Hub(tokens=("hf_good",)) as hub:
+        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        # the Trainer switches progress bars on again after it has pushed
+        monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # which would remember another hub
+        yield hub

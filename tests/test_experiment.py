@@ -7,6 +7,7 @@ from datasets import Dataset
 from distilling import collate, examples, make_trainer, pair
 from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
+from kronecker_transformers.benchmark import environment
 from kronecker_transformers.distillation import DistillationArguments
 from kronecker_transformers.experiment import (
     check_output,
@@ -96,8 +97,15 @@ def test_teacher_without_a_tokenizer_is_refused(tmp_path):
 def test_table_and_results(tmp_path, capsys):
     rows = {"parameters": [22713216, 3057804], "accuracy": [0.912345, None], "name": ["a", "b"]}
     finish(tmp_path, results_table("title", ["teacher", "student"], rows, "a note"), {"rows": rows})
-    assert json.loads((tmp_path / "results.json").read_text()) == {"rows": rows}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results == {"rows": rows, "environment": environment()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json"]
     shown = capsys.readouterr().out
     for cell in ("22,713,216", "3,057,804", "0.9123", " - ", "title", "a note"):
         assert cell in shown, cell
+
+
+def test_a_finished_student_gets_a_copy_of_the_results(tmp_path):
+    (tmp_path / "student").mkdir()
+    finish(tmp_path, results_table("title", ["student"], {}), {"rows": {}})
+    assert (tmp_path / "student" / "results.json").read_text() == (tmp_path / "results.json").read_text()

@@ -17,7 +17,9 @@ from transformers import BertForSequenceClassification
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint import save_folder
 from kronecker_transformers.cli import main
-from kronecker_transformers.hub import published_files, push
+from kronecker_transformers.hub import push
+from kronecker_transformers.model_card import model_card
+from kronecker_transformers.published import published_files
 
 TOKEN = "hf_good"
 CODE = {
@@ -25,7 +27,7 @@ CODE = {
     "kronecker_layers.py", "modeling_kronecker.py", "modeling_kronecker_bert.py",
 }  # fmt: skip
 FILES = CODE | {
-    "compression.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    "README.md", "compression.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
 }  # fmt: skip
 
 
@@ -38,22 +40,6 @@ def model():
 def folder(model, tmp_path):
     dense = teacher(BertForSequenceClassification)
     return save_folder(tmp_path / "model", model, bert_tokenizer(tmp_path), compress(dense, "7.7x").report)
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    found = []
-    monkeypatch.setattr("time.sleep", found.append)
-    return found
-
-
-@pytest.fixture
-def hub(monkeypatch, waits):
-    with Hub(tokens=(TOKEN,)) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        yield hub
 
 
 STRANGER = """
@@ -93,7 +79,8 @@ def test_what_is_pushed_loads_without_the_package(hub, model, folder, tmp_path):
     assert done.commit == repo.revisions["main"]
     assert [branch for _, branch, _ in repo.log] == ["main", "main"]  # made, and filled in one commit
     assert repo.files().keys() == FILES | {".gitattributes"}
-    assert all(repo.files()[name] == (folder / name).read_bytes() for name in FILES)
+    assert all(repo.files()[name] == (folder / name).read_bytes() for name in FILES - {"README.md"})
+    assert repo.files()["README.md"].decode() == str(model_card(folder, "org/tiny"))
     with torch.no_grad():
         expected = model(**inputs(model)).logits
     for settings in ({}, {"revision": done.commit, "code_revision": done.commit}, {"offline": True}):
@@ -239,7 +226,7 @@ def test_the_token_is_in_no_log(hub, folder, caplog):
 
 def test_files(folder):
     files = published_files(folder)
-    assert [file.name for file in files] == sorted(FILES)
+    assert [file.name for file in files] == sorted(FILES - {"README.md"})  # the card is made when it is pushed
     assert {file.name for file in files if file.is_code} == CODE
     assert all(file.size == len((folder / file.name).read_bytes()) for file in files)
 
@@ -262,6 +249,8 @@ def test_command_line(hub, folder, monkeypatch, capsys):
     twin = hub.repo("org/tiny-dense").files()
     assert json.loads(twin["config.json"])["architectures"] == ["BertForSequenceClassification"]
     assert not [name for name in twin if name.endswith(".py")]
+    assert "https://huggingface.co/org/tiny-dense" in hub.repo("org/tiny").files()["README.md"].decode()
+    assert "The dense twin of [org/tiny](https://huggingface.co/org/tiny)" in twin["README.md"].decode()
 
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("holds all of this already") == 2

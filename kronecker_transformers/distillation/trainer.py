@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import time
 from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from .arguments import DistillationArguments
 from .objective import Objective, check_tokenizers
 from .optimizer import scale_learning_rates
+from .publishing import PublishingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ _SHORT = 128
 """Tokens; with twice as many flash attention is the faster one (benchmarks/attention.py)."""
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(PublishingTrainer):
     """Trains a student on a teacher's hidden states, attention and outputs, and on labels where there are any.
 
     The objective is that of `args`; its terms are means over all sequences of a step, or over all its labels, so it
@@ -88,6 +90,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._window: dict[str, Tensor] = {}
         self._window_start = 0
+        self._started = time.monotonic()
         self.add_callback(_Watch(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -228,6 +231,41 @@ class DistillationTrainer(Trainer):
             self._open_window()
         super().log(logs, *args, **kwargs)
 
+    def training_summary(self) -> dict[str, Any]:
+        """What the training was so far; tokens are counted where the arguments ask for it."""
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        samples = self.state.global_step * batch
+        if isinstance(self.train_dataset, Sized):
+            epochs, rest = divmod(self.state.global_step, -(-len(self.train_dataset) // batch))
+            samples = epochs * len(self.train_dataset) + min(rest * batch, len(self.train_dataset))
+        return {
+            "steps": self.state.global_step,
+            "samples": samples,  # the last batch of an epoch may be smaller
+            "tokens": self.state.num_input_tokens_seen,
+            "seconds": round(time.monotonic() - self._started, 1),
+            "batch": batch,
+            "learning_rate": args.learning_rate,
+            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "objective": args.weights(),
+            "seed": args.seed,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """As the base class: the teacher, the training, and the last evaluation."""
+        evaluations = [log for log in self.state.log_history if any(name.startswith("eval_") for name in log)]
+        scores = evaluations[-1] if evaluations else {}
+        unscored = ("_runtime", "_per_second")
+        rows = {
+            name.removeprefix("eval_"): [value] for name, value in scores.items()
+            if name.startswith("eval_") and not name.endswith(unscored)
+        }  # fmt: skip
+        return {
+            "options": {"teacher": self.objective.teacher.config.name_or_path},
+            "training": self.training_summary(),
+            **({"models": ["student"], "rows": rows, "protocol": "evaluation set of the training"} if rows else {}),
+        }
+
     def _open_window(self) -> None:
         self._window, self._window_start = {}, self.state.global_step
 
@@ -240,6 +278,7 @@ class _Watch(TrainerCallback):
         self._epoch_start = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer._started = time.monotonic()
         self._trainer.objective.attach(self._trainer.model)
         self._trainer._open_window()
 

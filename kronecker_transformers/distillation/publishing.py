@@ -1,0 +1,144 @@
+"""A Trainer whose pushes to the Hub are whole: one commit each, with the model's code and card, without any pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils.hub import PushInProgress
+
+from ..benchmark import environment
+from ..hub import Pushed, push
+from ..model_card import RESULTS_FILE, model_card
+from ..published import published_files
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "trainer_state.json"
+
+
+class PublishingTrainer(Trainer):
+    """What the pushes of the base class leave out or send too much of.
+
+    A push in the middle of a training has the Python files with which the model loads, and a card of what was done so
+    far; optimizer, random states and training arguments, which are pickles, stay here. With `hub_strategy` checkpoint
+    or all_checkpoints the model and the Trainer's state lie in a folder of the repository too, in the same commit.
+    """
+
+    hub_model_id: Any
+    push_in_progress: Any
+
+    def record(self) -> dict[str, Any]:
+        """What is known of the training so far, for the card: the content of ``results.json``."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """As the base class; `card` are arguments of `model_card`, such as `license`.
+
+        Returns:
+            The commit, `hub.Pushed`; a future of it if not `blocking`.
+
+        Raises:
+            OSError: as `hub.push`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        draft = self._draft(Path(self.args.output_dir or ""), **card)
+        work = self._sent(draft, commit_message, {}, token=token or self.args.hub_token, revision=revision)
+        return work.result() if blocking else work
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        pending = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if pending and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        draft = self._draft(Path(checkpoint_folder))
+        place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+        also = {}
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            _link(Path(checkpoint_folder) / STATE_FILE, draft / STATE_FILE)
+            names = [file.name for file in published_files(draft) if file.name != "README.md"]
+            also = {f"{place}/{name}": draft / name for name in (*names, STATE_FILE)}
+        by_step = self.args.save_strategy == SaveStrategy.STEPS
+        when = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
+        job = self._sent(draft, f"Training in progress, {when}", also, token=self.args.hub_token)
+        if pending:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # a list, as its code says
+
+    def _draft(self, folder: Path, **card: Any) -> Path:
+        """A folder of its own with what is to be sent: the other one may go before the push has ended."""
+        draft = Path(tempfile.mkdtemp(prefix="push-"))
+        for file in published_files(folder):
+            if file.name != "README.md":
+                _link(file.path, draft / file.name)
+        (draft / RESULTS_FILE).unlink(missing_ok=True)
+        content = json.dumps({**self.record(), "environment": environment()}, indent=2) + "\n"
+        (draft / RESULTS_FILE).write_text(content, encoding="utf-8")
+        (draft / "README.md").write_text(str(model_card(draft, self.hub_model_id, **card)), encoding="utf-8")
+        return draft
+
+    def _sent(
+        self,
+        draft: Path,
+        message: str | None,
+        also: Mapping[str, Path],
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> Future[Pushed]:
+        """Push a draft in the background, one after the other."""
+
+        def work() -> Pushed:
+            try:
+                return push(
+                    draft,
+                    self.hub_model_id,
+                    private=self.args.hub_private_repo,
+                    revision=revision or self.args.hub_revision,
+                    message=message,
+                    also=also,
+                    token=token,
+                )
+            except OSError as error:
+                logger.warning("%s; the training goes on, and the next push sends everything", error)
+                raise
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+
+        if getattr(self, "_pushes", None) is None:
+            self._pushes = ThreadPoolExecutor(1, thread_name_prefix="push")
+        return self._pushes.submit(work)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,249 @@
+"""A model card from what is known of a checkpoint. Nothing is typed by hand, and what was not measured says so.
+
+Sizes and costs are counted in the model itself. Its training, quality and time come from the files that the examples
+and the command `benchmark --json` write: ``results.json`` and ``benchmark.json`` beside the weights.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .checkpoint import load_model
+from .published import published_files
+from .report import describe
+
+TEMPLATE = Path(__file__).parent / "model_card.md"
+RESULTS_FILE, BENCHMARK_FILE = "results.json", "benchmark.json"
+_SENTENCE = "The students were proud of what their teacher had taught them."
+
+
+class _Use(NamedTuple):
+    """How a head is used."""
+
+    auto_class: str
+    pipeline_tag: str
+    widget: list[dict[str, Any]]
+    inference: dict[str, Any] | None = None
+
+
+USES = {
+    "Model": _Use("AutoModel", "feature-extraction", [{"text": _SENTENCE}]),
+    "ForPreTraining": _Use("AutoModelForPreTraining", "fill-mask", [{"text": "Paris is the [MASK] of France."}]),
+    "ForMaskedLM": _Use("AutoModelForMaskedLM", "fill-mask", [{"text": "Paris is the [MASK] of France."}]),
+    "LMHeadModel": _Use(
+        "AutoModelForCausalLM", "text-generation", [{"text": "A small model learns what"}],
+        {"parameters": {"max_new_tokens": 40}},
+    ),
+    "ForSequenceClassification": _Use(
+        "AutoModelForSequenceClassification", "text-classification", [{"text": "A film of rare warmth and wit."}]
+    ),
+    "ForTokenClassification": _Use(
+        "AutoModelForTokenClassification", "token-classification", [{"text": "Ada Lovelace lived in London."}]
+    ),
+    "ForQuestionAnswering": _Use(
+        "AutoModelForQuestionAnswering", "question-answering",
+        [{"text": "Where did Ada Lovelace live?", "context": "Ada Lovelace lived in London."}],
+    ),
+    "ForMultipleChoice": _Use("AutoModelForMultipleChoice", "multiple-choice", [{"text": _SENTENCE}]),
+}  # fmt: skip
+"""By the end of the name of a class."""
+
+
+def model_card(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    twin_of: str | None = None,
+    has_twin: bool = False,
+) -> ModelCard:
+    """The card of a factored model, or of a dense twin.
+
+    Args:
+        folder: of the checkpoint.
+        repo_id: name of the repository it is for.
+        base_model: name of the teacher on the Hub; default: the recorded one if it is such a name.
+        license: default: that of the teacher's card, where the teacher is a folder that has one.
+        language: the same.
+        twin_of: for a dense twin, the name of the factored model.
+        has_twin: whether the dense twin is published beside it, as ``<repo_id>-dense``.
+
+    Raises:
+        ValueError, OSError: the folder holds no model, or records that are not readable.
+    """
+    folder = Path(folder)
+    model, _ = load_model(folder)
+    record = _read(folder / RESULTS_FILE)
+    options, training = record.get("options", {}), record.get("training", {})
+    source = options.get("teacher") or _read(folder / "compression.json").get("teacher")
+    known = _metadata_of_teacher(source)
+    base_model = base_model or known.get("base_model") or (source if _is_hub_name(source) else None)
+    architecture = type(model).__name__.removeprefix("Kronecker")
+    use = USES[max((ending for ending in USES if architecture.endswith(ending)), key=len)]
+    quality, models = _quality(record)
+    results = _eval_results(record, options)
+    data = ModelCardData(
+        model_name=repo_id.rpartition("/")[2],
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        library_name="transformers",
+        pipeline_tag=use.pipeline_tag,
+        license=license or known.get("license"),
+        language=language or known.get("language"),
+        tags=["kronecker", "compression", "distillation", *(["dense-twin"] if twin_of else ["custom_code"])],
+        datasets=sorted({result.dataset_type for result in results}) or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        eval_results=results or None,
+        widget=use.widget,
+        inference=use.inference,
+    )
+    code = [file for file in published_files(folder) if file.is_code]
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        twin_of=twin_of,
+        has_twin=has_twin,
+        teacher=base_model or (Path(source).name if source else None),
+        architecture=architecture,
+        dense_architecture=architecture,
+        auto_class=use.auto_class,
+        **_costs(model, twin_of is not None),
+        speed=_speed(folder),
+        quality=quality,
+        quality_models=models,
+        protocol=record.get("protocol"),
+        figures=[file.name for file in published_files(folder) if file.name.endswith(".png")],
+        training=_training(training),
+        environment=record.get("environment"),
+        command=_command(options.get("command")),
+        code=[(file.name, _first_line(file.path), file.sha256()) for file in code],
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); write it again or remove it") from error
+    return found
+
+
+def _is_hub_name(source: str | None) -> bool:
+    return (
+        bool(source) and str(source).count("/") <= 1 and not os.path.exists(str(source)) and str(source)[0] not in "./"
+    )
+
+
+def _metadata_of_teacher(source: str | None) -> Mapping[str, Any]:
+    """What the card of a teacher in a folder says of itself."""
+    path = Path(source or "") / "README.md"
+    if not source or not path.is_file():
+        return {}
+    return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+
+
+def _costs(model: Any, is_twin: bool) -> dict[str, Any]:
+    """Rows of the table of numbers, and what the text says of the plan."""
+    report = describe(model)
+    rows: list[tuple[str, float, float, str]] = [
+        ("parameters", report.dense.parameters, report.factored.parameters, "{:,.0f}"),
+        ("megabytes of weights", report.dense.bytes / 1e6, report.factored.bytes / 1e6, "{:,.1f}"),
+        (
+            f"GFLOPs for {report.length} tokens, linear layers",
+            report.dense.linear_flops / 1e9, report.factored.linear_flops / 1e9, "{:,.2f}",
+        ),
+        (
+            f"GFLOPs for {report.length} tokens, with the products of attention",
+            report.dense.total_flops / 1e9, report.factored.total_flops / 1e9, "{:,.2f}",
+        ),
+    ]  # fmt: skip
+    costs = [
+        (label, [form.format(small)] if is_twin else [form.format(dense), form.format(small), f"{dense / small:.2f}x"])
+        for label, dense, small, form in rows
+    ]
+    base = describe(model.base_model)
+    entries = getattr(model.config, "factor_plan", None) or {}
+    shapes = {(entry["m1"], entry["n1"], entry["terms"]) for entry in entries.values()}
+    return {
+        "costs": costs,
+        "base_ratio": base.dense.parameters / base.factored.parameters,
+        "layers": len(base.layers),
+        "plan": f"{len(entries)} entries, {len(shapes)} shapes (m1, n1, terms)",
+    }
+
+
+def _speed(folder: Path) -> str | None:
+    found = _read(folder / BENCHMARK_FILE)
+    if not found:
+        return None
+    model, against = found["model"], found["against"]
+    return (
+        f"{model['milliseconds']:.1f} ms for {found['batch']} x {found['length']} tokens in {found['dtype']} on "
+        f"{found['device']}, {found['speedup']:.2f} times as fast as {Path(against['name']).name} with "
+        f"{against['milliseconds']:.1f} ms ({found['environment']})."
+    )
+
+
+def _quality(record: Mapping[str, Any]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """Rows of the table of quality, and the models it compares."""
+    rows, models = record.get("rows", {}), record.get("models", [])
+    shown = [
+        (label, ["-" if value is None else f"{value:.4g}" for value in values[: len(models)]])
+        for label, values in rows.items() if label != "parameters"
+    ]  # fmt: skip
+    return shown, models
+
+
+def _eval_results(record: Mapping[str, Any], options: Mapping[str, Any]) -> list[EvalResult]:
+    """The student's scores on GLUE or SQuAD, as the Hub wants them."""
+    if task := options.get("task_name"):
+        where = {"dataset_type": "nyu-mll/glue", "dataset_name": f"GLUE {task}", "dataset_config": task}
+        kind = "text-classification"
+    elif version := options.get("version"):
+        where = {"dataset_type": "rajpurkar/squad_v2" if version == "v2.0" else "rajpurkar/squad",
+                 "dataset_name": f"SQuAD {version}"}  # fmt: skip
+        kind = "question-answering"
+    else:
+        return []
+    scores = record.get("metrics", {}).get("student", {})
+    return [
+        EvalResult(task_type=kind, metric_type=name, metric_value=value, dataset_split="validation", **where)
+        for name, value in scores.items() if "total" not in name
+    ]  # fmt: skip
+
+
+def _training(training: Mapping[str, Any]) -> str | None:
+    """One sentence."""
+    if not training:
+        return None
+    terms = ", ".join(f"{weight:g} {name}" for name, weight in training["objective"].items())
+    return (
+        f"{training['steps']:,} steps of {training['batch']} samples ({training['samples']:,} samples, "
+        f"{training['tokens']:,} tokens, {training['seconds'] / 60:.1f} minutes), learning rate "
+        f"{training['learning_rate']:g}, {training['precision']}, seed {training['seed']}; objective: {terms}"
+    )
+
+
+def _command(command: list[str] | None) -> str | None:
+    """For a shell; of local paths only the last part."""
+    if not command:
+        return None
+    return f"`{shlex.join(Path(part).name if part.startswith('/') else part for part in command)}`"
+
+
+def _first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]

@@ -1,0 +1,119 @@
+"""Which files of a checkpoint are published: chosen by name, so that nothing else that lies in a folder travels.
+
+No optimizer state, no training arguments, no pickle of any kind. Weights are safetensors; with a factored model go the
+Python files that its config names, so that a process without this package can load it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .checkpoint import REPORT_FILE
+
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+PUBLISHED = (
+    "README.md", "config.json", "generation_config.json", *WEIGHTS,
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.txt", "vocab.json", "merges.txt",
+    REPORT_FILE, "results.json", "benchmark.json", "plan.yaml", "*.png",
+)  # fmt: skip
+"""Names in the top folder of a checkpoint that are published; code comes by what the config names."""
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A file of a push."""
+
+    name: str
+    """In the repository."""
+    path: Path
+    size: int
+    """Bytes."""
+    is_code: bool
+    """Whether `trust_remote_code=True` runs it."""
+
+    def sha256(self) -> str:
+        """Of its content, in hex."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def published_files(folder: str | os.PathLike[str]) -> list[PublishedFile]:
+    """The files of a checkpoint that a push sends, sorted by name.
+
+    Raises:
+        FileNotFoundError: no folder, no config, no weights, or a file that the config or the index names is missing.
+        ValueError: config or index are not readable, or name files outside the folder.
+    """
+    folder = Path(folder)
+    config = _read_json(folder, "config.json")
+    names = {path.name for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, p) for p in PUBLISHED)}
+    code = _code(folder, config)
+    if not names & {"model.safetensors", "model.safetensors.index.json"}:
+        raise FileNotFoundError(f"folder {str(folder)!r} holds no model.safetensors; save the model there first")
+    if "model.safetensors.index.json" in names:
+        shards = set(_read_json(folder, "model.safetensors.index.json").get("weight_map", {}).values())
+        for shard in sorted(map(str, shards)):
+            if not fnmatch(shard, WEIGHTS[1]) or "/" in shard or shard not in names:
+                raise FileNotFoundError(
+                    f"model.safetensors.index.json in {str(folder)!r} names {shard!r}, which is no weights file there; "
+                    "save the model again"
+                )
+    return [
+        PublishedFile(name, folder / name, (folder / name).stat().st_size, name in code)
+        for name in sorted(names | code)
+    ]
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"folder {str(folder)!r} holds no {name}; give the folder of a saved model")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); save the model again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} holds {type(found).__name__}, not an object; save the model again")
+    return found
+
+
+def _code(folder: Path, config: dict[str, Any]) -> set[str]:
+    """The Python files that the config names, and those that they import."""
+    found: set[str] = set()
+    for reference in (config.get("auto_map") or {}).values():
+        module, _, name = str(reference).partition(".")
+        if not (module.isidentifier() and name.isidentifier()):
+            raise ValueError(
+                f"auto_map in the config of {str(folder)!r} names {reference!r}, not module.Class; save the model again"
+            )
+        if not (folder / f"{module}.py").is_file():
+            raise FileNotFoundError(
+                f"config in {str(folder)!r} names code in {module}.py, which is missing; save the model again"
+            )
+        if f"{module}.py" not in found:
+            paths = get_relative_import_files(str(folder / f"{module}.py"))
+            found |= {f"{module}.py", *(Path(path).name for path in paths)}
+    return found
+
+
+def files_table(repository: str, files: Iterable[PublishedFile]) -> Table:
+    """What a push sends, for a terminal."""
+    table = Table(title=repository, box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    table.add_column("SHA-256 of code that trust_remote_code runs", no_wrap=True)
+    for file in files:
+        table.add_row(file.name, f"{file.size:,}", file.sha256() if file.is_code else "")
+    return table

@@ -1,0 +1,141 @@
+"""Cards are made from what is recorded and counted, are valid for the Hub, and say what was not measured."""
+
+import json
+import re
+from urllib.parse import urlparse
+
+import pytest
+import transformers
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from safetensors import safe_open
+from tiny import bert_tokenizer, gpt2_tokenizer, teacher
+from transformers import BertForMaskedLM, BertForSequenceClassification, GPT2LMHeadModel
+from transformers.pipelines import SUPPORTED_TASKS
+
+from kronecker_transformers import compress
+from kronecker_transformers.checkpoint import save_folder
+from kronecker_transformers.compress import to_dense
+from kronecker_transformers.model_card import model_card
+from kronecker_transformers.models import DENSE_CLASSES
+
+PLANS = {"bert": "7.7x", "gpt2": "kngpt2"}
+RECORD = {
+    "options": {"teacher": "google-bert/bert-tiny", "task_name": "mrpc",
+                "command": ["python", "examples/run_glue_kd.py", "--teacher", "/home/ada/secret/bert", "--seed", "3"]},
+    "models": ["teacher", "student, undistilled", "student"],
+    "rows": {"parameters": [9, 8, 7], "accuracy": [0.91, 0.5, 0.87654], "f1": [0.9, None, 0.8]},
+    "metrics": {"student": {"accuracy": 0.87654, "f1": 0.8}},
+    "protocol": "dev set",
+    "training": {"steps": 1200, "samples": 38400, "tokens": 1234567, "seconds": 600.0, "batch": 32,
+                 "learning_rate": 1e-4, "precision": "bfloat16", "objective": {"hidden_mse": 1.0}, "seed": 3},
+    "environment": "CPU Babbage, 2 threads",
+}  # fmt: skip
+BENCHMARK = {
+    "model": {"milliseconds": 20.04, "name": "/x/student"}, "against": {"milliseconds": 50.0, "name": "/x/bert"},
+    "batch": 1, "length": 128, "dtype": "float32", "device": "cpu", "speedup": 2.495, "environment": "CPU Babbage",
+}  # fmt: skip
+
+
+def student_folder(dense_class, tmp_path):
+    dense = teacher(dense_class)
+    result = compress(dense, PLANS[dense.config.model_type])
+    tokenizer = (bert_tokenizer if dense.config.model_type == "bert" else gpt2_tokenizer)(tmp_path)
+    return save_folder(tmp_path / "model", result.model, tokenizer, result.report), result.model
+
+
+def write(folder, name, content):
+    (folder / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("dense_class", DENSE_CLASSES.values(), ids=lambda dense_class: dense_class.__name__)
+def test_every_class_and_its_twin(dense_class, tmp_path):
+    folder, model = student_folder(dense_class, tmp_path)
+    twin = save_folder(tmp_path / "twin", to_dense(model))
+    for place, twin_of in ((folder, None), (twin, "org/tiny")):
+        card = model_card(place, "org/tiny-new", twin_of=twin_of)
+        again = ModelCard(str(card))  # as the Hub reads it
+        assert again.data.to_dict() == card.data.to_dict()
+        assert card.data.library_name == "transformers"
+        tag = card.data.pipeline_tag
+        assert tag in SUPPORTED_TASKS or tag in ("question-answering", "multiple-choice")
+        assert card.data.widget[0]["text"]
+        auto_class = re.search(r"import (AutoModel\w*), AutoTokenizer", card.text)[1]
+        loaded = getattr(transformers, auto_class).from_pretrained(place)
+        assert type(loaded).__name__ == type(model).__name__.removeprefix("" if twin_of is None else "Kronecker")
+        assert ("trust_remote_code=True" in card.text) == (twin_of is None)
+        for url in re.findall(r"\((https?://[^)]*)\)", card.text):
+            assert urlparse(url).netloc == "huggingface.co"
+            assert re.fullmatch(r"/[\w.-]+/[\w.-]+", urlparse(url).path)
+
+
+def test_sizes_are_those_of_the_files(tmp_path):
+    folder, _ = student_folder(BertForMaskedLM, tmp_path)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 - no mapping
+    assert f"| {parameters:,} |" in model_card(folder, "org/tiny").text
+
+
+def test_what_is_not_known_is_said(tmp_path):
+    folder, _ = student_folder(BertForSequenceClassification, tmp_path)
+    card = model_card(folder, "org/tiny")
+    for line in ("**Time**: not measured.", "**Quality**: not measured.", "Teacher: not recorded",
+                 "Training: not recorded", "Machine and versions: not recorded", "Command: not recorded",
+                 "It has not been distilled"):  # fmt: skip
+        assert line in card.text
+    for name in ("base_model", "license", "language", "model-index", "metrics", "datasets"):
+        assert name not in card.data.to_dict()
+    assert "None" not in str(card)
+
+
+def test_what_is_known_is_taken_over(tmp_path):
+    folder, _ = student_folder(BertForSequenceClassification, tmp_path)
+    write(folder, "results.json", RECORD)
+    write(folder, "benchmark.json", BENCHMARK)
+    (folder / "training.png").write_bytes(b"")
+    card = model_card(folder, "org/tiny", license="mit", language="en")
+    for line in (
+        "| accuracy | 0.91 | 0.5 | 0.8765 |",
+        "| f1 | 0.9 | - | 0.8 |",
+        "**Quality** (dev set):",
+        "20.0 ms for 1 x 128 tokens in float32 on cpu, 2.50 times as fast as bert with 50.0 ms (CPU Babbage).",
+        "Teacher: google-bert/bert-tiny",
+        "1,200 steps of 32 samples (38,400 samples, 1,234,567 tokens, 10.0 minutes), learning rate 0.0001, bfloat16, "
+        "seed 3; objective: 1 hidden_mse",
+        "Machine and versions: CPU Babbage, 2 threads",
+        "`python examples/run_glue_kd.py --teacher bert --seed 3`",
+        "![training](training.png)",
+    ):
+        assert line in card.text
+    assert "not measured" not in card.text
+    assert "not been distilled" not in card.text
+    assert "/home" not in str(card)
+    data = card.data.to_dict()
+    assert data["base_model"] == "google-bert/bert-tiny"
+    assert data["license"] == "mit"
+    assert data["datasets"] == ["nyu-mll/glue"]
+    assert data["metrics"] == ["accuracy", "f1"]
+    where = {"task_type": "text-classification", "dataset_type": "nyu-mll/glue", "dataset_name": "GLUE mrpc",
+             "dataset_config": "mrpc", "dataset_split": "validation"}  # fmt: skip
+    wanted = [EvalResult(metric_type=name, metric_value=value, **where) for name, value in
+              (("accuracy", 0.87654), ("f1", 0.8))]  # fmt: skip
+    assert data["model-index"] == eval_results_to_model_index("tiny", wanted)
+
+
+def test_licence_and_language_come_from_the_teacher_in_a_folder(tmp_path):
+    bert = tmp_path / "bert"
+    teacher(GPT2LMHeadModel).save_pretrained(bert)
+    (bert / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: fr\nbase_model: org/grand\n---\n# Bert\n")
+    result = compress(bert, "kngpt2")
+    result.save(tmp_path / "student")
+    data = model_card(tmp_path / "student", "org/tiny").data
+    assert (data.license, data.language, data.base_model) == ("apache-2.0", "fr", "org/grand")
+    assert str(tmp_path) not in str(model_card(tmp_path / "student", "org/tiny"))
+
+
+@pytest.mark.parametrize("name", ["results.json", "benchmark.json"])
+def test_unreadable_records(tmp_path, name):
+    folder, _ = student_folder(BertForSequenceClassification, tmp_path)
+    (folder / name).write_text("{")
+    with pytest.raises(ValueError, match=f"{name}.* is not JSON .*; write it again or remove it"):
+        model_card(folder, "org/tiny")

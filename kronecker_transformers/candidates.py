@@ -227,10 +227,8 @@ def _candidate(W: Tensor, tokens: int, entry: FactorEntry | None, error: float) 
     m, n = W.shape
     if entry is None:
         return Candidate(None, m * n, 2 * tokens * m * n, 0.0)
-    m2, n2 = entry.b_shape(m, n)
-    parameters = entry.terms * (entry.m1 * entry.n1 + m2 * n2)
-    flops = 2 * tokens * min(multiplications(entry.m1, entry.n1, m2, n2, entry.terms))
-    return Candidate(entry, parameters, flops, error)
+    flops = 2 * tokens * min(multiplications(entry.m1, entry.n1, *entry.b_shape(m, n), entry.terms))
+    return Candidate(entry, entry.parameters(m, n), flops, error)
 
 
 @torch.no_grad()

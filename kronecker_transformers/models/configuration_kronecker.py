@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
@@ -10,8 +11,14 @@ from transformers import PreTrainedConfig
 
 from .factor_plan import FactorEntry, resolve_plan
 
+_REFERENCE = r"([\w.-]+(/[\w.-]+)?--)?\w+\.\w+"  # [repository--]file.Class
+
 # Facts of the dense teacher's checkpoint that are not facts of the student's.
 _NOT_INHERITED = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+
+
+LARGEST_SIZE, MOST_LAYERS, MOST_PARAMETERS = 2**24, 1_000, 10**11
+"""Bounds on what a config may ask for. It may come from anywhere, and what it asks for is built."""
 
 
 class KroneckerConfigMixin:
@@ -24,9 +31,31 @@ class KroneckerConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        plan = resolve_plan(self.factor_plan, self)
-        plan.match(self.factorable_modules())
+        self._check_sizes()
+        plan, modules = resolve_plan(self.factor_plan, self), self.factorable_modules()
+        if len(plan) > len(modules):
+            raise ValueError(
+                f"factor_plan has {len(plan):,} entries for {len(modules):,} modules; each module may match one only"
+            )
+        matched = plan.match(modules)
+        parameters = 0
+        for name, (m, n) in modules.items():
+            entry = matched.get(name)
+            parameters += m * n if entry is None else entry.parameters(m, n)
+        if parameters > MOST_PARAMETERS:
+            raise ValueError(
+                f"config asks for {parameters:,} parameters, more than {MOST_PARAMETERS:,}; check its sizes"
+            )
         self.factor_plan = plan.to_dict()
+
+    def _check_sizes(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "n_inner", "max_position_embeddings",
+                 "type_vocab_size", "num_attention_heads")  # fmt: skip
+        for name, most in (("num_hidden_layers", MOST_LAYERS), *((size, LARGEST_SIZE) for size in sizes)):
+            value = getattr(self, name, None)
+            least = 0 if name == "num_hidden_layers" else 1
+            if isinstance(value, int) and not least <= value <= most:
+                raise ValueError(f"{name}={value} in the config must be from {least} to {most:,}; correct it")
 
     @classmethod
     def from_dense(cls, dense_config: PreTrainedConfig, plan: str | Mapping[str, Any] | None) -> Self:
@@ -82,8 +111,8 @@ class KroneckerConfigMixin:
         own_files = {reference.split(".")[0] for reference in self.auto_classes.values()}
         foreign = {
             auto_class: reference
-            for auto_class, reference in settings.get("auto_map", {}).items()
-            if reference.split("--")[-1].split(".")[0] not in own_files
+            for auto_class, reference in (settings.get("auto_map") or {}).items()
+            if re.fullmatch(_REFERENCE, str(reference)) and reference.split("--")[-1].split(".")[0] not in own_files
         }
         settings["auto_map"] = {**self.auto_classes, **foreign}
         return settings

@@ -20,6 +20,9 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
+LONGEST_PATTERN = 200
+"""Characters of a pattern: a plan may come from anywhere, and is matched with every module."""
+
 
 @dataclass(frozen=True)
 class FactorEntry:
@@ -84,6 +87,11 @@ class FactorEntry:
             )
         return m2, n2
 
+    def parameters(self, m: int, n: int) -> int:
+        """Entries of all factors of a weight of shape (m, n)."""
+        m2, n2 = self.b_shape(m, n)
+        return self.terms * (self.m1 * self.n1 + m2 * n2)
+
 
 class FactorPlan(Mapping[str, FactorEntry]):
     """An immutable ordered mapping from module-name pattern to `FactorEntry`.
@@ -103,6 +111,11 @@ class FactorPlan(Mapping[str, FactorEntry]):
             )
         self._entries: dict[str, FactorEntry] = {}
         for pattern, value in entries.items():
+            if len(str(pattern)) > LONGEST_PATTERN:
+                raise ValueError(
+                    f"plan pattern {str(pattern)[:40]!r}... has {len(str(pattern)):,} characters; write at most "
+                    f"{LONGEST_PATTERN}"
+                )
             try:
                 self._entries[str(pattern)] = FactorEntry.parse(value)
             except (TypeError, ValueError) as error:

@@ -31,6 +31,10 @@ BLOCK = 512 * 768
 """Entries of the hidden states that go through an encoder at a time: 512 tokens of BERT-base (benchmarks/blocks.py)."""
 
 
+LARGEST_LACK = 2**26
+"""Values that a checkpoint may lack whatever its size, to be drawn anew: a config may ask for more than there is."""
+
+
 def in_blocks(model: PreTrainedModel, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
     """Outputs of an encoder for a batch, computed for some sequences at a time where that is faster.
 
@@ -142,6 +146,21 @@ class KroneckerPreTrainedModel(PreTrainedModel):
             module.init_factors(self.config.initializer_range)
         else:
             super()._init_weights(module)
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the stock method, which makes what a checkpoint lacks; but not a model that is hardly there.
+
+        Raises:
+            ValueError: the checkpoint lacks most of a large model: its config belongs to another one.
+        """
+        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
+        lacking = sum(sizes.get(key, 0) for key in missing_keys)
+        if lacking > max(LARGEST_LACK, sum(sizes.values()) / 2):
+            raise ValueError(
+                f"the weights lack {lacking:,} of the {sum(sizes.values()):,} values that the config asks for, "
+                f"{min(missing_keys)!r} first; restore the config.json that was saved with them"
+            )
+        return super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

@@ -15,7 +15,7 @@ from . import __version__
 from .benchmark import DTYPES, benchmark
 from .checkpoint import check_file, check_new_folder, load_student, recorded_errors, save_folder, write_text
 from .compress import compress, to_dense
-from .hub import push
+from .hub import push, push_space
 from .latency import Runtime
 from .model_card import model_card
 from .plan_file import check_plan_path, read_plan
@@ -123,6 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--create-pr", action="store_true", help="as a pull request")
     command.add_argument("--dry-run", action="store_true", help="list the files, send nothing")
     command.set_defaults(run=_push)
+
+    command = commands.add_parser(
+        "push-space",
+        help="publish a Space that shows a published model beside its teacher",
+        description="Publish a Space (a Gradio app) that shows a published model beside its teacher.",
+    )
+    command.add_argument("repository", metavar="ORG/SPACE", help="where to; made if it does not exist")
+    command.add_argument("--model", required=True, metavar="ORG/NAME", help="the factored model on the Hub")
+    command.add_argument("--teacher", required=True, metavar="ORG/NAME", help="its teacher on the Hub")
+    command.add_argument("--folder", default="examples/space", metavar="DIR", help="of the app (default: %(default)s)")
+    command.add_argument("--private", action="store_true", default=None, help="if the Space is made")
+    command.set_defaults(run=_push_space)
     return parser
 
 
@@ -248,6 +260,13 @@ def _push(arguments: argparse.Namespace, console: Console) -> None:
                 console.print(done.url if done.is_new else f"{done.url} holds all of this already.", soft_wrap=True)
         if arguments.dry_run:
             console.print("Nothing was sent.")
+
+
+def _push_space(arguments: argparse.Namespace, console: Console) -> None:
+    done = push_space(
+        arguments.folder, arguments.repository, arguments.model, arguments.teacher, private=arguments.private
+    )
+    console.print(done.url if done.is_new else f"{done.url} holds all of this already.", soft_wrap=True)
 
 
 def _show(report: Report, console: Console) -> None:

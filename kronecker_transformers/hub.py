@@ -1,4 +1,4 @@
-"""From the folder of a checkpoint to a repository on the Hub, in one commit.
+"""From a folder to a repository on the Hub, in one commit.
 
 One commit is all or nothing: a reader sees the repository as it was or as it shall be. It is made on top of the commit
 that was looked at, so that two pushes at a time do not mix. What the repository holds already is not sent again, and if
@@ -7,6 +7,7 @@ that is all, no commit is made.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, SpaceCardData, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -77,34 +78,95 @@ def push(
     """
     if create_pr and revision not in (None, constants.DEFAULT_REVISION):
         raise ValueError(f"revision={revision!r} cannot be combined with a pull request, which goes to main; leave one")
+    _check_name(repo_id)
+    files: dict[str, str | bytes] = {file.name: str(file.path) for file in published_files(folder)}
+    files |= {name: str(path) for name, path in (also or {}).items()}
+    if "README.md" not in files:
+        files["README.md"] = str(card or model_card(folder, repo_id)).encode()
+    return _publish(
+        HfApi(token=token), repo_id, files, message or "Upload model", {"private": private}, revision, create_pr
+    )
+
+
+def push_space(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    model: str,
+    teacher: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+) -> Pushed:
+    """Publish the Space of ``examples/space`` for a model on the Hub and its teacher, as one commit.
+
+    The model is pinned to its present commit, so that the Space runs no other code later.
+
+    Args:
+        folder: with app.py and requirements.txt.
+        repo_id: of the Space.
+        model: name on the Hub of the factored model.
+        teacher: the same of its teacher.
+        private: of a new Space only.
+        token: default: that of `hf auth login`, or HF_TOKEN.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a name that the Hub does not allow.
+        OSError: as `push`.
+    """
+    for name in (repo_id, model, teacher):
+        _check_name(name)
+    parts = {name: Path(folder) / name for name in ("app.py", "requirements.txt")}
+    for name, path in parts.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"folder {str(folder)!r} holds no {name}; give examples/space of this package")
+    files: dict[str, str | bytes] = {name: str(path) for name, path in parts.items()}
+    api = HfApi(token=token)
+    commit = _tried(lambda: api.model_info(model), api, model).sha
+    settings = {"model": model, "teacher": teacher, "revision": commit}
+    files["space.json"] = (json.dumps(settings, indent=2) + "\n").encode()
+    title = model.rpartition("/")[2]
+    data = SpaceCardData(
+        title=title, sdk="gradio", app_file="app.py", models=[model, teacher], tags=["kronecker", "compression"]
+    )
+    text = f"{title} beside its teacher {teacher}: answers, sizes and times on one CPU server."
+    files["README.md"] = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n".encode()
+    options = {"private": private, "repo_type": "space", "space_sdk": "gradio"}
+    return _publish(api, repo_id, files, "Upload Space", options)
+
+
+def _check_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"repository {repo_id!r} is no name that the Hub allows: {error}") from error
-    files = published_files(folder)
-    additions: dict[str, str | bytes] = {file.name: str(file.path) for file in files}
-    additions |= {name: str(path) for name, path in (also or {}).items()}
-    if "README.md" not in additions:
-        additions["README.md"] = str(card or model_card(folder, repo_id)).encode()
-    api = HfApi(token=token)
 
-    def create() -> str:
-        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
 
-    branch = revision or constants.DEFAULT_REVISION
-    repo_id = _tried(create, api, repo_id)
-    before = _tried(lambda: _head(api, repo_id, branch), api, repo_id).sha
+def _publish(
+    api: HfApi,
+    repo_id: str,
+    files: Mapping[str, str | bytes],
+    message: str,
+    new: Mapping[str, Any],
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Pushed:
+    """Make the repository with the options of `new` if there is none, and commit: name to path or content."""
+    branch, kind = revision or constants.DEFAULT_REVISION, new.get("repo_type")
+    repo_id = _tried(lambda: api.create_repo(repo_id, exist_ok=True, **new).repo_id, api, repo_id)
+    before = _tried(lambda: _head(api, repo_id, kind, branch), api, repo_id).sha
 
     def commit() -> Pushed:
-        head = _head(api, repo_id, branch)  # at a second try it may be the commit of the first, whose answer was lost
+        head = _head(api, repo_id, kind, branch)  # at a second try perhaps the commit of the first, unanswered one
         remote = {sibling.rfilename for sibling in head.siblings or ()}
         done = api.create_commit(
             repo_id,
             [
-                *(CommitOperationAdd(name, content) for name, content in additions.items()),
-                *(CommitOperationDelete(name) for name in _left_over(remote, additions)),
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+                *(CommitOperationDelete(name) for name in _left_over(remote, files)),
             ],
-            commit_message=message or "Upload model",
+            commit_message=message,
+            repo_type=kind,
             revision=branch,
             create_pr=create_pr,
             parent_commit=head.sha,
@@ -114,12 +176,12 @@ def push(
     return _tried(commit, api, repo_id, attempts=1 if create_pr else ATTEMPTS)  # never two pull requests
 
 
-def _head(api: HfApi, repo_id: str, branch: str) -> Any:
+def _head(api: HfApi, repo_id: str, kind: str | None, branch: str) -> Any:
     try:
-        return api.model_info(repo_id, revision=branch)
+        return api.repo_info(repo_id, repo_type=kind, revision=branch)
     except RevisionNotFoundError:
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
-        return api.model_info(repo_id, revision=branch)
+        api.create_branch(repo_id, repo_type=kind, branch=branch, exist_ok=True)
+        return api.repo_info(repo_id, repo_type=kind, revision=branch)
 
 
 def _left_over(remote: Iterable[str], sent: Iterable[str]) -> list[str]:

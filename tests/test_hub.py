@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import SpaceCard, constants
 from loopback_hub import Fault, Hub
 from tiny import bert_tokenizer, inputs, perturb, teacher
 from transformers import BertForSequenceClassification
@@ -17,11 +18,12 @@ from transformers import BertForSequenceClassification
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint import save_folder
 from kronecker_transformers.cli import main
-from kronecker_transformers.hub import push
+from kronecker_transformers.hub import push, push_space
 from kronecker_transformers.model_card import model_card
 from kronecker_transformers.published import published_files
 
 TOKEN = "hf_good"
+SPACE = Path(__file__).parent.parent / "examples" / "space"
 CODE = {
     "configuration_kronecker.py", "configuration_kronecker_bert.py", "factor_plan.py", "kronecker_contraction.py",
     "kronecker_layers.py", "modeling_kronecker.py", "modeling_kronecker_bert.py",
@@ -257,6 +259,24 @@ def test_command_line(hub, folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(arguments) == 1
     assert "error: push failed, and nothing of it is visible" in capsys.readouterr().err
+
+
+def test_space(hub, folder, monkeypatch, capsys):
+    commit = push(folder, "org/tiny", token=TOKEN).commit
+    done = push_space(SPACE, "org/show", "org/tiny", "org/bert", token=TOKEN)
+    files = hub.repo("org/show", "spaces").files()
+    assert done.is_new
+    assert files.keys() == {"README.md", "app.py", "requirements.txt", "space.json", ".gitattributes"}
+    assert files["app.py"] == (SPACE / "app.py").read_bytes()
+    assert json.loads(files["space.json"]) == {"model": "org/tiny", "teacher": "org/bert", "revision": commit}
+    settings = SpaceCard(files["README.md"].decode()).data
+    assert (settings.sdk, settings.app_file, settings.models) == ("gradio", "app.py", ["org/tiny", "org/bert"])
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    arguments = ["push-space", "org/show", "--model", "org/tiny", "--teacher", "org/bert", "--folder", str(SPACE)]
+    assert main(arguments) == 0
+    assert "holds all of this already" in capsys.readouterr().out
+    assert main([*arguments, "--folder", str(folder)]) == 1
+    assert "holds no app.py; give examples/space" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

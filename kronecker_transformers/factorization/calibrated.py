@@ -42,7 +42,7 @@ MAX_SWEEPS = 40
 """Alternations over A and B at most."""
 TOLERANCE = 1e-4
 """A sweep that lowers J by less than this share of the variance of y is the last."""
-_LARGEST = 1024  # unknowns of a row for which a system is written down
+_LARGEST = 4096  # unknowns of a row for which a system is written down, where that is also the cheaper way
 _STEPS, _PRECISION = 10, 1e-3  # of conjugate gradients: at most, and the residual, over the right side, that is enough
 _JITTER = 1e-7  # of the mean of the diagonal, so that a covariance of few tokens has a Cholesky factor
 _POWER_STEPS = 8
@@ -333,18 +333,29 @@ class _System:
         (m2, R, n2), (m1, _, n1) = B.shape, A.shape
         q, change = torch.linalg.qr(B.transpose(1, 2).reshape(m2 * n2, R))
         B = q.unflatten(0, (m2, n2)).transpose(1, 2)
-        if R * n1 <= _LARGEST:
+        if R * n1 <= _LARGEST and self._written_cost(A.shape, B.shape) < _STEPS * m1 * m2 * len(self._C) ** 2:
             M, H = self._matrix(B), self._inner(self._D, B)
             A = torch.cholesky_solve(H.flatten(1).t(), torch.linalg.cholesky((M + M.t()) / 2)).t().reshape(m1, R, n1)
             return A, B, self._total - float((A * H).sum())
         return self._descend(torch.einsum("irj,sr->isj", A, change), B)
+
+    def _written_cost(self, a_shape: torch.Size, b_shape: torch.Size) -> int:
+        """Multiplications to write the system down and to solve it; those of a step of `_descend` are about m n n."""
+        unknowns = b_shape[1] * a_shape[2]
+        return min(self._orders(b_shape)) + unknowns**3 // 3 + a_shape[0] * unknowns**2
+
+    def _orders(self, b_shape: torch.Size) -> tuple[int, int]:
+        """Multiplications of `_matrix` in two orders: from products B_r^T B_s, and from products of C and B_r."""
+        (m2, R, n2), n = b_shape, len(self._C)
+        return R**2 * (m2 * n2**2 + n**2), R * m2 * (n**2 + R * n // n2 * n)
 
     def _matrix(self, B: Tensor) -> Tensor:
         """M (R n1, R n1): sums over k of B_r[k] C[j, h] B_s[k], in the cheaper of two orders."""
         (m2, R, n2), n = B.shape, len(self._C)
         n1 = n // n2
         M = B.new_empty(R, n1, R, n1)
-        if R * (m2 * n2**2 + n**2) < m2 * (n**2 + R * n1 * n):
+        from_products, from_rows = self._orders(B.shape)
+        if from_products < from_rows:
             form = rearranged(self._C, n1).t()
             for r in range(R):
                 gram = torch.einsum("kl,ksh->slh", B[:, r], B).reshape(R, n2 * n2)  # B_r^T B_s

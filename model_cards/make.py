@@ -1,0 +1,64 @@
+"""Make the cards of the recipes: `python model_cards/make.py`, after `make demo`.
+
+The teachers' weights are drawn as for training from scratch, seed 0: sizes, FLOPs and times do not depend on them, and
+what does is not measured here. The demo's card is that of the model that it has made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+from kronecker_transformers import compress
+from kronecker_transformers.benchmark import benchmark
+from kronecker_transformers.checkpoint import save_folder, write_text
+from kronecker_transformers.model_card import BENCHMARK_FILE, model_card
+
+HERE = Path(__file__).parent
+DEMO = HERE.parent / "demo_output" / "kronecker-minilm-7.7x"
+BATCH, LENGTH = 8, 128
+RECIPES: dict[str, tuple[str, Any, dict[str, str]]] = {
+    "kroneckerbert-7.7x": (
+        "7.7x", lambda: BertForMaskedLM(BertConfig()),
+        {"base_model": "google-bert/bert-base-uncased", "license": "apache-2.0", "language": "en"},
+    ),
+    "kroneckerbert-21x": (
+        "21x", lambda: BertForMaskedLM(BertConfig()),
+        {"base_model": "google-bert/bert-base-uncased", "license": "apache-2.0", "language": "en"},
+    ),
+    "kngpt2": (
+        "kngpt2", lambda: GPT2LMHeadModel(GPT2Config()),
+        {"base_model": "openai-community/gpt2", "license": "mit", "language": "en"},
+    ),
+}  # fmt: skip
+"""Plan, teacher, and what its card says."""
+
+
+def main() -> None:
+    """Write one card for each recipe."""
+    if not DEMO.is_dir():
+        sys.exit(f"{DEMO} does not exist; run make demo first")
+    write_text(HERE / f"{DEMO.name}.md", str(model_card(DEMO, f"your-name/{DEMO.name}", license="apache-2.0",
+                                                        language="en")))  # fmt: skip
+    for name, (plan, make_teacher, known) in RECIPES.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            torch.manual_seed(0)
+            teacher = make_teacher().eval()
+            model = compress(teacher, plan).model
+            folder = save_folder(Path(scratch) / name, model)
+            found = benchmark(model, teacher, batch=BATCH, length=LENGTH)
+            found = dataclasses.replace(found, against=dataclasses.replace(found.against, name="its dense twin"))
+            write_text(folder / BENCHMARK_FILE, json.dumps(found.to_dict()))
+            card = model_card(folder, f"your-name/{name}", **known)
+        write_text(HERE / f"{name}.md", str(card))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
@@ -139,3 +140,17 @@ def test_unreadable_records(tmp_path, name):
     (folder / name).write_text("{")
     with pytest.raises(ValueError, match=f"{name}.* is not JSON .*; write it again or remove it"):
         model_card(folder, "org/tiny")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "model_cards").glob("*.md")), ids=lambda p: p.stem
+)
+def test_shipped_cards(path):
+    card = ModelCard.load(path)
+    assert card.data.model_name == path.stem
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag in SUPPORTED_TASKS
+    assert card.data.base_model.count("/") == 1
+    assert card.data.license
+    assert "**Time**" in card.text
+    assert "**Quality**" in card.text

@@ -245,7 +245,7 @@ def _push(arguments: argparse.Namespace, console: Console) -> None:
         if arguments.with_dense_twin:
             model, tokenizer = load_student(arguments.folder)
             folders[twin_name] = save_folder(Path(scratch) / "twin", to_dense(model), tokenizer)
-            cards[twin_name] = model_card(folders[twin_name], twin_name, twin_of=name)
+            cards[twin_name] = model_card(folders[twin_name], twin_name, twin_of=name, records=arguments.folder)
         for repository, folder in folders.items():
             console.print(files_table(repository, published_files(folder)))
             if not arguments.dry_run:

@@ -79,7 +79,7 @@ def push(
     if create_pr and revision not in (None, constants.DEFAULT_REVISION):
         raise ValueError(f"revision={revision!r} cannot be combined with a pull request, which goes to main; leave one")
     _check_name(repo_id)
-    files: dict[str, str | bytes] = {file.name: str(file.path) for file in published_files(folder)}
+    files: dict[str, str | bytes] = {file.name: file.content() for file in published_files(folder)}
     files |= {name: str(path) for name, path in (also or {}).items()}
     if "README.md" not in files:
         files["README.md"] = str(card or model_card(folder, repo_id)).encode()
@@ -204,7 +204,9 @@ def _tried(work: Callable[[], Any], api: HfApi, repo_id: str, attempts: int = AT
             if status is None:
                 raise
             if (status and status not in _PASSING) or attempt == attempts:
-                raise OSError(_explained(status, error, api, repo_id)) from error
+                unknown = attempts == 1 and status not in range(400, 500)  # the one answer to a pull request was lost
+                outcome = "look whether the pull request exists" if unknown else "nothing of it is visible"
+                raise OSError(f"push failed; {outcome}: {_explained(status, error, api, repo_id)}") from error
             wait = min(2.0**attempt, 60) if wait is None else wait
             logger.warning("the Hub failed (%s); trying again in %g seconds", status or type(error).__name__, wait)
             time.sleep(wait)
@@ -235,4 +237,4 @@ def _explained(status: int, error: Exception, api: HfApi, repo_id: str) -> str:
     }
     details = " ".join(str(getattr(error, "server_message", None) or error).split())
     again = f"{api.endpoint} answered {status} ({details})" + ("; push again later" if status in _PASSING else "")
-    return f"push failed, and nothing of it is visible: {known.get(status, again)}"
+    return known.get(status, again)

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .checkpoint import load_model
-from .published import published_files
+from .checkpoint import REPORT_FILE, load_model
+from .published import BENCHMARK_FILE, RESULTS_FILE, published_files
 from .report import describe
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
-RESULTS_FILE, BENCHMARK_FILE = "results.json", "benchmark.json"
 _SENTENCE = "The students were proud of what their teacher had taught them."
 
 
@@ -66,6 +65,7 @@ def model_card(
     language: str | None = None,
     twin_of: str | None = None,
     has_twin: bool = False,
+    records: str | os.PathLike[str] | None = None,
 ) -> ModelCard:
     """The card of a factored model, or of a dense twin.
 
@@ -77,15 +77,17 @@ def model_card(
         language: the same.
         twin_of: for a dense twin, the name of the factored model.
         has_twin: whether the dense twin is published beside it, as ``<repo_id>-dense``.
+        records: folder of the records; for a dense twin that of the factored model; default: the same folder.
 
     Raises:
         ValueError, OSError: the folder holds no model, or records that are not readable.
     """
     folder = Path(folder)
+    records = Path(records or folder)
     model, _ = load_model(folder)
-    record = _read(folder / RESULTS_FILE)
+    record = _read(records / RESULTS_FILE)
     options, training = record.get("options", {}), record.get("training", {})
-    source = options.get("teacher") or _read(folder / "compression.json").get("teacher")
+    source = options.get("teacher") or _read(records / REPORT_FILE).get("teacher")
     known = _metadata_of_teacher(source)
     base_model = base_model or known.get("base_model") or (source if _is_hub_name(source) else None)
     architecture = type(model).__name__.removeprefix("Kronecker")
@@ -117,7 +119,6 @@ def model_card(
         has_twin=has_twin,
         teacher=base_model or (Path(source).name if source else None),
         architecture=architecture,
-        dense_architecture=architecture,
         auto_class=use.auto_class,
         **_costs(model, twin_of is not None),
         speed=_speed(folder),
@@ -143,9 +144,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_hub_name(source: str | None) -> bool:
-    return (
-        bool(source) and str(source).count("/") <= 1 and not os.path.exists(str(source)) and str(source)[0] not in "./"
-    )
+    return bool(source and source.count("/") <= 1 and source[0] not in "./" and not os.path.exists(source))
 
 
 def _metadata_of_teacher(source: str | None) -> Mapping[str, Any]:

@@ -21,12 +21,15 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .checkpoint import REPORT_FILE
 
+RESULTS_FILE, BENCHMARK_FILE = "results.json", "benchmark.json"
+"""Beside the weights: what the examples, and the command benchmark with --json, have recorded."""
+RECORDS = (REPORT_FILE, RESULTS_FILE, BENCHMARK_FILE)
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PUBLISHED = (
     "README.md", "config.json", "generation_config.json", *WEIGHTS,
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt",
-    REPORT_FILE, "results.json", "benchmark.json", "plan.yaml", "*.png",
+    *RECORDS, "plan.yaml", "*.png",
 )  # fmt: skip
 """Names in the top folder of a checkpoint that are published; code comes by what the config names."""
 
@@ -43,10 +46,24 @@ class PublishedFile:
     is_code: bool
     """Whether `trust_remote_code=True` runs it."""
 
+    def content(self) -> str | bytes:
+        """What is sent: the path, or of a record the content, in which local paths are cut to their last part."""
+        if self.name not in RECORDS:
+            return str(self.path)
+        return (json.dumps(_without_paths(json.loads(self.path.read_text(encoding="utf-8"))), indent=2) + "\n").encode()
+
     def sha256(self) -> str:
-        """Of its content, in hex."""
+        """Of the file, in hex."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def published_files(folder: str | os.PathLike[str]) -> list[PublishedFile]:

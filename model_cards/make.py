@@ -19,7 +19,8 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from kronecker_transformers import compress
 from kronecker_transformers.benchmark import benchmark
 from kronecker_transformers.checkpoint import save_folder, write_text
-from kronecker_transformers.model_card import BENCHMARK_FILE, model_card
+from kronecker_transformers.model_card import model_card
+from kronecker_transformers.published import BENCHMARK_FILE
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo_output" / "kronecker-minilm-7.7x"

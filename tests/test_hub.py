@@ -81,7 +81,11 @@ def test_what_is_pushed_loads_without_the_package(hub, model, folder, tmp_path):
     assert done.commit == repo.revisions["main"]
     assert [branch for _, branch, _ in repo.log] == ["main", "main"]  # made, and filled in one commit
     assert repo.files().keys() == FILES | {".gitattributes"}
-    assert all(repo.files()[name] == (folder / name).read_bytes() for name in FILES - {"README.md"})
+    assert all(repo.files()[name] == (folder / name).read_bytes() for name in FILES - {"README.md", "compression.json"})
+    assert (
+        json.loads(repo.files()["compression.json"])["layers"]
+        == json.loads((folder / "compression.json").read_text())["layers"]
+    )
     assert repo.files()["README.md"].decode() == str(model_card(folder, "org/tiny"))
     with torch.no_grad():
         expected = model(**inputs(model)).logits
@@ -107,6 +111,16 @@ def test_nothing_else_travels(hub, folder):
     (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"private")
     push(folder, "org/tiny", token=TOKEN)
     assert hub.repo("org/tiny").files().keys() == FILES | {".gitattributes"}
+
+
+def test_local_paths_stay_here(hub, folder, tmp_path):
+    record = {"options": {"teacher": "/home/ada/bert", "text": ["/data/a.txt"], "seed": 3}, "rows": {"a/b": [1.5]}}
+    (folder / "results.json").write_text(json.dumps(record))
+    push(folder, "org/tiny", token=TOKEN)
+    files = hub.repo("org/tiny").files()
+    sent = {"options": {"teacher": "bert", "text": ["a.txt"], "seed": 3}, "rows": {"a/b": [1.5]}}
+    assert json.loads(files["results.json"]) == sent
+    assert not [name for name, content in files.items() if b"/home/ada" in content or str(tmp_path).encode() in content]
 
 
 def test_weights_and_code_of_an_older_version_go_in_the_same_commit(hub, model, folder, tmp_path):
@@ -181,7 +195,7 @@ def test_refusals_leave_the_old_state_and_can_be_made_again(hub, folder, path, s
     hub.repos["models/org/tiny"] = repo = Hub.empty_repo()
     before = dict(repo.files())
     hub.faults = [Fault("PUT" if path == "/lfs/" else "POST", path, status, times=99)]
-    with pytest.raises(OSError, match=f"push failed, and nothing of it is visible: .*{message}") as error:
+    with pytest.raises(OSError, match=f"push failed; nothing of it is visible: .*{message}") as error:
         push(folder, "org/tiny", token=TOKEN)
     assert TOKEN not in str(error.value)
     assert repo.files() == before
@@ -192,7 +206,7 @@ def test_refusals_leave_the_old_state_and_can_be_made_again(hub, folder, path, s
 
 def test_a_pull_request_is_not_tried_twice(hub, folder):
     hub.faults = [Fault("POST", "/commit/", None, done=True)]
-    with pytest.raises(OSError, match="cannot be reached"):
+    with pytest.raises(OSError, match=r"look whether the pull request exists: .* cannot be reached"):
         push(folder, "org/tiny", token=TOKEN, create_pr=True)
     assert [branch for branch in hub.repo("org/tiny").revisions if "pr" in branch] == ["refs/pr/1"]
 
@@ -236,6 +250,7 @@ def test_files(folder):
 def test_command_line(hub, folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     arguments = ["push", str(folder), "org/tiny", "--with-dense-twin"]
+    (folder / "results.json").write_text(json.dumps({"options": {"teacher": "org/teacher"}}))
     assert main([*arguments, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "Nothing was sent" in shown
@@ -249,6 +264,7 @@ def test_command_line(hub, folder, monkeypatch, capsys):
     assert hub.repo("org/tiny").private
     assert f"/org/tiny/commit/{hub.repo('org/tiny').revisions['main']}" in shown
     twin = hub.repo("org/tiny-dense").files()
+    assert "base_model: org/teacher" in twin["README.md"].decode()  # as recorded with the factored model
     assert json.loads(twin["config.json"])["architectures"] == ["BertForSequenceClassification"]
     assert not [name for name in twin if name.endswith(".py")]
     assert "https://huggingface.co/org/tiny-dense" in hub.repo("org/tiny").files()["README.md"].decode()
@@ -258,7 +274,7 @@ def test_command_line(hub, folder, monkeypatch, capsys):
     assert capsys.readouterr().out.count("holds all of this already") == 2
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(arguments) == 1
-    assert "error: push failed, and nothing of it is visible" in capsys.readouterr().err
+    assert "error: push failed; nothing of it is visible" in capsys.readouterr().err
 
 
 def test_space(hub, folder, monkeypatch, capsys):

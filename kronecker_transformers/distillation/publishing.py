@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -18,8 +17,8 @@ from transformers.utils.hub import PushInProgress
 
 from ..benchmark import environment
 from ..hub import Pushed, push
-from ..model_card import RESULTS_FILE, model_card
-from ..published import published_files
+from ..model_card import model_card
+from ..published import RESULTS_FILE, published_files
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class PublishingTrainer(Trainer):
         place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
         also = {}
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            _link(Path(checkpoint_folder) / STATE_FILE, draft / STATE_FILE)
+            shutil.copyfile(Path(checkpoint_folder) / STATE_FILE, draft / STATE_FILE)
             names = [file.name for file in published_files(draft) if file.name != "README.md"]
             also = {f"{place}/{name}": draft / name for name in (*names, STATE_FILE)}
         by_step = self.args.save_strategy == SaveStrategy.STEPS
@@ -96,9 +95,8 @@ class PublishingTrainer(Trainer):
         """A folder of its own with what is to be sent: the other one may go before the push has ended."""
         draft = Path(tempfile.mkdtemp(prefix="push-"))
         for file in published_files(folder):
-            if file.name != "README.md":
-                _link(file.path, draft / file.name)
-        (draft / RESULTS_FILE).unlink(missing_ok=True)
+            if file.name not in ("README.md", RESULTS_FILE):
+                shutil.copyfile(file.path, draft / file.name)
         content = json.dumps({**self.record(), "environment": environment()}, indent=2) + "\n"
         (draft / RESULTS_FILE).write_text(content, encoding="utf-8")
         (draft / "README.md").write_text(str(model_card(draft, self.hub_model_id, **card)), encoding="utf-8")
@@ -126,7 +124,7 @@ class PublishingTrainer(Trainer):
                     token=token,
                 )
             except OSError as error:
-                logger.warning("%s; the training goes on, and the next push sends everything", error)
+                logger.warning("%s; a training goes on, and the next push sends everything", error)
                 raise
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -134,11 +132,3 @@ class PublishingTrainer(Trainer):
         if getattr(self, "_pushes", None) is None:
             self._pushes = ThreadPoolExecutor(1, thread_name_prefix="push")
         return self._pushes.submit(work)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -1,27 +1,53 @@
-"""How many tokens of a large batch should go through a factored BERT at a time (`modeling_kronecker.BLOCK`).
+"""How many tokens of a large batch should go through a factored model at a time on a CPU.
 
     python benchmarks/blocks.py | tee benchmarks/logs/blocks.txt
 
-BERT-base with weights as drawn for training from scratch, seed 0, one forward pass in fp32; the dense model gets the
-whole batch, and in one column blocks of 512 tokens too. All take turns in one process; milliseconds, median of the
-rounds.
+First through one layer (`kronecker_contraction.TOKENS_AT_A_TIME`), then through a whole BERT
+(`modeling_kronecker.BLOCK`): BERT-base with weights as drawn for training from scratch, seed 0, one forward pass in
+fp32; the dense model gets the whole batch, and in one column blocks of 512 tokens too. All take turns in one process;
+milliseconds, median of the rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest.mock import patch
 
 import torch
+from layers import LAYERS
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from kronecker_transformers import compress
 from kronecker_transformers.benchmark import environment, in_turn, median_and_spread
-from kronecker_transformers.models import modeling_kronecker
+from kronecker_transformers.models import kronecker_contraction, modeling_kronecker
+from kronecker_transformers.models.kronecker_layers import kronecker_linear
 
 BATCHES = ((8, 128), (32, 128), (8, 512))  # batch x length
 BLOCKS = (10**9, 4096, 2048, 1024, 512, 256, 128)
 ROUNDS = 7
+TOKENS = 8192
+"""Through one layer."""
+
+
+def layer_in_blocks(inputs: Sequence[torch.Tensor], tokens: int) -> Callable[[], None]:
+    """One layer in blocks."""
+
+    def run() -> None:
+        with patch.object(kronecker_contraction, "TOKENS_AT_A_TIME", tokens):
+            kronecker_linear(*inputs)
+
+    return run
+
+
+def layers() -> None:
+    """Print one row for each shape."""
+    names = ["whole" if block == BLOCKS[0] else f"in {block}s" for block in BLOCKS]
+    print(f"{f'{TOKENS} tokens':19s}", *(f"{name:>10s}" for name in names))
+    for layer, (m1, n1, m2, n2, terms) in LAYERS.items():
+        inputs = [torch.randn(size) for size in ((TOKENS, n1 * n2), (m1, terms, n1), (m2, terms, n2), (m1 * m2,))]
+        works = {name: layer_in_blocks(inputs, block) for name, block in zip(names, BLOCKS, strict=True)}
+        medians = (median_and_spread(times)[0] for times in in_turn(works, ROUNDS).values())
+        print(f"{layer:19s}", *(f"{median:10.1f}" for median in medians), flush=True)
 
 
 def in_blocks(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Callable[[], None]:
@@ -34,11 +60,8 @@ def in_blocks(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Callabl
     return run
 
 
-@torch.inference_mode()
-def main() -> None:
+def models() -> None:
     """Print one row for each plan and batch."""
-    print(environment())
-    torch.manual_seed(0)
     dense = BertModel(BertConfig()).eval()
     names = ["dense", "dense 512s", *("whole" if block == BLOCKS[0] else f"in {block}s" for block in BLOCKS)]
     print(f"{'':13s}", *(f"{name:>10s}" for name in names))
@@ -55,6 +78,15 @@ def main() -> None:
             seconds = in_turn(dict(zip(names, candidates, strict=True)), ROUNDS)
             medians = (median_and_spread(times)[0] for times in seconds.values())
             print(f"{plan:5s} {batch:3d}x{length:3d}", *(f"{median:10.1f}" for median in medians), flush=True)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Both tables."""
+    print(environment())
+    torch.manual_seed(0)
+    layers()
+    models()
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from kronecker_transformers.models import kronecker_contraction, modeling_kronec
 from kronecker_transformers.models.kronecker_layers import kronecker_linear
 
 BATCHES = ((8, 128), (32, 128), (8, 512))  # batch x length
-BLOCKS = (10**9, 4096, 2048, 1024, 512, 256, 128)
-ROUNDS = 7
+BLOCKS = (10**9, 2048, 1024, 512, 256)
+ROUNDS = 5
 TOKENS = 8192
 """Through one layer."""
 

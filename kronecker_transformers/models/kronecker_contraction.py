@@ -78,15 +78,17 @@ class _Contraction:
 
     def output(self, bias: Tensor | None) -> Tensor:
         """Y + bias, (T, m1, m2), perhaps a view of (T, m2, m1)."""
-        Z = self.intermediate()
+        Z, Q = self.intermediate(), self.Q
         if not self.large_last:
-            Y = _left_multiply(self.Q, Z)  # (T, q2, p2)
+            Y = _left_multiply(Q, Z)  # (T, q2, p2)
+        elif Q.shape[1] == 1:
+            Y = torch.stack([Z.squeeze(-1) * q for q in Q.unbind()], -1) if len(Q) <= 8 else Z * Q.t()
         else:
-            Y = Z * self.Q.t() if self.Q.shape[1] == 1 else F.linear(Z, self.Q)  # (T, p2, q2)
+            Y = F.linear(Z, Q)  # (T, p2, q2)
         if bias is not None:
             # in place and before the copy that the transpose below may need: Y is fresh, and saved for no gradient
             shaped = bias.reshape(self.m1, self.m2)
-            Y.add_(shaped.t() if self.swapped else shaped)
+            Y.add_(shaped.t().contiguous() if self.swapped else shaped)  # a strided one is slow in half precision
         return Y.transpose(1, 2) if self.swapped else Y
 
     def gradients(self, dy: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:

@@ -139,6 +139,8 @@ class _KroneckerLayer(nn.Module):
         B_r is scaled to this root mean square: a small one has too few entries to come near it by chance. Parameters
         that were loaded from a checkpoint are left alone.
         """
+        if self.A.is_meta:  # weights are about to be loaded; drawing nothing would take most of the time
+            return
         target = math.sqrt(std / math.sqrt(self.terms))
         for factor in (self.A, self.B):
             values = torch.randn_like(factor, dtype=torch.float32)

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -222,8 +223,10 @@ def draw(folder: Path, watch: Watch, teacher: Tensor, student: Tensor) -> None:
     figure.savefig(folder / "similarities.png", dpi=110)
 
 
-def write_card(folder: Path, models: Sequence[str], rows: dict[str, list[float]], training: dict[str, Any]) -> None:
-    """A model card beside the weights, from a record of what was really run."""
+def write_card(
+    folder: Path, teacher: Path, models: Sequence[str], rows: dict[str, list[float]], training: dict[str, Any]
+) -> None:
+    """A model card beside the weights, from a record of what was really run and the teacher's card."""
     record = {
         "options": {"teacher": TEACHER, "command": ["make", "demo"]},
         "models": list(models),
@@ -234,7 +237,9 @@ def write_card(folder: Path, models: Sequence[str], rows: dict[str, list[float]]
         "environment": environment(),
     }
     write_text(folder / "results.json", json.dumps(record, indent=2) + "\n")
-    card = model_card(folder, f"your-name/{folder.name}", license="apache-2.0", language="en")
+    card = model_card(
+        folder, f"your-name/{folder.name}", look_up=lambda _: ModelCard.load(teacher / "README.md").data.to_dict()
+    )
     write_text(folder / "README.md", str(card))
 
 
@@ -315,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "similarity fidelity": fidelity,
         f"nearest {NEIGHBOURS} neighbours in common": agreement,
     }
-    write_card(OUTPUT, list(models), rows, training)
+    write_card(OUTPUT, folder, list(models), rows, training)
     console.print(
         "The student's ranking of pairs by similarity correlates with its teacher's by "
         f"{fidelity[-1]:.2f}, where it was {fidelity[1]:.2f} before the distillation. See training.png, "

@@ -66,6 +66,11 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
     return _load_weights(model_class, folder), _load_tokenizer(folder)
 
 
+def source_name(source: str) -> str:
+    """For records: a name on the Hub as it is, a folder by its whole path, so that the two are not confused later."""
+    return str(Path(source).resolve()) if source and os.path.isdir(source) else source
+
+
 def load_model(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A dense or factored model and its tokenizer, as its config says.
 
@@ -164,7 +169,7 @@ def save_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         if report is not None:
-            record = {"teacher": model.config.name_or_path or None, **report.to_dict()}
+            record = {"teacher": source_name(model.config.name_or_path or "") or None, **report.to_dict()}
             (draft / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 

@@ -1,4 +1,4 @@
-"""The command line: compress, search, inspect, expand, benchmark."""
+"""The command line: compress, search, inspect, expand, benchmark, push."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,11 +17,11 @@ from . import __version__
 from .benchmark import DTYPES, benchmark
 from .checkpoint import check_file, check_new_folder, load_student, recorded_errors, save_folder, write_text
 from .compress import compress, to_dense
-from .hub import push, push_space
+from .hub import card_metadata, files_to_push, push, push_space
 from .latency import Runtime
-from .model_card import model_card
+from .model_card import has_own_card, model_card
 from .plan_file import check_plan_path, read_plan
-from .published import files_table, published_files
+from .published import files_table
 from .report import Report, describe
 from .search import search_plan
 from .tasks.language_modeling import TextSource
@@ -118,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--with-dense-twin", action="store_true", help="publish the factors multiplied out, too, as ORG/NAME-dense"
     )
+    command.add_argument("--base-model", metavar="ORG/TEACHER", help="for the card (default: as recorded)")
+    command.add_argument("--license", metavar="NAME", help="for the card (default: that of the teacher's card)")
+    command.add_argument("--language", metavar="CODE", help="for the card (default: that of the teacher's card)")
     command.add_argument("--private", action="store_true", default=None, help="if the repository is made")
     command.add_argument("--revision", metavar="BRANCH", help="(default: main)")
     command.add_argument("--create-pr", action="store_true", help="as a pull request")
@@ -239,15 +244,25 @@ def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
 
 def _push(arguments: argparse.Namespace, console: Console) -> None:
     name, twin_name = arguments.repository, f"{arguments.repository}-dense"
+    known: dict[str, Any] = {key: getattr(arguments, key) for key in ("base_model", "license", "language")}
+    own = has_own_card(arguments.folder)
+    if own and any(known.values()):
+        given = " ".join(f"--{key.replace('_', '-')}" for key, value in known.items() if value)
+        raise ValueError(
+            f"{given}: README.md in {arguments.folder!r} is your own, and is sent as it is; write it there instead"
+        )
+    known["look_up"] = cache(card_metadata)
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: Path(arguments.folder)}
-        cards = {name: model_card(arguments.folder, name, has_twin=arguments.with_dense_twin)}
+        cards = {name: None if own else model_card(arguments.folder, name, has_twin=arguments.with_dense_twin, **known)}
         if arguments.with_dense_twin:
             model, tokenizer = load_student(arguments.folder)
             folders[twin_name] = save_folder(Path(scratch) / "twin", to_dense(model), tokenizer)
-            cards[twin_name] = model_card(folders[twin_name], twin_name, twin_of=name, records=arguments.folder)
+            cards[twin_name] = model_card(
+                folders[twin_name], twin_name, twin_of=name, records=arguments.folder, **known
+            )
         for repository, folder in folders.items():
-            console.print(files_table(repository, published_files(folder)))
+            console.print(files_table(repository, files_to_push(folder, repository, card=cards[repository])))
             if not arguments.dry_run:
                 done = push(
                     folder,

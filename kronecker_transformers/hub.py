@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .model_card import model_card
-from .published import WEIGHTS, published_files
+from .model_card import has_own_card, model_card
+from .published import CARD, WEIGHTS, PublishedFile, published_files
 
 ATTEMPTS = 5
 """At a push that the Hub, or the line to it, fails."""
@@ -68,7 +69,7 @@ def push(
         revision: branch; default main.
         create_pr: propose the commit as a pull request instead.
         message: of the commit.
-        card: for a folder without a README.md; default: `model_card` of what is recorded there.
+        card: default: README.md, or `model_card` of what is recorded where there is none, or one that it has made.
         also: further files, by their names in the repository.
         token: default: that of `hf auth login`, or HF_TOKEN.
 
@@ -79,13 +80,38 @@ def push(
     if create_pr and revision not in (None, constants.DEFAULT_REVISION):
         raise ValueError(f"revision={revision!r} cannot be combined with a pull request, which goes to main; leave one")
     _check_name(repo_id)
-    files: dict[str, str | bytes] = {file.name: file.content() for file in published_files(folder)}
+    files: dict[str, str | bytes] = {
+        file.name: file.source if isinstance(file.source, bytes) else str(file.source)
+        for file in files_to_push(folder, repo_id, card=card, token=token)
+    }
     files |= {name: str(path) for name, path in (also or {}).items()}
-    if "README.md" not in files:
-        files["README.md"] = str(card or model_card(folder, repo_id)).encode()
     return _publish(
         HfApi(token=token), repo_id, files, message or "Upload model", {"private": private}, revision, create_pr
     )
+
+
+def files_to_push(
+    folder: str | os.PathLike[str], repo_id: str, *, card: ModelCard | None = None, token: str | None = None
+) -> list[PublishedFile]:
+    """What `push` sends, with the card, sorted by name; its arguments and errors."""
+    files = published_files(folder)
+    if card is None and not has_own_card(folder):
+        card = model_card(folder, repo_id, look_up=partial(card_metadata, token=token))
+    if card is not None:
+        files = [file for file in files if file.name != CARD] + [PublishedFile(CARD, str(card).encode())]
+    return sorted(files, key=lambda file: file.name)
+
+
+def card_metadata(repo_id: str, token: str | None = None) -> dict[str, Any]:
+    """The metadata of a model's card on the Hub; empty, with a warning, where it cannot be had."""
+    try:
+        data = HfApi(token=token).model_info(repo_id).card_data
+    except Exception as error:
+        if _failure(error)[0] is None and not isinstance(error, HFValidationError):
+            raise
+        logger.warning("the card of %r cannot be read (%s): no licence is taken from it", repo_id, type(error).__name__)
+        return {}
+    return data.to_dict() if data else {}
 
 
 def push_space(

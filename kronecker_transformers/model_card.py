@@ -7,20 +7,21 @@ and the command `benchmark --json` write: ``results.json`` and ``benchmark.json`
 from __future__ import annotations
 
 import ast
-import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .checkpoint import REPORT_FILE, load_model
-from .published import BENCHMARK_FILE, RESULTS_FILE, published_files
+from .published import BENCHMARK_FILE, CARD, RESULTS_FILE, published_files, read_object
 from .report import describe
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
+MADE = "<!-- Made by kronecker_transformers: a push makes it anew. Remove this line to keep what you write here. -->"
+"""In every card."""
 _SENTENCE = "The students were proud of what their teacher had taught them."
 
 
@@ -66,6 +67,7 @@ def model_card(
     twin_of: str | None = None,
     has_twin: bool = False,
     records: str | os.PathLike[str] | None = None,
+    look_up: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> ModelCard:
     """The card of a factored model, or of a dense twin.
 
@@ -73,11 +75,13 @@ def model_card(
         folder: of the checkpoint.
         repo_id: name of the repository it is for.
         base_model: name of the teacher on the Hub; default: the recorded one if it is such a name.
-        license: default: that of the teacher's card, where the teacher is a folder that has one.
+        license: default: that of the teacher's card, if there is one in its folder or `look_up` finds it.
         language: the same.
         twin_of: for a dense twin, the name of the factored model.
         has_twin: whether the dense twin is published beside it, as ``<repo_id>-dense``.
         records: folder of the records; for a dense twin that of the factored model; default: the same folder.
+        look_up: from the name of a teacher on the Hub to the metadata of its card, such as `hub.card_metadata`; without
+            it nothing is asked on the Hub.
 
     Raises:
         ValueError, OSError: the folder holds no model, or records that are not readable.
@@ -88,8 +92,10 @@ def model_card(
     record = _read(records / RESULTS_FILE)
     options, training = record.get("options", {}), record.get("training", {})
     source = options.get("teacher") or _read(records / REPORT_FILE).get("teacher")
-    known = _metadata_of_teacher(source)
+    known = {**_metadata(records), **_metadata(source)}
     base_model = base_model or known.get("base_model") or (source if _is_hub_name(source) else None)
+    if look_up and isinstance(base_model, str) and not {"license", "language"} <= known.keys():
+        known = {**look_up(base_model), **known}
     architecture = type(model).__name__.removeprefix("Kronecker")
     use = USES[max((ending for ending in USES if architecture.endswith(ending)), key=len)]
     quality, models = _quality(record)
@@ -113,6 +119,7 @@ def model_card(
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
+        made=MADE,
         name=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         twin_of=twin_of,
@@ -129,30 +136,31 @@ def model_card(
         training=_training(training),
         environment=record.get("environment"),
         command=_command(options.get("command")),
-        code=[(file.name, _first_line(file.path), file.sha256()) for file in code],
+        code=[(file.name, _first_line(file.content()), file.sha256()) for file in code],
     )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); write it again or remove it") from error
-    return found
+    return read_object(path, "write it again or remove it") if path.is_file() else {}
 
 
 def _is_hub_name(source: str | None) -> bool:
     return bool(source and source.count("/") <= 1 and source[0] not in "./" and not os.path.exists(source))
 
 
-def _metadata_of_teacher(source: str | None) -> Mapping[str, Any]:
-    """What the card of a teacher in a folder says of itself."""
-    path = Path(source or "") / "README.md"
+def has_own_card(folder: str | os.PathLike[str]) -> bool:
+    """Whether a README.md lies there that this package has not made; a push leaves it as it is."""
+    path = Path(folder) / CARD
+    return path.is_file() and MADE not in path.read_text(encoding="utf-8")
+
+
+def _metadata(source: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """What the card in a folder says of base model, licence and language."""
+    path = Path(source or "") / CARD
     if not source or not path.is_file():
         return {}
-    return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    return {key: data[key] for key in ("base_model", "license", "language") if data.get(key)}
 
 
 def _costs(model: Any, is_twin: bool) -> dict[str, Any]:
@@ -244,5 +252,5 @@ def _command(command: list[str] | None) -> str | None:
     return f"`{shlex.join(Path(part).name if part.startswith('/') else part for part in command)}`"
 
 
-def _first_line(path: Path) -> str:
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+def _first_line(code: bytes) -> str:
+    return (ast.get_docstring(ast.parse(code)) or "").partition("\n")[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,12 +22,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .checkpoint import REPORT_FILE
 
+CARD = "README.md"
 RESULTS_FILE, BENCHMARK_FILE = "results.json", "benchmark.json"
 """Beside the weights: what the examples, and the command benchmark with --json, have recorded."""
 RECORDS = (REPORT_FILE, RESULTS_FILE, BENCHMARK_FILE)
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 PUBLISHED = (
-    "README.md", "config.json", "generation_config.json", *WEIGHTS,
+    CARD, "config.json", "generation_config.json", *WEIGHTS,
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "vocab.txt", "vocab.json", "merges.txt",
     *RECORDS, "plan.yaml", "*.png",
@@ -40,22 +42,36 @@ class PublishedFile:
 
     name: str
     """In the repository."""
-    path: Path
-    size: int
-    """Bytes."""
-    is_code: bool
+    source: Path | bytes
+    """Where it lies, or what is in it where that differs from the file in the folder."""
+    is_code: bool = False
     """Whether `trust_remote_code=True` runs it."""
 
-    def content(self) -> str | bytes:
-        """What is sent: the path, or of a record the content, in which local paths are cut to their last part."""
-        if self.name not in RECORDS:
-            return str(self.path)
-        return (json.dumps(_without_paths(json.loads(self.path.read_text(encoding="utf-8"))), indent=2) + "\n").encode()
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+    def content(self) -> bytes:
+        """What is in it."""
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
 
     def sha256(self) -> str:
-        """Of the file, in hex."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Of its content, in hex."""
+        return hashlib.sha256(self.content()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Put a copy into a folder."""
+        if isinstance(self.source, bytes):
+            (folder / self.name).write_bytes(self.source)
+        else:
+            shutil.copyfile(self.source, folder / self.name)
+
+
+def _record(path: Path) -> bytes:
+    """A record in which local paths are cut to their last part."""
+    found = read_object(path, "write it again or remove it")
+    return (json.dumps(_without_paths(found), indent=2) + "\n").encode()
 
 
 def _without_paths(value: Any) -> Any:
@@ -63,11 +79,11 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+    return f"./{Path(value).name}" if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def published_files(folder: str | os.PathLike[str]) -> list[PublishedFile]:
-    """The files of a checkpoint that a push sends, sorted by name.
+    """The files of a checkpoint that a push sends, sorted by name; a card that a push would make is not among them.
 
     Raises:
         FileNotFoundError: no folder, no config, no weights, or a file that the config or the index names is missing.
@@ -88,7 +104,7 @@ def published_files(folder: str | os.PathLike[str]) -> list[PublishedFile]:
                     "save the model again"
                 )
     return [
-        PublishedFile(name, folder / name, (folder / name).stat().st_size, name in code)
+        PublishedFile(name, _record(folder / name) if name in RECORDS else folder / name, name in code)
         for name in sorted(names | code)
     ]
 
@@ -97,12 +113,21 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"folder {str(folder)!r} holds no {name}; give the folder of a saved model")
+    return read_object(path, "save the model again")
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it holds something else; with the remedy.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); save the model again") from error
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); {remedy}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} holds {type(found).__name__}, not an object; save the model again")
+        raise ValueError(f"{str(path)!r} holds {type(found).__name__}, not an object; {remedy}")
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .activations import calibration_batches
+from .checkpoint import source_name
 from .distillation import DistillationArguments, start_student
 from .plan_file import read_plan
 from .tasks.language_modeling import TextSource
@@ -221,6 +222,7 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
         parser.error(f"unknown option {unknown[0]!r}; --help and --help_training list the known ones")
     try:
         chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(own) if f.init}
+        chosen["teacher"] = source_name(chosen["teacher"])
         inits = {f.name for f in dataclasses.fields(DistillationArguments) if f.init}
         wanted = {key: value for key, value in vars(namespace).items() if key in inits}
         if wanted["include_num_input_tokens_seen"] in ("no", False):

@@ -1,7 +1,8 @@
 """Make the cards of the recipes: `python model_cards/make.py`, after `make demo`.
 
 The teachers' weights are drawn as for training from scratch, seed 0: sizes, FLOPs and times do not depend on them, and
-what does is not measured here. The demo's card is that of the model that it has made.
+what does is not measured here. The demo's card is that of the model that it has made. The figures in the cards come
+from the files in ``records``, which are written here too.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from kronecker_transformers import compress
 from kronecker_transformers.benchmark import benchmark
 from kronecker_transformers.checkpoint import save_folder, write_text
 from kronecker_transformers.model_card import model_card
-from kronecker_transformers.published import BENCHMARK_FILE
+from kronecker_transformers.published import BENCHMARK_FILE, RESULTS_FILE
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo_output" / "kronecker-minilm-7.7x"
 BATCH, LENGTH = 8, 128
-RECIPES: dict[str, tuple[str, Any, dict[str, str]]] = {
+RECIPES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "kroneckerbert-7.7x": (
         "7.7x", lambda: BertForMaskedLM(BertConfig()),
         {"base_model": "google-bert/bert-base-uncased", "license": "apache-2.0", "language": "en"},
@@ -39,15 +40,23 @@ RECIPES: dict[str, tuple[str, Any, dict[str, str]]] = {
         {"base_model": "openai-community/gpt2", "license": "mit", "language": "en"},
     ),
 }  # fmt: skip
-"""Plan, teacher, and what its card says."""
+"""Plan, teacher, and what the teacher's card says."""
+
+
+def keep(name: str, record: Any) -> str:
+    """Write a record beside the cards; returns its text."""
+    text = json.dumps(record, indent=2) + "\n"
+    write_text(HERE / "records" / f"{name}.json", text)
+    return text
 
 
 def main() -> None:
     """Write one card for each recipe."""
     if not DEMO.is_dir():
         sys.exit(f"{DEMO} does not exist; run make demo first")
-    write_text(HERE / f"{DEMO.name}.md", str(model_card(DEMO, f"your-name/{DEMO.name}", license="apache-2.0",
-                                                        language="en")))  # fmt: skip
+    (HERE / "records").mkdir(exist_ok=True)
+    keep(DEMO.name, json.loads((DEMO / RESULTS_FILE).read_text(encoding="utf-8")))
+    write_text(HERE / f"{DEMO.name}.md", str(model_card(DEMO, f"your-name/{DEMO.name}")))
     for name, (plan, make_teacher, known) in RECIPES.items():
         with tempfile.TemporaryDirectory() as scratch:
             torch.manual_seed(0)
@@ -56,7 +65,7 @@ def main() -> None:
             folder = save_folder(Path(scratch) / name, model)
             found = benchmark(model, teacher, batch=BATCH, length=LENGTH)
             found = dataclasses.replace(found, against=dataclasses.replace(found.against, name="its dense twin"))
-            write_text(folder / BENCHMARK_FILE, json.dumps(found.to_dict()))
+            write_text(folder / BENCHMARK_FILE, keep(name, found.to_dict()))
             card = model_card(folder, f"your-name/{name}", **known)
         write_text(HERE / f"{name}.md", str(card))
 

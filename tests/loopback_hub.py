@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 LFS_FROM = 1_000_000  # bytes
 LFS_ENDINGS = (".safetensors", ".png", ".bin")
 
@@ -26,6 +28,11 @@ def git_oid(content):
 
 def is_lfs(path, size):
     return path.endswith(LFS_ENDINGS) or size >= LFS_FROM
+
+
+def metadata(card):
+    """What stands between the lines at the top of a card."""
+    return yaml.safe_load(card.split("---")[1]) if card.startswith("---") else None
 
 
 @dataclass
@@ -210,14 +217,10 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"url": url, "name": name}, {}
 
     def validate(self, body):
-        content = json.loads(body)["content"]
-        if content.startswith("---"):
-            import yaml
-
-            try:
-                yaml.safe_load(content.split("---")[1])
-            except yaml.YAMLError as error:
-                return 400, {"errors": [{"message": str(error)}], "warnings": []}, {}
+        try:
+            metadata(json.loads(body)["content"])
+        except yaml.YAMLError as error:
+            return 400, {"errors": [{"message": str(error)}], "warnings": []}, {}
         return 200, {"errors": [], "warnings": []}, {}
 
     def preupload(self, body, kind, name, revision):
@@ -289,12 +292,19 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self._revision(repo, revision)
         siblings = [{"rfilename": path} for path in repo.files(commit)]
         known = {"id": name, "sha": commit, "private": repo.private, "siblings": siblings, "tags": [], "downloads": 0}
+        if card := metadata(repo.files(commit).get("README.md", b"").decode()):
+            known |= {"cardData": card, **{key: card[key] for key in ("pipeline_tag", "library_name") if key in card}}
         return 200, known, {}
 
-    def tree(self, body, kind, name, revision):
+    def tree(self, body, kind, name, revision, folder=None):
         repo = self._found(kind, name)
+        files = repo.files(self._revision(repo, revision))
+        if folder:
+            files = {path: content for path, content in files.items() if path.startswith(f"{folder}/")}
+            if not files:
+                raise _RefusedError(404, "EntryNotFound", f"{folder} does not exist on {revision}")
         found = []
-        for path, content in repo.files(self._revision(repo, revision)).items():
+        for path, content in files.items():
             entry = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
             if is_lfs(path, len(content)):
                 sha = hashlib.sha256(content).hexdigest()
@@ -341,7 +351,7 @@ ROUTES = [
     ("POST", _REPO + r"/branch/(?P<revision>.+)", _Handler.branch),
     ("GET", _REPO, _Handler.info),
     ("GET", _REPO + r"/revision/(?P<revision>.+)", _Handler.info),
-    ("GET", _REPO + r"/tree/(?P<revision>.+)", _Handler.tree),
+    ("GET", _REPO + r"/tree/(?P<revision>refs/pr/\d+|[^/]+)(?:/(?P<folder>.+))?", _Handler.tree),
     ("POST", r"(?:/spaces)?/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/lfs/(?P<oid>\w+)", _Handler.put),
     ("POST", r"/lfs/(?P<oid>\w+)/verify", _Handler.verify),

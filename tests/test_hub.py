@@ -10,16 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import SpaceCard, constants
+from huggingface_hub import ModelCard, SpaceCard, constants
 from loopback_hub import Fault, Hub
-from tiny import bert_tokenizer, inputs, perturb, teacher
+from tiny import bert_tokenizer, gpt2_tokenizer, inputs, perturb, teacher
 from transformers import BertForSequenceClassification
+from transformers.pipelines import SUPPORTED_TASKS
 
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint import save_folder
 from kronecker_transformers.cli import main
-from kronecker_transformers.hub import push, push_space
-from kronecker_transformers.model_card import model_card
+from kronecker_transformers.compress import to_dense
+from kronecker_transformers.hub import files_to_push, push, push_space
+from kronecker_transformers.model_card import MADE, USES, model_card
+from kronecker_transformers.models import DENSE_CLASSES
+from kronecker_transformers.models.modeling_kronecker import KroneckerPreTrainedModel
 from kronecker_transformers.published import published_files
 
 TOKEN = "hf_good"
@@ -44,34 +48,59 @@ def folder(model, tmp_path):
     return save_folder(tmp_path / "model", model, bert_tokenizer(tmp_path), compress(dense, "7.7x").report)
 
 
+# Loads models, some of them without trust, and lets pipelines find their tasks; writes the outputs.
 STRANGER = """
     import json, sys
     sys.modules["kronecker_transformers"] = None
-    import torch
-    from transformers import AutoModelForSequenceClassification
-    settings = json.loads(sys.argv[1])
-    model = AutoModelForSequenceClassification.from_pretrained("org/tiny", trust_remote_code=True, **settings).eval()
-    assert type(model).__module__.startswith("transformers_modules.")
-    with torch.no_grad():
-        torch.save(model(**torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])
+    import torch, transformers
+    outputs = []
+    for job in json.loads(sys.argv[1]):
+        auto_class, name, settings = getattr(transformers, job["auto_class"]), job["name"], job["settings"]
+        model = auto_class.from_pretrained(name, **settings).eval()
+        assert type(model).__module__.startswith("transformers_modules.") == settings.get("trust_remote_code", False)
+        with torch.no_grad():
+            outputs.append(model(**torch.load(job["batch"], weights_only=True))[0])
+        if job.get("pipeline_tag"):
+            pipe = transformers.pipeline(model=name, **settings)
+            assert pipe.task == job["pipeline_tag"]
+            assert type(pipe.model).__module__ == type(model).__module__
+            text = "the quick [MASK] fox" if pipe.task == "fill-mask" else "the quick brown fox"
+            assert pipe(text, **({"max_new_tokens": 4} if pipe.task == "text-generation" else {}))
+    torch.save(outputs, sys.argv[2])
 """
 
 
-def stranger(hub, model, tmp_path, offline=False, **settings):
-    """Logits of a process without this package, with a cache of its own."""
-    batch, logits = tmp_path / "batch.pt", tmp_path / "logits.pt"
-    torch.save(inputs(model), batch)
+def stranger(hub, jobs, tmp_path, offline=False):
+    """Outputs of a process without this package, with a cache of its own."""
+    outputs = tmp_path / "outputs.pt"
     environment = {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "1" if offline else "0",
     }  # fmt: skip
     environment.pop("HF_MODULES_CACHE", None)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(STRANGER), json.dumps(settings), batch, logits],
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(STRANGER), json.dumps(jobs), outputs],
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(logits, weights_only=True)
+    return torch.load(outputs, weights_only=True)
+
+
+def job(model, name, tmp_path, **more):
+    """Of a stranger, for a model of any class."""
+    batch = tmp_path / f"{name.replace('/', '-')}.pt"
+    torch.save(inputs(model), batch)
+    architecture = type(model).__name__.removeprefix("Kronecker")
+    auto_class = next(
+        use.auto_class for ending, use in USES.items() if architecture in (f"Bert{ending}", f"GPT2{ending}")
+    )
+    trusted = {"trust_remote_code": True} if isinstance(model, KroneckerPreTrainedModel) else {}
+    return {"name": name, "auto_class": auto_class, "batch": str(batch), "settings": trusted, **more}
+
+
+def first_output(model):
+    with torch.no_grad():
+        return model(**inputs(model))[0]
 
 
 def test_what_is_pushed_loads_without_the_package(hub, model, folder, tmp_path):
@@ -87,10 +116,69 @@ def test_what_is_pushed_loads_without_the_package(hub, model, folder, tmp_path):
         == json.loads((folder / "compression.json").read_text())["layers"]
     )
     assert repo.files()["README.md"].decode() == str(model_card(folder, "org/tiny"))
-    with torch.no_grad():
-        expected = model(**inputs(model)).logits
-    for settings in ({}, {"revision": done.commit, "code_revision": done.commit}, {"offline": True}):
-        assert torch.equal(stranger(hub, model, tmp_path, **settings), expected)
+    expected, asked = first_output(model), job(model, "org/tiny", tmp_path)
+    pinned = {**asked, "settings": {**asked["settings"], "revision": done.commit, "code_revision": done.commit}}
+    for output in (*stranger(hub, [asked, pinned], tmp_path), *stranger(hub, [asked, pinned], tmp_path, offline=True)):
+        assert torch.equal(output, expected)
+
+
+def test_every_class_and_its_twin_by_their_names(hub, tmp_path):
+    jobs, expected = [], []
+    for student_class, dense_class in DENSE_CLASSES.items():
+        is_bert = student_class.config_class.model_type == "kronecker_bert"
+        place, name = tmp_path / dense_class.__name__, f"org/{dense_class.__name__}"
+        place.mkdir()
+        student = perturb(compress(teacher(dense_class), "7.7x" if is_bert else "kngpt2").model, seed=3)
+        tokenizer = (bert_tokenizer if is_bert else gpt2_tokenizer)(place)
+        for model, repository in ((student, name), (to_dense(student), f"{name}-dense")):
+            folder = save_folder(place / repository, model, tokenizer)
+            card = model_card(folder, repository, twin_of=None if model is student else name)
+            push(folder, repository, token=TOKEN, card=card)
+            tag = card.data.pipeline_tag
+            jobs.append(job(model, repository, tmp_path, pipeline_tag=tag if tag in SUPPORTED_TASKS else None))
+            expected.append(first_output(model))
+    assert sum(asked["pipeline_tag"] is not None for asked in jobs) == 18
+    for asked, output, wanted in zip(jobs, stranger(hub, jobs, tmp_path), expected, strict=True):
+        torch.testing.assert_close(
+            output, wanted, rtol=1e-5, atol=1e-6, msg=lambda text, asked=asked: f"{asked['name']}: {text}"
+        )
+    for output, twin in zip(expected[::2], expected[1::2], strict=True):
+        torch.testing.assert_close(output, twin, rtol=1e-4, atol=1e-4)
+
+
+def test_the_licence_comes_from_the_teacher_on_the_hub(hub, model, folder, caplog):
+    (folder / "results.json").write_text(json.dumps({"options": {"teacher": "org/teacher"}}))
+    push(folder, "org/tiny", token=TOKEN)
+    assert "the card of 'org/teacher' cannot be read (RepositoryNotFoundError)" in caplog.text
+    sent = ModelCard(hub.repo("org/tiny").files()["README.md"].decode()).data
+    assert (sent.base_model, sent.license, sent.language) == ("org/teacher", None, None)
+
+    hub.repos["models/org/teacher"] = repo = Hub.empty_repo()
+    repo.commit("main", {"README.md": b"---\nlicense: mit\nlanguage: [en, fr]\ntags: [x]\n---\n# Teacher\n"}, "card")
+    push(folder, "org/tiny", token=TOKEN)
+    sent = ModelCard(hub.repo("org/tiny").files()["README.md"].decode()).data
+    assert (sent.license, sent.language) == ("mit", ["en", "fr"])
+    assert "x" not in sent.tags
+
+
+def test_a_card_of_ones_own_is_sent_as_it_is_and_one_that_was_made_is_made_anew(hub, folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    made = str(model_card(folder, "your-name/x", license="mit"))
+    (folder / "README.md").write_text(made)
+    assert main(["push", str(folder), "org/tiny", "--language", "fr"]) == 0
+    sent = hub.repo("org/tiny").files()["README.md"].decode()
+    assert sent == str(model_card(folder, "org/tiny", license="mit", language="fr"))
+    assert "your-name" not in sent
+
+    own = made.replace(MADE, "My own words.")
+    (folder / "README.md").write_text(own)
+    (folder / "results.json").write_text(json.dumps({"options": {"teacher": "org/teacher"}}))
+    capsys.readouterr()
+    assert main(["push", str(folder), "org/tiny", "--license", "mit"]) == 1
+    assert "--license: README.md in" in capsys.readouterr().err
+    assert main(["push", str(folder), "org/tiny", "--with-dense-twin"]) == 0
+    assert hub.repo("org/tiny").files()["README.md"].decode() == own
+    assert ModelCard(hub.repo("org/tiny-dense").files()["README.md"].decode()).data.license == "mit"
 
 
 def test_pushing_the_same_again_makes_no_commit(hub, folder):
@@ -118,8 +206,9 @@ def test_local_paths_stay_here(hub, folder, tmp_path):
     (folder / "results.json").write_text(json.dumps(record))
     push(folder, "org/tiny", token=TOKEN)
     files = hub.repo("org/tiny").files()
-    sent = {"options": {"teacher": "bert", "text": ["a.txt"], "seed": 3}, "rows": {"a/b": [1.5]}}
+    sent = {"options": {"teacher": "./bert", "text": ["./a.txt"], "seed": 3}, "rows": {"a/b": [1.5]}}
     assert json.loads(files["results.json"]) == sent
+    assert "base_model" not in ModelCard(files["README.md"].decode()).data.to_dict()
     assert not [name for name, content in files.items() if b"/home/ada" in content or str(tmp_path).encode() in content]
 
 
@@ -242,7 +331,8 @@ def test_the_token_is_in_no_log(hub, folder, caplog):
 
 def test_files(folder):
     files = published_files(folder)
-    assert [file.name for file in files] == sorted(FILES - {"README.md"})  # the card is made when it is pushed
+    assert [file.name for file in files] == sorted(FILES - {"README.md"})
+    assert [file.name for file in files_to_push(folder, "org/tiny")] == sorted(FILES)
     assert {file.name for file in files if file.is_code} == CODE
     assert all(file.size == len((folder / file.name).read_bytes()) for file in files)
 
@@ -254,7 +344,8 @@ def test_command_line(hub, folder, monkeypatch, capsys):
     assert main([*arguments, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "Nothing was sent" in shown
-    assert not hub.requests
+    assert hub.requests == [("GET", "/api/models/org/teacher")]
+    assert "README.md" in shown
     for file in published_files(folder):
         row = next(line for line in shown.splitlines() if line.split()[:1] == [file.name])
         assert row.split()[1:] == [f"{file.size:,}", *([file.sha256()] if file.is_code else [])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -91,6 +92,10 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(
                 f"dropout={self.dropout} must be at least 0 and below 1; leave it out to keep the config's"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token for the Hub: the Trainer pickles its arguments into each checkpoint."""
+        return {**self.__dict__, "hub_token": None}
 
     def weights(self) -> dict[str, float]:
         """Weight of every term that has one above 0, by the term's name."""

@@ -6,19 +6,21 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..benchmark import environment
-from ..hub import Pushed, push
+from ..hub import Pushed, card_metadata, push
 from ..model_card import model_card
-from ..published import RESULTS_FILE, published_files
+from ..published import CARD, RESULTS_FILE, published_files
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class PublishingTrainer(Trainer):
         also = {}
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             shutil.copyfile(Path(checkpoint_folder) / STATE_FILE, draft / STATE_FILE)
-            names = [file.name for file in published_files(draft) if file.name != "README.md"]
+            names = [file.name for file in published_files(draft) if file.name != CARD]
             also = {f"{place}/{name}": draft / name for name in (*names, STATE_FILE)}
         by_step = self.args.save_strategy == SaveStrategy.STEPS
         when = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
@@ -91,15 +93,21 @@ class PublishingTrainer(Trainer):
         else:
             self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # a list, as its code says
 
+    @cached_property
+    def _look_up(self) -> Callable[[str], dict[str, Any]]:
+        """Asks for the card of a teacher once."""
+        return cache(partial(card_metadata, token=self.args.hub_token))
+
     def _draft(self, folder: Path, **card: Any) -> Path:
         """A folder of its own with what is to be sent: the other one may go before the push has ended."""
         draft = Path(tempfile.mkdtemp(prefix="push-"))
         for file in published_files(folder):
-            if file.name not in ("README.md", RESULTS_FILE):
-                shutil.copyfile(file.path, draft / file.name)
+            if file.name not in (CARD, RESULTS_FILE):
+                file.write(draft)
         content = json.dumps({**self.record(), "environment": environment()}, indent=2) + "\n"
         (draft / RESULTS_FILE).write_text(content, encoding="utf-8")
-        (draft / "README.md").write_text(str(model_card(draft, self.hub_model_id, **card)), encoding="utf-8")
+        text = str(model_card(draft, self.hub_model_id, **{"look_up": self._look_up, **card}))
+        (draft / CARD).write_text(text, encoding="utf-8")
         return draft
 
     def _sent(
@@ -121,6 +129,7 @@ class PublishingTrainer(Trainer):
                     revision=revision or self.args.hub_revision,
                     message=message,
                     also=also,
+                    card=ModelCard.load(draft / CARD),
                     token=token,
                 )
             except OSError as error:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from ..checkpoint import source_name
 from .arguments import DistillationArguments
 from .objective import Objective, check_tokenizers
 from .optimizer import scale_learning_rates
@@ -261,7 +262,7 @@ class DistillationTrainer(PublishingTrainer):
             if name.startswith("eval_") and not name.endswith(unscored)
         }  # fmt: skip
         return {
-            "options": {"teacher": self.objective.teacher.config.name_or_path},
+            "options": {"teacher": source_name(self.objective.teacher.config.name_or_path)},
             "training": self.training_summary(),
             **({"models": ["student"], "rows": rows, "protocol": "evaluation set of the training"} if rows else {}),
         }

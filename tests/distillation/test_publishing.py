@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from distilling import collate, examples, pair
 from huggingface_hub import ModelCard
 from loopback_hub import Fault, Hub
@@ -24,8 +25,8 @@ def trainer_for(tmp_path, **options):
     teacher.config.name_or_path = "org/teacher"
     arguments = DistillationArguments(
         str(tmp_path / "out"), push_to_hub=True, hub_model_id="org/tiny", hub_token="hf_good", hub_always_push=True,
-        max_steps=4, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True,
-        **options,
+        max_steps=4, save_steps=2, per_device_train_batch_size=2, use_cpu=True, disable_tqdm=True,
+        **{"report_to": [], **options},
     )  # fmt: skip
     data = examples(student)
     return DistillationTrainer(student, teacher, arguments, train_dataset=data, data_collator=collate)
@@ -66,6 +67,19 @@ def test_every_strategy(hub, tmp_path, strategy, folders):
             )
     assert ModelCard(repo.files()["README.md"].decode()).data.license == "mit"
     assert (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").exists()  # for oneself
+
+
+def test_no_file_has_the_token(hub, tmp_path):
+    trainer = trainer_for(tmp_path, hub_strategy="checkpoint", report_to=["tensorboard"])
+    trainer.train()
+    trainer.push_to_hub()
+    trainer.save_model(tmp_path / "out" / "model")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"training_args.bin", "trainer_state.json", "optimizer.pt"} <= {path.name for path in files}
+    assert not [path for path in files if b"hf_good" in path.read_bytes()]
+    assert not [name for name, content in hub.repo("org/tiny").files().items() if b"hf_good" in content]
+    again = torch.load(tmp_path / "out" / "model" / "training_args.bin", weights_only=False)
+    assert (again.hub_model_id, again.objective) == ("org/tiny", trainer.args.objective)
 
 
 STRANGER = """

@@ -213,7 +213,7 @@ def draw(points: list[Point], path: Path) -> None:
         if point.model != "dense":
             highest[point.model] = point
     for name, point in highest.items():
-        axes.annotate(name, (point.megabytes, point.speedup), xytext=(6, 4), textcoords="offset points")
+        axes.annotate(name, (point.megabytes, point.speedup), xytext=(8, -3), textcoords="offset points")
     axes.set(
         xlabel="megabytes of parameters", ylabel="times as fast as the dense model", xlim=(0, None), ylim=(0, None)
     )

@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -50,7 +49,7 @@ from kronecker_transformers import compress, search_plan
 from kronecker_transformers.benchmark import environment, in_turn
 from kronecker_transformers.checkpoint import save_folder, write_text
 from kronecker_transformers.distillation import OBJECTIVES, DistillationArguments, DistillationTrainer, Objective
-from kronecker_transformers.model_card import model_card
+from kronecker_transformers.model_card import folder_metadata, model_card
 from kronecker_transformers.tasks.docstrings import docstring_sentences
 from kronecker_transformers.tasks.sentences import (
     encode,
@@ -224,11 +223,16 @@ def draw(folder: Path, watch: Watch, teacher: Tensor, student: Tensor) -> None:
 
 
 def write_card(
-    folder: Path, teacher: Path, models: Sequence[str], rows: dict[str, list[float]], training: dict[str, Any]
+    folder: Path,
+    teacher: Path,
+    data: str,
+    models: Sequence[str],
+    rows: dict[str, list[float]],
+    training: dict[str, Any],
 ) -> None:
     """A model card beside the weights, from a record of what was really run and the teacher's card."""
     record = {
-        "options": {"teacher": TEACHER, "command": ["make", "demo"]},
+        "options": {"teacher": TEACHER, "data": data, "command": ["make", "demo"]},
         "models": list(models),
         "rows": rows,
         "protocol": f"{HELD_OUT:,} held-out sentences from the documentation of software; fidelity is the Spearman "
@@ -237,9 +241,7 @@ def write_card(
         "environment": environment(),
     }
     write_text(folder / "results.json", json.dumps(record, indent=2) + "\n")
-    card = model_card(
-        folder, f"your-name/{folder.name}", look_up=lambda _: ModelCard.load(teacher / "README.md").data.to_dict()
-    )
+    card = model_card(folder, f"your-name/{folder.name}", look_up=lambda _: folder_metadata(teacher))
     write_text(folder / "README.md", str(card))
 
 
@@ -320,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "similarity fidelity": fidelity,
         f"nearest {NEIGHBOURS} neighbours in common": agreement,
     }
-    write_card(OUTPUT, folder, list(models), rows, training)
+    data = f"{len(train):,} sentences from the documentation of installed Python packages"
+    write_card(OUTPUT, folder, data, list(models), rows, training)
     console.print(
         "The student's ranking of pairs by similarity correlates with its teacher's by "
         f"{fidelity[-1]:.2f}, where it was {fidelity[1]:.2f} before the distillation. See training.png, "

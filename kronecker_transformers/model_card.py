@@ -92,7 +92,7 @@ def model_card(
     record = _read(records / RESULTS_FILE)
     options, training = record.get("options", {}), record.get("training", {})
     source = options.get("teacher") or _read(records / REPORT_FILE).get("teacher")
-    known = {**_metadata(records), **_metadata(source)}
+    known = {**folder_metadata(records), **folder_metadata(source)}
     base_model = base_model or known.get("base_model") or (source if _is_hub_name(source) else None)
     if look_up and isinstance(base_model, str) and not {"license", "language"} <= known.keys():
         known = {**look_up(base_model), **known}
@@ -109,7 +109,7 @@ def model_card(
         license=license or known.get("license"),
         language=language or known.get("language"),
         tags=["kronecker", "compression", "distillation", *(["dense-twin"] if twin_of else ["custom_code"])],
-        datasets=sorted({result.dataset_type for result in results}) or None,
+        datasets=_datasets(options) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
         widget=use.widget,
@@ -133,6 +133,7 @@ def model_card(
         quality_models=models,
         protocol=record.get("protocol"),
         figures=[file.name for file in published_files(folder) if file.name.endswith(".png")],
+        data=_data(options),
         training=_training(training),
         environment=record.get("environment"),
         command=_command(options.get("command")),
@@ -154,8 +155,8 @@ def has_own_card(folder: str | os.PathLike[str]) -> bool:
     return path.is_file() and MADE not in path.read_text(encoding="utf-8")
 
 
-def _metadata(source: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """What the card in a folder says of base model, licence and language."""
+def folder_metadata(source: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """What the card in a folder says of base model, licence and language; empty where there is none."""
     path = Path(source or "") / CARD
     if not source or not path.is_file():
         return {}
@@ -215,22 +216,48 @@ def _quality(record: Mapping[str, Any]) -> tuple[list[tuple[str, list[str]]], li
     return shown, models
 
 
-def _eval_results(record: Mapping[str, Any], options: Mapping[str, Any]) -> list[EvalResult]:
-    """The student's scores on GLUE or SQuAD, as the Hub wants them."""
+def _benchmark(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The public task that an example was run on, as `EvalResult` wants it; empty where the data were others."""
+    if options.get("train_file") or options.get("validation_file"):
+        return {}
     if task := options.get("task_name"):
-        where = {"dataset_type": "nyu-mll/glue", "dataset_name": f"GLUE {task}", "dataset_config": task}
-        kind = "text-classification"
-    elif version := options.get("version"):
-        where = {"dataset_type": "rajpurkar/squad_v2" if version == "v2.0" else "rajpurkar/squad",
-                 "dataset_name": f"SQuAD {version}"}  # fmt: skip
-        kind = "question-answering"
-    else:
+        return {"task_type": "text-classification", "dataset_type": "nyu-mll/glue", "dataset_name": f"GLUE {task}",
+                "dataset_config": task}  # fmt: skip
+    if version := options.get("version"):
+        name = "rajpurkar/squad_v2" if version == "v2.0" else "rajpurkar/squad"
+        return {"task_type": "question-answering", "dataset_type": name, "dataset_name": f"SQuAD {version}"}
+    return {}
+
+
+def _eval_results(record: Mapping[str, Any], options: Mapping[str, Any]) -> list[EvalResult]:
+    """The student's scores on GLUE or SQuAD, as the Hub wants them; none of a part of the dev set."""
+    where = _benchmark(options)
+    if not where or options.get("max_eval_samples"):
         return []
     scores = record.get("metrics", {}).get("student", {})
     return [
-        EvalResult(task_type=kind, metric_type=name, metric_value=value, dataset_split="validation", **where)
+        EvalResult(metric_type=name, metric_value=value, dataset_split="validation", **where)
         for name, value in scores.items() if "total" not in name
     ]  # fmt: skip
+
+
+def _texts(options: Mapping[str, Any]) -> list[str]:
+    """What an example was trained on: files, or names of datasets on the Hub."""
+    return [*(options.get("train_text") or []), *filter(None, [options.get("train_file")])]
+
+
+def _datasets(options: Mapping[str, Any]) -> list[str]:
+    """Those on the Hub."""
+    task = _benchmark(options).get("dataset_type")
+    return sorted({*filter(_is_hub_name, _texts(options)), *([task] if task else [])})
+
+
+def _data(options: Mapping[str, Any]) -> str | None:
+    """What it was trained on."""
+    names = [name if _is_hub_name(name) else Path(name).name for name in _texts(options)]
+    known = options.get("data") or ", ".join(names) or _benchmark(options).get("dataset_name")
+    parts = [(options.get("fraction"), "{:.0%} of it"), (options.get("max_train_samples"), "{:,} examples of it")]
+    return known and ", ".join([known, *(form.format(part) for part, form in parts if part and part != 1)])
 
 
 def _training(training: Mapping[str, Any]) -> str | None:

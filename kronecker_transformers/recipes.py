@@ -222,7 +222,8 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
         parser.error(f"unknown option {unknown[0]!r}; --help and --help_training list the known ones")
     try:
         chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(own) if f.init}
-        chosen["teacher"] = source_name(chosen["teacher"])
+        if "teacher" in chosen:
+            chosen["teacher"] = source_name(chosen["teacher"])
         inits = {f.name for f in dataclasses.fields(DistillationArguments) if f.init}
         wanted = {key: value for key, value in vars(namespace).items() if key in inits}
         if wanted["include_num_input_tokens_seen"] in ("no", False):

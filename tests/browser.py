@@ -6,11 +6,13 @@ shows a model and its teacher, types, clicks, waits for the answers and takes a 
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 SPACE = Path(__file__).parent.parent / "examples" / "space" / "app.py"
@@ -54,26 +56,50 @@ def chromium(width=1000, height=800):
         driver.quit()
 
 
+@dataclass(frozen=True)
+class Side:
+    """What stands below one model."""
+
+    name: str
+    parameters: int
+    answer: str
+    milliseconds: float
+
+
 def ask(driver, address, texts):
-    """Type, click, and wait; returns what stands in the fields of answers and times, side by side."""
+    """Type, click, and wait; returns both sides."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
+    def inputs(element):
+        return element.find_elements(By.CSS_SELECTOR, "textarea, input[type=text]")
+
+    def button(page):
+        return next(iter(page.find_elements(By.XPATH, "//button[normalize-space()='Compare']")), None)
+
+    def finished(page):
+        found = page.find_elements(By.CSS_SELECTOR, ".side")
+        return found if all(inputs(side)[-1].get_attribute("value") for side in found) else None
+
+    def read(side):
+        labels = side.find_elements(By.CSS_SELECTOR, "[data-testid=label-output-value]")
+        answer, time = inputs(side)[0].get_attribute("value"), inputs(side)[-1].get_attribute("value")
+        parameters = re.search(r"([\d,]+) parameters", side.text)[1]
+        return Side(
+            side.find_element(By.TAG_NAME, "h3").text,
+            int(parameters.replace(",", "")),
+            labels[0].text if labels else answer,
+            float(time.removesuffix(" ms")),
+        )
+
     driver.get(address)
     wait = WebDriverWait(driver, SECONDS)
-    button = wait.until(lambda page: next(iter(page.find_elements(By.XPATH, "//button[text()='Compare']")), None))
-    for field, text in zip(driver.find_elements(By.CSS_SELECTOR, "textarea"), texts, strict=False):
+    wait.until(button)
+    for field, text in zip(inputs(driver), texts, strict=False):
         field.clear()
         field.send_keys(text)
-    button.click()
-
-    def times(page):
-        found = [field.get_attribute("value") for field in page.find_elements(By.CSS_SELECTOR, "textarea, input")]
-        found = [value for value in found if value and value.endswith(" ms")]
-        return found if len(found) == 2 else None
-
-    measured = wait.until(times)
-    return [element.text for element in driver.find_elements(By.CSS_SELECTOR, ".column")], measured
+    button(driver).click()
+    return [read(side) for side in wait.until(finished)]
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def test_what_is_not_known_is_said(tmp_path):
     folder, _ = student_folder(BertForSequenceClassification, tmp_path)
     card = model_card(folder, "org/tiny")
     for line in ("**Time**: not measured.", "**Quality**: not measured.", "Teacher: not recorded",
-                 "Training: not recorded", "Machine and versions: not recorded", "Command: not recorded",
-                 "It has not been distilled"):  # fmt: skip
+                 "Data: not recorded", "Training: not recorded", "Machine and versions: not recorded",
+                 "Command: not recorded", "It has not been distilled"):  # fmt: skip
         assert line in card.text
     for name in ("base_model", "license", "language", "model-index", "metrics", "datasets"):
         assert name not in card.data.to_dict()
@@ -101,6 +101,7 @@ def test_what_is_known_is_taken_over(tmp_path):
         "**Quality** (dev set):",
         "20.0 ms for 1 x 128 tokens in float32 on cpu, 2.50 times as fast as bert with 50.0 ms (CPU Babbage).",
         "Teacher: google-bert/bert-tiny",
+        "Data: GLUE mrpc",
         "1,200 steps of 32 samples (38,400 samples, 1,234,567 tokens, 10.0 minutes), learning rate 0.0001, bfloat16, "
         "seed 3; objective: 1 hidden_mse",
         "Machine and versions: CPU Babbage, 2 threads",
@@ -121,6 +122,28 @@ def test_what_is_known_is_taken_over(tmp_path):
     wanted = [EvalResult(metric_type=name, metric_value=value, **where) for name, value in
               (("accuracy", 0.87654), ("f1", 0.8))]  # fmt: skip
     assert data["model-index"] == eval_results_to_model_index("tiny", wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "datasets", "scored"),
+    [
+        ({"version": "v2.0"}, "SQuAD v2.0", ["rajpurkar/squad_v2"], True),
+        ({"version": "v1.1", "max_eval_samples": 10, "max_train_samples": 2000}, "SQuAD v1.1, 2,000 examples of it",
+         ["rajpurkar/squad"], False),
+        ({"version": "v1.1", "train_file": "/x/mine.json"}, "mine.json", None, False),
+        ({"version": "v1.1", "validation_file": "/x/mine.json"}, "not recorded", None, False),
+        ({"train_text": ["/x/a.txt", "/x/b.txt"], "fraction": 0.1}, "a.txt, b.txt, 10% of it", None, False),
+        ({"train_text": ["Salesforce/wikitext"], "fraction": 1.0}, "Salesforce/wikitext", ["Salesforce/wikitext"],
+         False),
+    ],
+)  # fmt: skip
+def test_data(tmp_path, options, data, datasets, scored):
+    folder, _ = student_folder(BertForSequenceClassification, tmp_path)
+    write(folder, "results.json", {**RECORD, "options": options})
+    card = model_card(folder, "org/tiny")
+    assert f"- Data: {data}\n" in card.text
+    assert card.data.to_dict().get("datasets") == datasets
+    assert ("model-index" in card.data.to_dict()) == scored
 
 
 def test_licence_and_language_come_from_the_teacher_in_a_folder(tmp_path):

@@ -92,8 +92,9 @@ def model_card(
     record = _read(records / RESULTS_FILE)
     options, training = record.get("options", {}), record.get("training", {})
     source = options.get("teacher") or _read(records / REPORT_FILE).get("teacher")
-    known = {**folder_metadata(records), **folder_metadata(source)}
-    base_model = base_model or known.get("base_model") or (source if _is_hub_name(source) else None)
+    given = {"base_model": base_model, "license": license, "language": language}
+    known = {**folder_metadata(records), **folder_metadata(source), **{key: v for key, v in given.items() if v}}
+    base_model = known.get("base_model") or (source if _is_hub_name(source) else None)
     if look_up and isinstance(base_model, str) and not {"license", "language"} <= known.keys():
         known = {**look_up(base_model), **known}
     architecture = type(model).__name__.removeprefix("Kronecker")
@@ -106,8 +107,8 @@ def model_card(
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
         pipeline_tag=use.pipeline_tag,
-        license=license or known.get("license"),
-        language=language or known.get("language"),
+        license=known.get("license"),
+        language=known.get("language"),
         tags=["kronecker", "compression", "distillation", *(["dense-twin"] if twin_of else ["custom_code"])],
         datasets=_datasets(options) or None,
         metrics=sorted({result.metric_type for result in results}) or None,

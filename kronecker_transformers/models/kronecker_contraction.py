@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TOKENS_AT_A_TIME = 512
-"""On a CPU (benchmarks/layers.py)."""
+"""On a CPU (benchmarks/blocks.py)."""
 
 
 def multiplications(m1: int, n1: int, m2: int, n2: int, terms: int) -> tuple[int, int]:

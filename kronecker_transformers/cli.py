@@ -17,7 +17,7 @@ from . import __version__
 from .benchmark import DTYPES, benchmark
 from .checkpoint import check_file, check_new_folder, load_student, recorded_errors, save_folder, write_text
 from .compress import compress, to_dense
-from .hub import card_metadata, files_to_push, push, push_space
+from .hub import Pushed, card_metadata, files_to_push, push, push_space
 from .latency import Runtime
 from .model_card import has_own_card, model_card
 from .plan_file import check_plan_path, read_plan
@@ -272,7 +272,7 @@ def _push(arguments: argparse.Namespace, console: Console) -> None:
                     create_pr=arguments.create_pr,
                     card=cards[repository],
                 )
-                console.print(done.url if done.is_new else f"{done.url} holds all of this already.", soft_wrap=True)
+                _show_push(done, console)
         if arguments.dry_run:
             console.print("Nothing was sent.")
 
@@ -281,6 +281,10 @@ def _push_space(arguments: argparse.Namespace, console: Console) -> None:
     done = push_space(
         arguments.folder, arguments.repository, arguments.model, arguments.teacher, private=arguments.private
     )
+    _show_push(done, console)
+
+
+def _show_push(done: Pushed, console: Console) -> None:
     console.print(done.url if done.is_new else f"{done.url} holds all of this already.", soft_wrap=True)
 
 

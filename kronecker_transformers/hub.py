@@ -54,7 +54,7 @@ def push(
     create_pr: bool = False,
     message: str | None = None,
     card: ModelCard | None = None,
-    also: Mapping[str, Path] | None = None,
+    also: Mapping[str, Path | bytes] | None = None,
     token: str | None = None,
 ) -> Pushed:
     """Publish a checkpoint as one commit.
@@ -70,7 +70,7 @@ def push(
         create_pr: propose the commit as a pull request instead.
         message: of the commit.
         card: default: README.md, or `model_card` of what is recorded where there is none, or one that it has made.
-        also: further files, by their names in the repository.
+        also: further files or their contents, by their names in the repository.
         token: default: that of `hf auth login`, or HF_TOKEN.
 
     Raises:
@@ -80,11 +80,9 @@ def push(
     if create_pr and revision not in (None, constants.DEFAULT_REVISION):
         raise ValueError(f"revision={revision!r} cannot be combined with a pull request, which goes to main; leave one")
     _check_name(repo_id)
-    files: dict[str, str | bytes] = {
-        file.name: file.source if isinstance(file.source, bytes) else str(file.source)
-        for file in files_to_push(folder, repo_id, card=card, token=token)
-    }
-    files |= {name: str(path) for name, path in (also or {}).items()}
+    sources = {file.name: file.source for file in files_to_push(folder, repo_id, card=card, token=token)}
+    sources.update(also or {})
+    files = {name: source if isinstance(source, bytes) else str(source) for name, source in sources.items()}
     return _publish(
         HfApi(token=token), repo_id, files, message or "Upload model", {"private": private}, revision, create_pr
     )

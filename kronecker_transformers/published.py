@@ -68,8 +68,12 @@ class PublishedFile:
             shutil.copyfile(self.source, folder / self.name)
 
 
-def _record(path: Path) -> bytes:
-    """A record in which local paths are cut to their last part."""
+def without_local_paths(path: Path) -> bytes:
+    """What is in a JSON file, with local paths cut to their last part.
+
+    Raises:
+        ValueError: it holds no object.
+    """
     found = read_object(path, "write it again or remove it")
     return (json.dumps(_without_paths(found), indent=2) + "\n").encode()
 
@@ -87,7 +91,7 @@ def published_files(folder: str | os.PathLike[str]) -> list[PublishedFile]:
 
     Raises:
         FileNotFoundError: no folder, no config, no weights, or a file that the config or the index names is missing.
-        ValueError: config or index are not readable, or name files outside the folder.
+        ValueError: config, index or a record are not readable, or they or name files outside the folder.
     """
     folder = Path(folder)
     config = _read_json(folder, "config.json")
@@ -104,7 +108,7 @@ def published_files(folder: str | os.PathLike[str]) -> list[PublishedFile]:
                     "save the model again"
                 )
     return [
-        PublishedFile(name, _record(folder / name) if name in RECORDS else folder / name, name in code)
+        PublishedFile(name, without_local_paths(folder / name) if name in RECORDS else folder / name, name in code)
         for name in sorted(names | code)
     ]
 

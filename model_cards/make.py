@@ -43,6 +43,13 @@ RECIPES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 """Plan, teacher, and what the teacher's card says."""
 
 
+NOTE = (
+    "**A specimen.** The weights behind this card are not those of {base_model}: they were drawn at random, in its "
+    "shape. "
+    "Sizes, FLOPs and times are the recipe's; what depends on the weights was not measured."
+)
+
+
 def keep(name: str, record: Any) -> str:
     """Write a record beside the cards; returns its text."""
     text = json.dumps(record, indent=2) + "\n"
@@ -66,7 +73,7 @@ def main() -> None:
             found = benchmark(model, teacher, batch=BATCH, length=LENGTH)
             found = dataclasses.replace(found, against=dataclasses.replace(found.against, name="its dense twin"))
             write_text(folder / BENCHMARK_FILE, keep(name, found.to_dict()))
-            card = model_card(folder, f"your-name/{name}", **known)
+            card = model_card(folder, f"your-name/{name}", note=NOTE.format(**known), **known)
         write_text(HERE / f"{name}.md", str(card))
 
 

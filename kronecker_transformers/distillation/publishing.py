@@ -20,7 +20,7 @@ from transformers.utils.hub import PushInProgress
 from ..benchmark import environment
 from ..hub import Pushed, card_metadata, push
 from ..model_card import model_card
-from ..published import CARD, RESULTS_FILE, published_files
+from ..published import CARD, RESULTS_FILE, published_files, without_local_paths
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +80,10 @@ class PublishingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         draft = self._draft(Path(checkpoint_folder))
         place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
-        also = {}
+        also: dict[str, Path | bytes] = {}
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            shutil.copyfile(Path(checkpoint_folder) / STATE_FILE, draft / STATE_FILE)
-            names = [file.name for file in published_files(draft) if file.name != CARD]
-            also = {f"{place}/{name}": draft / name for name in (*names, STATE_FILE)}
+            also = {f"{place}/{file.name}": file.source for file in published_files(draft) if file.name != CARD}
+            also[f"{place}/{STATE_FILE}"] = without_local_paths(Path(checkpoint_folder) / STATE_FILE)
         by_step = self.args.save_strategy == SaveStrategy.STEPS
         when = f"step {self.state.global_step}" if by_step else f"epoch {int(self.state.epoch or 0)}"
         job = self._sent(draft, f"Training in progress, {when}", also, token=self.args.hub_token)
@@ -114,7 +113,7 @@ class PublishingTrainer(Trainer):
         self,
         draft: Path,
         message: str | None,
-        also: Mapping[str, Path],
+        also: Mapping[str, Path | bytes],
         token: str | None = None,
         revision: str | None = None,
     ) -> Future[Pushed]:

@@ -81,8 +81,10 @@ class _Contraction:
         Z, Q = self.intermediate(), self.Q
         if not self.large_last:
             Y = _left_multiply(Q, Z)  # (T, q2, p2)
+        elif Q.shape[1] == 1 and len(Q) <= 8 and Z.device.type == "cpu":  # slow as a product over so short an axis
+            Y = torch.stack([Z.squeeze(-1) * q for q in Q.unbind()], -1)
         elif Q.shape[1] == 1:
-            Y = torch.stack([Z.squeeze(-1) * q for q in Q.unbind()], -1) if len(Q) <= 8 else Z * Q.t()
+            Y = Z * Q.t()
         else:
             Y = F.linear(Z, Q)  # (T, p2, q2)
         if bias is not None:

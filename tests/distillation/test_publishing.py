@@ -69,15 +69,22 @@ def test_every_strategy(hub, tmp_path, strategy, folders):
     assert (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").exists()  # for oneself
 
 
-def test_no_file_has_the_token(hub, tmp_path):
+def test_no_file_has_the_token_and_none_that_is_sent_a_local_path(hub, tmp_path):
     trainer = trainer_for(tmp_path, hub_strategy="checkpoint", report_to=["tensorboard"])
+    (tmp_path / "bert").mkdir()
+    trainer.objective.teacher.config.name_or_path = str(tmp_path / "bert")
+    trainer.state.best_model_checkpoint = str(tmp_path / "out" / "checkpoint-2")
     trainer.train()
     trainer.push_to_hub()
     trainer.save_model(tmp_path / "out" / "model")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"training_args.bin", "trainer_state.json", "optimizer.pt"} <= {path.name for path in files}
     assert not [path for path in files if b"hf_good" in path.read_bytes()]
-    assert not [name for name, content in hub.repo("org/tiny").files().items() if b"hf_good" in content]
+    for commit, _, _ in hub.repo("org/tiny").log:
+        for name, content in hub.repo("org/tiny").files(commit).items():
+            assert b"hf_good" not in content, name
+            assert str(tmp_path).encode() not in content, name
+    assert json.loads(hub.repo("org/tiny").files()["last-checkpoint/results.json"])["options"]["teacher"] == "./bert"
     again = torch.load(tmp_path / "out" / "model" / "training_args.bin", weights_only=False)
     assert (again.hub_model_id, again.objective) == ("org/tiny", trainer.args.objective)
 

@@ -74,7 +74,8 @@ class KroneckerConfigMixin:
                 f"for {cls.__name__}; supported teachers are BERT and GPT-2"
             )
         settings = {key: value for key, value in dense_config.to_dict().items() if key not in _NOT_INHERITED}
-        return cls(**{**settings, "factor_plan": plan})
+        settings |= {"factor_plan": plan, "attn_implementation": dense_config._attn_implementation}
+        return cls(**settings)
 
     def to_dense_config(self) -> PreTrainedConfig:
         """The stock config of the dense twin."""
@@ -100,6 +101,12 @@ class KroneckerConfigMixin:
         plan = resolve_plan(self.factor_plan, self).with_entry(name, entry, modules)
         plan.match({**modules, name: (vocab_size, modules[name][1])})
         self.factor_plan, self.vocab_size = plan.to_dict(), vocab_size
+
+    def replace_entry(self, name: str, entry: tuple[int, int, int] | None) -> None:
+        """Give one module another entry of the plan, (m1, n1, terms), or none: it is dense then."""
+        modules = self.factorable_modules()
+        plan = resolve_plan(self.factor_plan, self).with_entry(name, entry, modules)
+        self.factor_plan = plan.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
         """As the stock method, with every class of the family in `auto_map`.

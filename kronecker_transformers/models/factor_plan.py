@@ -173,15 +173,15 @@ class FactorPlan(Mapping[str, FactorEntry]):
                     raise ValueError(f"{where}: {error}") from error
         return {name: self._entries[matched[name]] for name in modules if name in matched}
 
-    def with_entry(self, name: str, entry: FactorEntry, modules: Mapping[str, tuple[int, int]]) -> FactorPlan:
-        """This plan with another entry for one module; a pattern that matched others too is spelt out for these."""
-        entries: dict[str, FactorEntry] = {}
+    def with_entry(self, name: str, entry: Any, modules: Mapping[str, tuple[int, int]]) -> FactorPlan:
+        """This plan with another entry for one module, or None; a pattern that matched others too is spelt out."""
+        entries: dict[str, Any] = {}
         for pattern, old in self._entries.items():
             if fnmatchcase(name, pattern):
                 entries.update({other: old for other in modules if other != name and fnmatchcase(other, pattern)})
             else:
                 entries[pattern] = old
-        return FactorPlan({**entries, name: entry})
+        return FactorPlan(entries if entry is None else {**entries, name: entry})
 
 
 def _examples(pattern: str, modules: Mapping[str, tuple[int, int]]) -> list[str]:

@@ -35,6 +35,8 @@ def _left_multiply(M: Tensor, X: Tensor) -> Tensor:
     tokens, _, q = X.shape
     if q == 1:
         return F.linear(X.squeeze(-1), M).unsqueeze(-1)
+    if torch.onnx.is_in_onnx_export():  # the exporter that traces would write down this number of tokens in `expand`
+        return torch.matmul(M, X)
     if min(p, k) <= q:  # else the gradient of M, (T, p, k) before the sum over T, would be larger than the activations
         # bmm, not matmul: matmul folds this into one very thin GEMM when M needs a gradient, ten times slower on a CPU
         return torch.bmm(M.expand(tokens, p, k), X)
@@ -73,7 +75,7 @@ class _Contraction:
         """Z: (T, p2, R q1) if the larger factor comes last, else (T, R q1, p2)."""
         if self.large_last:
             return _left_multiply(self.P, self.V).reshape(-1, self.p2, self.R * self.q1)
-        Z = F.linear(self.V.transpose(1, 2), self.P).unflatten(-1, (self.p2, self.R))  # (T, q1, p2, R)
+        Z = F.linear(self.V.transpose(1, 2), self.P).reshape(-1, self.q1, self.p2, self.R)
         return Z.permute(0, 3, 1, 2).reshape(-1, self.R * self.q1, self.p2)
 
     def output(self, bias: Tensor | None) -> Tensor:

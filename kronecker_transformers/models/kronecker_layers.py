@@ -96,17 +96,22 @@ def kronecker_embedding(indices: Tensor, A: Tensor, B: Tensor) -> Tensor:
     Returns:
         (..., n1 n2), in the dtype of the factors.
     """
-    m1, R, n1 = A.shape
+    _, R, n1 = A.shape
     m2, _, n2 = B.shape
     outer = indices if m2 == 1 else indices.div(m2, rounding_mode="floor")
-    a = F.embedding(outer, A.reshape(m1, R * n1)).unflatten(-1, (R, n1))  # (..., R, n1)
-    b = B.reshape(R, n2) if m2 == 1 else F.embedding(indices % m2, B.reshape(m2, R * n2)).unflatten(-1, (R, n2))
+    a = _rows(outer, A)  # (..., R, n1)
+    b = B.reshape(R, n2) if m2 == 1 else _rows(indices % m2, B)  # (..., R, n2)
     # under autocast too, a look-up keeps the dtype of its table
     kind = a.device.type
     exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
     with exact:
         rows = a.transpose(-1, -2) * b if R == 1 else a.transpose(-1, -2) @ b  # (..., n1, n2)
-    return rows.flatten(-2)
+    return rows.reshape(*indices.shape, n1 * n2)
+
+
+def _rows(indices: Tensor, factor: Tensor) -> Tensor:
+    """Rows (..., R, k) of a factor (rows, R, k)."""
+    return F.embedding(indices, factor.flatten(1)).reshape(*indices.shape, *factor.shape[1:])
 
 
 class _KroneckerLayer(nn.Module):
@@ -124,13 +129,10 @@ class _KroneckerLayer(nn.Module):
                 )
         if terms < 1:
             raise ValueError(f"terms={terms} must be >= 1 in {type(self).__name__}; use terms=1 for a single product")
+        # kept as integers: a parameter that is partitioned (ZeRO-3) or offloaded does not show its shape
+        self.m1, self.n1, self.m2, self.n2, self.terms = m1, n1, m // m1, n // n1, terms
         self.A = nn.Parameter(torch.empty(m1, terms, n1, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(m // m1, terms, n // n1, device=device, dtype=dtype))
-
-    @property
-    def terms(self) -> int:
-        """Number R of Kronecker products in the sum."""
-        return self.A.shape[1]
+        self.B = nn.Parameter(torch.empty(self.m2, terms, self.n2, device=device, dtype=dtype))
 
     def init_factors(self, std: float) -> None:
         """Draw A and B so that the entries of W have mean 0 and standard deviation `std`.
@@ -148,14 +150,11 @@ class _KroneckerLayer(nn.Module):
 
     def to_dense(self) -> Tensor:
         """The product W (m, n), for tests and export."""
-        m1, _, n1 = self.A.shape
-        m2, _, n2 = self.B.shape
-        return torch.einsum("irj,krl->ikjl", self.A, self.B).reshape(m1 * m2, n1 * n2)
+        product = torch.einsum("irj,krl->ikjl", self.A, self.B)
+        return product.reshape(self.m1 * self.m2, self.n1 * self.n2)
 
     def _factors_repr(self) -> str:
-        m1, terms, n1 = self.A.shape
-        m2, _, n2 = self.B.shape
-        return f"A=({m1}, {n1}), B=({m2}, {n2}), terms={terms}"
+        return f"A=({self.m1}, {self.n1}), B=({self.m2}, {self.n2}), terms={self.terms}"
 
     def _set_nearest(self, weight: Tensor, dense: Any) -> None:
         """Set the factors to the nearest products of `weight` (m, n), that of `dense`; keep what `dense` trains."""
@@ -165,8 +164,7 @@ class _KroneckerLayer(nn.Module):
             raise ImportError(
                 "factoring a dense layer needs the package; pip install kronecker-transformers"
             ) from error
-        m1, terms, n1 = self.A.shape
-        result = nearest.nearest_kronecker(weight, m1, n1, terms)
+        result = nearest.nearest_kronecker(weight, self.m1, self.n1, self.terms)
         with torch.no_grad():
             self.A.copy_(result.A)
             self.B.copy_(result.B)
@@ -257,9 +255,8 @@ class KroneckerLinear(_KroneckerLayer):
         The logits of h are the sum over r of A_r H B_r^T with H = h reshaped to (n1, n2): times B, then times A, never
         the (vocabulary, hidden) matrix.
         """
-        m1, terms, n1 = embedding.A.shape
-        with torch.device("meta"):
-            head = cls(embedding.embedding_dim, embedding.num_embeddings, m1, n1, terms, bias=bias)
+        sizes = embedding.embedding_dim, embedding.num_embeddings, embedding.m1, embedding.n1, embedding.terms
+        head = cls(*sizes, bias=bias)
         head.A, head.B = embedding.A, embedding.B
         if bias:
             head.bias = nn.Parameter(
@@ -316,13 +313,15 @@ class KroneckerEmbedding(_KroneckerLayer):
         """As in the base class; the row of the padding word becomes 0 where it has one of its own."""
         super().init_factors(std)
         # A slice does not carry the mark that protects loaded parameters, so look for it on the parameter.
-        if self.padding_idx is not None and self.B.shape[0] == 1 and not getattr(self.A, "_is_hf_initialized", False):
+        if self.padding_idx is not None and self.m2 == 1 and not getattr(self.A, "_is_hf_initialized", False):
             init.zeros_(self.A[self.padding_idx])
 
     def forward(self, indices: Tensor) -> Tensor:
         """Map integers (...) to rows (..., embedding_dim)."""
         rows = kronecker_embedding(indices, self.A, self.B)
-        if self.padding_idx is not None and torch.is_grad_enabled():
+        # a traced graph is the same in every gradient mode; one for ONNX has no gradients
+        trained = torch.is_grad_enabled() or torch.jit.is_tracing()
+        if self.padding_idx is not None and trained and not torch.onnx.is_in_onnx_export():
             rows = torch.where((indices == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
         return rows
 

@@ -3,37 +3,13 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny import BERT_SIZES, bert_config, gpt2_config, inputs, perturb
+from students import ALL_MODELS, BERT_PLAN, MODELS, first_output, student
+from tiny import BERT_SIZES, bert_config, gpt2_config, inputs
 from transformers import AutoModel, BertConfig, GPT2Config, GPT2LMHeadModel
 
 import kronecker_transformers as kt
 from kronecker_transformers import to_dense
 from kronecker_transformers.models import DENSE_CLASSES, modeling_kronecker
-
-# terms > 1 and low rank beside the presets, so that no path is left out
-BERT_PLAN = {
-    "embeddings.word_embeddings": (64, 8, 2),
-    "encoder.layer.0.attention.self.*": (16, 8, 3),
-    "encoder.layer.1.intermediate.dense": (96, 1, 6),
-    "encoder.layer.1.output.dense": (2, 8),
-    "encoder.layer.2.attention.output.dense": (4, 4, 2),
-    "pooler.dense": (16, 16),
-}
-GPT2_PLAN = {"wte": (72, 16, 2), "h.1.attn.c_attn": (48, 32), "h.1.mlp.*": (4, 2, 3), "h.2.attn.c_proj": (32, 1, 5)}
-MODELS = list(DENSE_CLASSES)
-ALL_MODELS = pytest.mark.parametrize("model_class", MODELS, ids=lambda c: c.__name__)
-
-
-def student(model_class, plan=None, dtype=torch.float32, **changes):
-    dense, default = (bert_config, BERT_PLAN) if "Bert" in model_class.__name__ else (gpt2_config, GPT2_PLAN)
-    if "QuestionAnswering" in model_class.__name__:
-        changes = {"id2label": None, "label2id": None, **changes}
-    config = model_class.config_class.from_dense(dense(**changes), default if plan is None else plan)
-    return perturb(model_class(config)).to(dtype).eval()
-
-
-def first_output(output):
-    return next(value for key, value in output.items() if key not in ("loss", "past_key_values"))
 
 
 @pytest.mark.parametrize(
@@ -375,13 +351,15 @@ def blocks(monkeypatch):
 
 @pytest.mark.parametrize("model_class", [c for c in MODELS if "Bert" in c.__name__], ids=lambda c: c.__name__)
 def test_blocks_of_a_large_batch_give_the_outputs_of_the_whole(model_class, blocks, monkeypatch):
-    model = student(model_class, dtype=torch.float64, attn_implementation="eager")
+    model = student(model_class, dtype=torch.float64)
+    model.set_attn_implementation("eager")  # which gives attentions too
     batch = inputs(model, batch=7, length=12)
     batch |= {"token_type_ids": batch["input_ids"] % 2, "output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
         found = model(**batch)
         assert max(blocks) == 2
         assert sum(blocks) == len(batch["input_ids"].flatten(0, -2))
+        assert len(found.attentions) == len(found.hidden_states) - 1 == 3
         monkeypatch.setattr(modeling_kronecker, "BLOCK", 10**9)
         whole = model(**batch)
     assert found.keys() == whole.keys()

@@ -1,0 +1,32 @@
+"""Small factored models of every class, built on the spot."""
+
+import pytest
+import torch
+from tiny import bert_config, gpt2_config, perturb
+
+from kronecker_transformers.models import DENSE_CLASSES
+
+# terms > 1 and low rank beside the presets, so that no path is left out
+BERT_PLAN = {
+    "embeddings.word_embeddings": (64, 8, 2),
+    "encoder.layer.0.attention.self.*": (16, 8, 3),
+    "encoder.layer.1.intermediate.dense": (96, 1, 6),
+    "encoder.layer.1.output.dense": (2, 8),
+    "encoder.layer.2.attention.output.dense": (4, 4, 2),
+    "pooler.dense": (16, 16),
+}
+GPT2_PLAN = {"wte": (72, 16, 2), "h.1.attn.c_attn": (48, 32), "h.1.mlp.*": (4, 2, 3), "h.2.attn.c_proj": (32, 1, 5)}
+MODELS = list(DENSE_CLASSES)
+ALL_MODELS = pytest.mark.parametrize("model_class", MODELS, ids=lambda c: c.__name__)
+
+
+def student(model_class, plan=None, dtype=torch.float32, **changes):
+    dense, default = (bert_config, BERT_PLAN) if "Bert" in model_class.__name__ else (gpt2_config, GPT2_PLAN)
+    if "QuestionAnswering" in model_class.__name__:
+        changes = {"id2label": None, "label2id": None, **changes}
+    config = model_class.config_class.from_dense(dense(**changes), default if plan is None else plan)
+    return perturb(model_class(config)).to(dtype).eval()
+
+
+def first_output(output):
+    return next(value for key, value in output.items() if key not in ("loss", "past_key_values"))

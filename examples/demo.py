@@ -15,7 +15,6 @@ import argparse
 import copy
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import statistics
@@ -47,9 +46,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress, search_plan
 from kronecker_transformers.benchmark import environment, in_turn
-from kronecker_transformers.checkpoint import save_folder, write_text
+from kronecker_transformers.checkpoint import save_folder, to_json, write_text
 from kronecker_transformers.distillation import OBJECTIVES, DistillationArguments, DistillationTrainer, Objective
 from kronecker_transformers.model_card import folder_metadata, model_card
+from kronecker_transformers.sentence_modules import encoder_settings
 from kronecker_transformers.tasks.docstrings import docstring_sentences
 from kronecker_transformers.tasks.sentences import (
     encode,
@@ -110,7 +110,8 @@ class Watch(TrainerCallback):
         self.fidelity: list[float] = []
         self.terms: dict[str, list[float]] = {}
         self._console = console
-        self._judge = partial(encode, tokenizer=tokenizer, sentences=sentences)
+        settings = encoder_settings(teacher, tokenizer)
+        self._judge = partial(encode, tokenizer=tokenizer, sentences=sentences, settings=settings)
         self._wanted = self._judge(teacher)
 
     def look(self, model: PreTrainedModel, step: int, steps: int) -> None:
@@ -155,7 +156,9 @@ def distil(
     watch: Watch,
 ) -> dict[str, Any]:
     """Train the student on the teacher's hidden states and embeddings; returns what the training was."""
-    examples = Dataset.from_dict(dict(tokenizer(sentences, truncation=True, max_length=LENGTH)))
+    settings = encoder_settings(teacher, tokenizer)
+    prompted = [settings.prompt + sentence for sentence in sentences]
+    examples = Dataset.from_dict(dict(tokenizer(prompted, truncation=True, max_length=LENGTH)))
     collator = DataCollatorWithPadding(tokenizer)
     tried = sorted(examples.select(range(TRIED * BATCH)), key=lambda example: -len(example["input_ids"]))
     batches = [
@@ -240,7 +243,7 @@ def write_card(
         "training": training,
         "environment": environment(),
     }
-    write_text(folder / "results.json", json.dumps(record, indent=2) + "\n")
+    write_text(folder / "results.json", to_json(record))
     card = model_card(folder, f"your-name/{folder.name}", look_up=lambda _: folder_metadata(teacher))
     write_text(folder / "README.md", str(card))
 
@@ -295,9 +298,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"\n[bold]Saved[/] in {OUTPUT}; a new process without this package opens it and gives the same output"
     )
 
-    encoders = {name: partial(encode, model, tokenizer, judged[:TIMED]) for name, model in models.items()}
+    settings = encoder_settings(models["teacher"], tokenizer)
+    encoders = {n: partial(encode, m, tokenizer, judged[:TIMED], settings=settings) for n, m in models.items()}
     speeds = [TIMED / statistics.median(seconds) for seconds in in_turn(encoders, ROUNDS, warmup=1).values()]
-    embeddings = [encode(model, tokenizer, judged) for model in models.values()]
+    embeddings = [encode(model, tokenizer, judged, settings=settings) for model in models.values()]
     fidelity = [similarity_fidelity(embeddings[0], e) for e in embeddings]
     agreement = [neighbour_agreement(embeddings[0], e, NEIGHBOURS) for e in embeddings]
 

@@ -21,7 +21,16 @@ from typing import Any
 from transformers import GPT2LMHeadModel, PreTrainedModel, default_data_collator
 
 from kronecker_transformers.distillation import DistillationTrainer, keep_layers
-from kronecker_transformers.experiment import check_output, finish, results_table, teacher_and_tokenizer, train_and_save
+from kronecker_transformers.experiment import (
+    check_evaluation,
+    check_output,
+    check_special_tokens,
+    finish,
+    results_kept,
+    results_table,
+    teacher_and_tokenizer,
+    train_and_save,
+)
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import TextSource, TextStream, block_examples, training_steps
 from kronecker_transformers.tasks.perplexity import NORMALISATIONS, perplexity
@@ -62,6 +71,7 @@ class Options(StudentOptions):
 def main(argv: list[str] | None = None) -> None:
     """Tell the story."""
     options, arguments = parse_script(Options, "clm", argv)
+    check_evaluation(arguments.eval_strategy)
     recipe = RECIPES[options.recipe]["clm"]
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     text = TextSource(tuple(options.train_text), options.fraction)
@@ -69,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
 
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
     longest = checked_maximum(teacher, options)
-    length = options.max_length or min(recipe.length, longest)
+    check_special_tokens(tokenizer, "eos")
+    options.max_length = length = options.max_length or min(recipe.length, longest)
     if options.layers:
         arguments.layer_map = [int(layer) for layer in options.layers.split(",")]
         student = keep_layers(teacher, arguments.layer_map)
@@ -92,37 +103,39 @@ def main(argv: list[str] | None = None) -> None:
     )
     seen = train_and_save(trainer, tokenizer, folder)
 
-    rows: dict[str, list[Any]] = {"parameters": [model.num_parameters() for model in models.values()]}
-    protocol = None
-    if held_out is not None:
-        window = options.window or longest
-        found = [
-            perplexity(
-                model.to(arguments.device),
-                tokenizer,
-                held_out,
-                window=window,
-                stride=options.stride or window // 2,
-                normalisation=options.normalisation,
-                progress=not arguments.disable_tqdm,
-            )
-            for model in models.values()
-        ]
-        rows["perplexity per token"] = [result.per_token for result in found]
-        rows["perplexity per word"] = [result.per_word for result in found]
-        protocol = f"{found[0].protocol}; {found[0].tokens:,} tokens, {found[0].words:,} words"
-    kind = f"layers {options.layers} of the teacher" if options.layers else options.recipe
-    table = results_table(
-        f"{kind}, {seen['samples']:,} blocks of {length} tokens seen",
-        models,
-        rows,
-        notes=f"Perplexity: {protocol}" if protocol else "",
-    )
-    finish(
-        folder,
-        table,
-        {"options": vars(options), "models": list(models), "rows": rows, "training": seen, "protocol": protocol},
-    )
+    record = {"options": vars(options), "training": seen}
+    with results_kept(folder, record):
+        rows: dict[str, list[Any]] = {"parameters": [model.num_parameters() for model in models.values()]}
+        protocol = None
+        if held_out is not None:
+            window = options.window or longest
+            found = [
+                perplexity(
+                    model.to(arguments.device),
+                    tokenizer,
+                    held_out,
+                    window=window,
+                    stride=options.stride or window // 2,
+                    normalisation=options.normalisation,
+                    progress=not arguments.disable_tqdm,
+                )
+                for model in models.values()
+            ]
+            rows["perplexity per token"] = [result.per_token for result in found]
+            rows["perplexity per word"] = [result.per_word for result in found]
+            protocol = f"{found[0].protocol}; {found[0].tokens:,} tokens, {found[0].words:,} words"
+        kind = f"layers {options.layers} of the teacher" if options.layers else options.recipe
+        table = results_table(
+            f"{kind}, {seen['samples']:,} blocks of {length} tokens seen",
+            models,
+            rows,
+            notes=f"Perplexity: {protocol}" if protocol else "",
+        )
+        finish(
+            folder,
+            table,
+            {**record, "models": list(models), "rows": rows, "protocol": protocol},
+        )
 
 
 def checked_maximum(teacher: PreTrainedModel, options: Options) -> int:

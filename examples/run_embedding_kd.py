@@ -3,7 +3,8 @@
     python examples/run_embedding_kd.py --teacher path/to/encoder --train_text sentences.txt \
         --validation_text held_out.txt --output_dir output/encoder
 
-The student learns the teacher's embedding layer, hidden states and mean-pooled embedding. Text has one sentence on a
+The student learns the teacher's embedding layer, hidden states and sentence embedding, with the pooling and the prompt
+that its settings for sentence-transformers say (without any, the mean over the tokens). Text has one sentence on a
 line; a table (.json, .csv, .parquet) or a dataset of the Hub has it in the column `text`. It is read as a stream.
 Training goes over all sentences once, or as often as --num_train_epochs says; --resume_from_checkpoint true goes on
 with a run that stopped.
@@ -12,17 +13,30 @@ with a run that stopped.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 from datasets import Dataset
 from scipy.stats import spearmanr
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from kronecker_transformers.distillation import DistillationTrainer
-from kronecker_transformers.experiment import check_output, finish, results_table, teacher_and_tokenizer, train_and_save
+from kronecker_transformers.experiment import (
+    check_evaluation,
+    check_output,
+    check_special_tokens,
+    checked_length,
+    finish,
+    results_kept,
+    results_table,
+    teacher_and_tokenizer,
+    train_and_save,
+)
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
+from kronecker_transformers.sentence_modules import encoder_settings, modules_of, share_modules
 from kronecker_transformers.tasks.language_modeling import (
     Example,
     TextSource,
@@ -56,8 +70,8 @@ class Options(StudentOptions):
 def main(argv: list[str] | None = None) -> None:
     """Tell the story."""
     options, arguments = parse_script(Options, "embedding", argv)
+    check_evaluation(arguments.eval_strategy)
     recipe = RECIPES[options.recipe]["embedding"]
-    length = options.max_length or recipe.length
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     text = TextSource(tuple(options.train_text), options.fraction)
 
@@ -70,7 +84,14 @@ def main(argv: list[str] | None = None) -> None:
     sts = read_table(options.sts_file) if options.sts_file else None
 
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
+    settings = encoder_settings(teacher, tokenizer)
+    modules = modules_of(teacher)
     teacher = cast(PreTrainedModel, teacher.base_model)  # a head has nothing to say here
+    share_modules(modules, teacher)
+    check_special_tokens(tokenizer, "pad")
+    options.max_length = length = checked_length(
+        teacher, options.max_length, min(recipe.length, settings.max_length or recipe.length)
+    )
     student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
     judges = {
         "teacher": teacher,
@@ -79,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     }
 
     def examples(seed: int) -> Iterable[Example]:
-        return sentence_examples(text, tokenizer, length)
+        return sentence_examples(text, tokenizer, length, settings.prompt)
 
     arguments.max_steps = training_steps(arguments, examples(arguments.seed))
     arguments.accelerator_config.dispatch_batches = False  # each process reads the stream and takes its share
@@ -90,24 +111,28 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=TextStream(examples, arguments.seed, group=length_group(arguments)),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
+        pooling=settings.pooling,
     )
     seen = train_and_save(trainer, tokenizer, folder)
 
     student.eval()
-    rows: dict[str, list[float]] = {"parameters": [model.num_parameters() for model in judges.values()]}
-    if held_out:
-        embeddings = [encode(model, tokenizer, held_out, max_length=length) for model in judges.values()]
-        rows["similarity fidelity (Spearman)"] = [similarity_fidelity(embeddings[0], e) for e in embeddings]
-        rows["nearest 10 neighbours in common"] = [neighbour_agreement(embeddings[0], e) for e in embeddings]
-    if sts is not None:
-        rows["STS, Spearman"] = [sts_spearman(model, tokenizer, sts) for model in judges.values()]
-    table = results_table(f"{options.recipe}, {seen['samples']:,} sentences seen", judges, rows)
-    finish(folder, table, {"options": vars(options), "models": list(judges), "rows": rows, "training": seen})
+    record = {"options": vars(options), "training": seen}
+    with results_kept(folder, record):
+        judged = partial(encode, tokenizer=tokenizer, max_length=length, settings=settings)
+        rows: dict[str, list[float]] = {"parameters": [model.num_parameters() for model in judges.values()]}
+        if held_out:
+            embeddings = [judged(model, sentences=held_out) for model in judges.values()]
+            rows["similarity fidelity (Spearman)"] = [similarity_fidelity(embeddings[0], e) for e in embeddings]
+            rows["nearest 10 neighbours in common"] = [neighbour_agreement(embeddings[0], e) for e in embeddings]
+        if sts is not None:
+            rows["STS, Spearman"] = [sts_spearman(partial(judged, model), sts) for model in judges.values()]
+        table = results_table(f"{options.recipe}, {seen['samples']:,} sentences seen", judges, rows)
+        finish(folder, table, {**record, "models": list(judges), "rows": rows})
 
 
-def sts_spearman(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: Dataset) -> float:
-    """Spearman correlation of cosine similarities with the labels of a table of sentence pairs."""
-    first, second = (encode(model, tokenizer, table[name][:]) for name in ("sentence1", "sentence2"))
+def sts_spearman(judged: Callable[..., Tensor], table: Dataset) -> float:
+    """Spearman correlation of the similarities of embeddings with the labels of a table of sentence pairs."""
+    first, second = (judged(sentences=table[name][:]) for name in ("sentence1", "sentence2"))
     return float(spearmanr((first * second).sum(-1), table["label"][:]).statistic)
 
 

@@ -13,7 +13,8 @@ GLUE, predictions are written as its server reads them. --resume_from_checkpoint
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,9 +32,12 @@ from transformers import (
 from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer
 from kronecker_transformers.experiment import (
     check_output,
+    check_special_tokens,
+    checked_length,
     fine_tune_teacher,
     finish,
     predict,
+    results_kept,
     results_table,
     teacher_and_tokenizer,
     train_and_save,
@@ -41,6 +45,10 @@ from kronecker_transformers.experiment import (
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.glue import glue_task, load_glue, load_text_classification, write_predictions
 from kronecker_transformers.tasks.glue_metric import GlueMetric
+from kronecker_transformers.tasks.labels import match_labels
+from kronecker_transformers.tasks.pairs import encode_texts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,20 +82,33 @@ class Options(StudentOptions):
 
 @dataclass(frozen=True)
 class Task:
-    """Examples, columns and labels of a task."""
+    """Examples, columns and labels of a task, and the teacher's ids of these labels where they are others."""
 
     data: DatasetDict
     text_columns: tuple[str, ...]
     labels: tuple[str, ...]
     name: str | None
+    ids: tuple[int, ...] = ()
 
     @property
     def evaluation_splits(self) -> list[str]:
         """Splits with labels that are not for training."""
         return [split for split in self.data if split.startswith("validation")]
 
+    def to_teacher(self, labels: list[Any]) -> list[Any]:
+        """Labels of the task as the teacher numbers them; -1, for none, stays."""
+        return [self.ids[label] if label >= 0 else label for label in labels] if self.ids else labels
+
+    def from_teacher(self, ids: Any) -> np.ndarray:
+        """The other way, for an array of predictions or labels."""
+        return np.argsort(self.ids)[np.asarray(ids)] if self.ids else np.asarray(ids)
+
     def metrics(self, predictions: np.ndarray, references: Any) -> dict[str, float]:
-        """The task's official metrics; accuracy, or the correlations of STS-B, for a task of one's own."""
+        """The task's official metrics; accuracy, or the correlations of STS-B, for a task of one's own.
+
+        Predictions and references are as the teacher numbers them.
+        """
+        predictions, references = self.from_teacher(predictions), self.from_teacher(references)
         if self.name is None and self.labels:
             return {"accuracy": float(np.mean(predictions == np.asarray(references)))}
         metric = GlueMetric(self.name or "stsb")
@@ -104,18 +125,19 @@ def load_task(options: Options) -> Task:
     return Task(data, columns, labels, None)
 
 
-def load_classifier(options: Options, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """The teacher with a classifier, its tokenizer, and whether it is fine-tuned already."""
+def load_classifier(options: Options, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Task, bool | None]:
+    """The teacher with a classifier, its tokenizer, the task with the teacher's labels, and whether these are certain.
+
+    They are None for a teacher that is not fine-tuned yet.
+    """
     config = AutoConfig.from_pretrained(options.teacher)
-    trained = str((config.architectures or [""])[0]).endswith("ForSequenceClassification")
-    if trained:
+    certain = None
+    if str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
         teacher, tokenizer = teacher_and_tokenizer(options.teacher)
-        names, wanted = tuple((teacher.config.id2label or {}).values()), task.labels or ("score",)
-        if len(names) != len(wanted) or (names != wanted and set(names) == set(wanted)):
-            raise ValueError(
-                f"teacher {options.teacher!r} has the labels {', '.join(names)}, where the task has "
-                f"{', '.join(wanted)} in this order; give one that was fine-tuned on it, or one without a classifier"
-            )
+        names = label_names(teacher)
+        found = match_labels(names, task.labels) if task.labels or len(names) != 1 else None
+        certain = found is None or found.is_certain
+        task = replace(task, ids=found.ids if found else ())
     else:
         id2label = dict(enumerate(task.labels or ("score",)))
         teacher = AutoModelForSequenceClassification.from_pretrained(
@@ -123,23 +145,44 @@ def load_classifier(options: Options, task: Task) -> tuple[PreTrainedModel, PreT
         )
         tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     if tokenizer.pad_token is None:  # GPT-2
+        check_special_tokens(tokenizer, "eos")
         tokenizer.pad_token = tokenizer.eos_token
+    if teacher.config.model_type == "bert":
+        check_special_tokens(tokenizer, "cls", "sep")
     tokenizer.padding_side = "right"  # GPT-2 counts positions from the left, padding included
     teacher.config.pad_token_id = tokenizer.pad_token_id
-    return teacher.float(), tokenizer, trained  # whatever precision it was saved in: it is to be trained
+    return teacher.float(), tokenizer, task, certain  # whatever precision it was saved in: it is to be trained
+
+
+def label_names(teacher: PreTrainedModel) -> list[str]:
+    """Names of the teacher's classes, in the order of their ids."""
+    names: dict[Any, str] = teacher.config.id2label or {}
+    return [names[i] for i in sorted(names)]
 
 
 def tokenized(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
-    """Token ids and labels; nothing is padded here. Two texts are divided by a line break where there is no [SEP]."""
+    """Token ids and labels; nothing is padded here."""
 
     def convert(batch: dict[str, Any]) -> dict[str, Any]:
         first, *second = (batch[name] for name in task.text_columns)
-        if second and tokenizer.sep_token is None:  # GPT-2
-            first = [f"{text}\n" for text in first]
-        encoded = tokenizer(first, *second, truncation=True, max_length=length)
-        return {**encoded, "labels": batch["label"]}
+        encoded = encode_texts(tokenizer, first, second[0] if second else None, length)
+        return {**encoded, "labels": task.to_teacher(batch["label"])}
 
     return dataset.map(convert, batched=True, remove_columns=dataset.column_names)
+
+
+def check_unnamed_labels(teacher: PreTrainedModel, task: Task, data: DatasetDict, collator: Any) -> None:
+    """Warn of a teacher without names for its classes that does worse than chance: their order is another, it seems."""
+    split = task.evaluation_splits[0]
+    some = data[split].select(range(min(500, len(data[split]))))
+    predictions = decided(np.stack(predict(teacher, some, collator)["logits"]))
+    accuracy, chance = float(np.mean(predictions == np.asarray(some["labels"][:]))), 1 / len(task.labels)
+    if accuracy < chance:
+        logger.warning(
+            "THE TEACHER IS RIGHT IN %.1f %% OF %d CASES, WORSE THAN CHANCE (%.1f %%): its classes, %s, were taken to "
+            "be %s in this order, and seem to be in another one; correct id2label and label2id in its config.json",
+            100 * accuracy, len(some), 100 * chance, ", ".join(label_names(teacher)), ", ".join(task.labels),
+        )  # fmt: skip
 
 
 def judged(model: PreTrainedModel, task: Task, data: DatasetDict, collator: Any) -> dict[str, float]:
@@ -162,16 +205,18 @@ def main(argv: list[str] | None = None) -> None:
     """Tell the story."""
     options, arguments = parse_script(Options, "glue", argv)
     recipe = RECIPES[options.recipe]["glue"]
-    length = options.max_length or recipe.length
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     task = load_task(options)
 
-    teacher, tokenizer, trained = load_classifier(options, task)
+    teacher, tokenizer, task, certain = load_classifier(options, task)
+    options.max_length = length = checked_length(teacher, options.max_length, recipe.length)
     collator = DataCollatorWithPadding(tokenizer)
     data = DatasetDict({name: tokenized(split, task, tokenizer, length) for name, split in task.data.items()})
     if options.max_train_samples:
         data["train"] = data["train"].select(range(min(options.max_train_samples, len(data["train"]))))
-    if not trained:
+    if certain is False:
+        check_unnamed_labels(teacher.to(arguments.device), task, data, collator)
+    if certain is None:
         if not options.teacher_only:  # what does not fit is refused now, not after the training
             options.check(teacher, tokenizer, recipe)
         teacher = fine_tune_teacher(
@@ -206,28 +251,24 @@ def main(argv: list[str] | None = None) -> None:
     trainer = distiller(student, teacher, arguments, task, data, collator, tokenizer)
     seen = train_and_save(trainer, tokenizer, folder)
 
-    metrics = {name: judged(model, task, data, collator) for name, model in models.items()}
-    parameters = [model.num_parameters() for model in models.values()]
-    rows = {name: [found[name] for found in metrics.values()] for name in metrics["teacher"]}
-    shown = {name: [*values, 100 * values[-1] / values[0] if values[0] else None] for name, values in rows.items()}
-    finish(
-        folder,
-        results_table(
-            f"{title}: {seen['samples']:,} examples seen", [*models, "retained, %"], {"parameters": parameters, **shown}
-        ),
-        {
-            "options": vars(options),
-            "models": list(models),
-            "rows": rows,
-            "metrics": metrics,
-            "training": seen,
-            "parameters": parameters,
-        },
-    )
+    record = {"options": vars(options), "training": seen}
+    with results_kept(folder, record):
+        metrics = {name: judged(model, task, data, collator) for name, model in models.items()}
+        parameters = [model.num_parameters() for model in models.values()]
+        rows = {name: [found[name] for found in metrics.values()] for name in metrics["teacher"]}
+        shown = {name: [*values, 100 * values[-1] / values[0] if values[0] else None] for name, values in rows.items()}
+        headings, shown = [*models, "retained, %"], {"parameters": parameters, **shown}
+        finish(
+            folder,
+            results_table(f"{title}: {seen['samples']:,} examples seen", headings, shown),
+            {**record, "models": list(models), "rows": rows, "metrics": metrics, "parameters": parameters},
+        )
     if options.task_name:
         for split in glue_task(options.task_name).server_files:
             if split in data:
-                answers = decided(np.stack(predict(student, data[split], collator)["logits"])).tolist()
+                answers = task.from_teacher(
+                    decided(np.stack(predict(student, data[split], collator)["logits"]))
+                ).tolist()
                 print(f"For the GLUE server: {write_predictions(options.task_name, split, answers, folder)}")
 
 

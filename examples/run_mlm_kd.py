@@ -42,8 +42,12 @@ from kronecker_transformers.distillation import DistillationArguments, Distillat
 from kronecker_transformers.distillation.losses import IGNORED, hidden_state_mse
 from kronecker_transformers.experiment import (
     TEACHER,
+    check_evaluation,
     check_output,
+    check_special_tokens,
+    checked_length,
     finish,
+    results_kept,
     results_table,
     save_once,
     teacher_and_tokenizer,
@@ -90,6 +94,7 @@ class Options(StudentOptions):
 def main(argv: list[str] | None = None) -> None:
     """Tell the story."""
     options, arguments = parse_script(Options, "mlm", argv)
+    check_evaluation(arguments.eval_strategy)
     recipe = RECIPES[options.recipe]["mlm"]
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     text = TextSource(tuple(options.train_text), options.fraction)
@@ -101,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
 
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
     check_teacher(teacher, options)
-    length = checked_length(options.max_length, recipe.length, teacher)
+    check_special_tokens(tokenizer, "mask", "cls", "sep", "pad")
+    options.max_length = length = checked_length(teacher, options.max_length, recipe.length)
     next_sentence = has_next_sentence(teacher, text, options, note)
     examples = partial(masked_examples, text, tokenizer, length, next_sentence, short=options.short_fraction)
     stream = TextStream(examples, arguments.seed, group=length_group(arguments))
@@ -142,20 +148,22 @@ def main(argv: list[str] | None = None) -> None:
     seen = train_and_save(trainer, tokenizer, folder)
 
     student.eval()
-    rows: dict[str, list[Any]] = {"parameters": [model.num_parameters() for model in models.values()]}
-    if options.validation_text:
-        batches = fixed_batches(kept, collator)
-        judge = masked_quality if has_head else partial(last_layer_distance, teacher)
-        found = [judge(model.to(arguments.device), batches) for model in models.values()]
-        rows |= {name: [values[name] for values in found] for name in found[0]}
-        notes.append(f"Judged on {len(kept):,} examples of {', '.join(options.validation_text)}.")
-    title = f"{options.recipe}, {seen['samples']:,} examples seen, at most {length} tokens"
-    table = results_table(title, models, rows, notes="\n".join(notes))
-    finish(
-        folder,
-        table,
-        {"options": vars(options), "models": list(models), "rows": rows, "training": seen, "notes": notes},
-    )
+    record = {"options": vars(options), "training": seen}
+    with results_kept(folder, record):
+        rows: dict[str, list[Any]] = {"parameters": [model.num_parameters() for model in models.values()]}
+        if options.validation_text:
+            batches = fixed_batches(kept, collator)
+            judge = masked_quality if has_head else partial(last_layer_distance, teacher)
+            found = [judge(model.to(arguments.device), batches) for model in models.values()]
+            rows |= {name: [values[name] for values in found] for name in found[0]}
+            notes.append(f"Judged on {len(kept):,} examples of {', '.join(options.validation_text)}.")
+        title = f"{options.recipe}, {seen['samples']:,} examples seen, at most {length} tokens"
+        table = results_table(title, models, rows, notes="\n".join(notes))
+        finish(
+            folder,
+            table,
+            {**record, "models": list(models), "rows": rows, "notes": notes},
+        )
 
 
 def check_teacher(teacher: PreTrainedModel, options: Options) -> None:
@@ -170,14 +178,6 @@ def check_teacher(teacher: PreTrainedModel, options: Options) -> None:
             f"train_heads={options.train_heads} is for a teacher without heads, not a {type(teacher).__name__}; "
             "leave it out"
         )
-
-
-def checked_length(asked: int | None, usual: int, teacher: PreTrainedModel) -> int:
-    """Tokens of an example: what was asked for, or the recipe's, as far as the teacher goes."""
-    longest = teacher.config.max_position_embeddings
-    if asked and asked > longest:
-        raise ValueError(f"max_length={asked} must be at most the teacher's {longest} tokens; choose a smaller one")
-    return asked or min(usual, longest)
 
 
 def has_next_sentence(

@@ -27,9 +27,12 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrai
 from kronecker_transformers.distillation import DistillationTrainer
 from kronecker_transformers.experiment import (
     check_output,
+    check_special_tokens,
+    checked_length,
     fine_tune_teacher,
     finish,
     predict,
+    results_kept,
     results_table,
     teacher_and_tokenizer,
     train_and_save,
@@ -116,7 +119,10 @@ def load_answerer(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
             source, id2label=names, label2id={name: i for i, name in names.items()}
         )
     if tokenizer.pad_token is None:  # GPT-2; the attention mask, not the token, tells what is padding
+        check_special_tokens(tokenizer, "eos")
         tokenizer.pad_token = tokenizer.eos_token
+    if teacher.config.model_type == "bert":
+        check_special_tokens(tokenizer, "cls", "sep")
     teacher.config.pad_token_id = tokenizer.pad_token_id
     return teacher.float(), tokenizer, trained  # whatever precision it was saved in: it is to be trained
 
@@ -165,13 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     """Tell the story."""
     options, arguments = parse_script(Options, "squad", argv)
     recipe = RECIPES[options.recipe]["squad"]
-    length = options.max_length or recipe.length
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     train, held_out = load_questions(options)
 
     teacher, tokenizer, trained = load_answerer(options.teacher)
-    if length > (limit := teacher.config.max_position_embeddings):
-        raise ValueError(f"max_length is {length}, but the teacher reads at most {limit} tokens; lower --max_length")
+    options.max_length = length = checked_length(teacher, options.max_length, recipe.length)
     collator: Any = WindowCollator(tokenizer)
     lessons = windows(training_features, train, tokenizer, length, options.stride)
     exam = Exam(
@@ -211,27 +215,28 @@ def main(argv: list[str] | None = None) -> None:
     seen = train_and_save(trainer, tokenizer, folder)
 
     models["student, undistilled"].to(student.device)  # the trainer has moved the others
-    answers = {name: exam.answers(model) for name, model in models.items()}
-    metrics = {name: exam.scores(found) for name, found in answers.items()}
-    parameters = [model.num_parameters() for model in models.values()]
-    rows = {name: [found[name] for found in metrics.values()] for name in metrics["teacher"] if "total" not in name}
-    notes = f"The student has seen {seen['samples']:,} windows, {seen['tokens']:,} tokens."
-    results = {"options": vars(options), "models": list(models), "rows": rows, "parameters": parameters,
-               "metrics": metrics, "training": seen}  # fmt: skip
-    if options.version == "v2.0":
-        results["tuned_on_validation"] = tuned = {name: exam.tuned(found) for name, found in answers.items()}
-        notes += "\n* with the threshold that is best on these very validation questions; on new ones f1 is lower"
-        rows["f1, tuned threshold*"] = [found["f1"] for found in tuned.values()]
-    shown = {name: [*values, 100 * values[-1] / values[0] if values[0] else None] for name, values in rows.items()}
-    table = results_table(
-        f"SQuAD {options.version}, {options.recipe}: {len(held_out):,} questions",
-        [*models, "retained, %"],
-        {"parameters": [*parameters, None], **shown},
-        notes,
-    )
-    if trainer.is_world_process_zero():
-        write_json(folder / "predictions.json", answers["student"].predictions)
-    finish(folder, table, results)
+    record = {"options": vars(options), "training": seen}
+    with results_kept(folder, record):
+        answers = {name: exam.answers(model) for name, model in models.items()}
+        metrics = {name: exam.scores(found) for name, found in answers.items()}
+        parameters = [model.num_parameters() for model in models.values()]
+        rows = {name: [found[name] for found in metrics.values()] for name in metrics["teacher"] if "total" not in name}
+        notes = f"The student has seen {seen['samples']:,} windows, {seen['tokens']:,} tokens."
+        results = {**record, "models": list(models), "rows": rows, "parameters": parameters, "metrics": metrics}
+        if options.version == "v2.0":
+            results["tuned_on_validation"] = tuned = {name: exam.tuned(found) for name, found in answers.items()}
+            notes += "\n* with the threshold that is best on these very validation questions; on new ones f1 is lower"
+            rows["f1, tuned threshold*"] = [found["f1"] for found in tuned.values()]
+        shown = {name: [*values, 100 * values[-1] / values[0] if values[0] else None] for name, values in rows.items()}
+        table = results_table(
+            f"SQuAD {options.version}, {options.recipe}: {len(held_out):,} questions",
+            [*models, "retained, %"],
+            {"parameters": [*parameters, None], **shown},
+            notes,
+        )
+        if trainer.is_world_process_zero():
+            write_json(folder / "predictions.json", answers["student"].predictions)
+        finish(folder, table, results)
 
 
 def write_json(path: Path, content: dict[str, str]) -> None:

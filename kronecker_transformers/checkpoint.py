@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -18,11 +19,16 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from .models import DENSE_CLASSES
 from .report import ERRORS, Report
+from .sentence_modules import encoder_folder, modules_of, read_modules, share_modules
 
 logger = logging.getLogger(__name__)
 
+_BASE_CLASSES = {"bert": "BertModel", "gpt2": "GPT2Model"}
+"""Class without a head by family."""
+
 REPORT_FILE = "compression.json"
 """Beside the weights: what was lost in compression, bound to the factors by their SHA-256."""
+_OLD_BUFFERS = (".position_ids", ".token_type_ids", ".attn.bias", ".attn.masked_bias")  # of earlier versions
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 
 
@@ -36,16 +42,27 @@ def load_teacher(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
     config = _load_config(source)
     classes: dict[str, Any] = {cls.__name__: cls for cls in DENSE_CLASSES.values()}
     families = sorted({cls.config_class.model_type for cls in classes.values()})
+    if config.model_type.startswith("kronecker_"):
+        raise ValueError(f"teacher {str(source)!r} is compressed already; give the dense model it came from")
     if config.model_type not in families:
         raise ValueError(
             f"teacher {str(source)!r} is of the family {config.model_type!r}; supported are {' and '.join(families)}"
         )
-    architecture = (config.architectures or ["none"])[0]
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"teacher {str(source)!r} is quantized; give the weights from before its quantization")
+    if getattr(config, "position_embedding_type", "absolute") != "absolute":
+        raise ValueError(
+            f"teacher {str(source)!r} has position_embedding_type={config.position_embedding_type!r}, which "
+            "transformers 5 does not compute; give one with absolute positions"
+        )
+    found = config.architectures or [_BASE_CLASSES[config.model_type]]  # without a head, for all that is known
+    architecture = found[0] if isinstance(found, list) else found
     if architecture not in classes:
         raise ValueError(
-            f"teacher {str(source)!r} has the architecture {architecture!r}; supported: {', '.join(sorted(classes))}"
+            f"teacher {str(source)!r} has the architecture {architecture!r}; supported: {', '.join(sorted(classes))}; "
+            "load it as one of these and pass the model"
         )
-    return _load_weights(classes[architecture], source), _load_tokenizer(source)
+    return _load(classes[architecture], source, knows_head=bool(config.architectures))
 
 
 def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -63,7 +80,7 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
             f"{str(folder)!r} holds a {config.model_type!r} model of class {architecture}, not a factored one; "
             "compress it first"
         )
-    return _load_weights(model_class, folder), _load_tokenizer(folder)
+    return _load(model_class, folder)
 
 
 def source_name(source: str) -> str:
@@ -82,22 +99,75 @@ def load_model(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrai
 
 
 def _load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
-    source = os.fspath(source)
+    source = encoder_folder(source)
     if os.path.isfile(source):
         raise NotADirectoryError(f"{source!r} is a file; give the folder that holds the model")
+    if os.path.isfile(os.path.join(source, "adapter_config.json")):
+        raise ValueError(
+            f"folder {source!r} holds a PEFT adapter; merge_and_unload() it, save the model, and give that folder"
+        )
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
         raise FileNotFoundError(f"folder {source!r} holds no config.json; give the folder that holds the model")
     if not os.path.isdir(source) and (os.path.isabs(source) or source.startswith(".") or source.count("/") > 1):
         raise FileNotFoundError(f"folder {source!r} does not exist; give an existing folder or a model name of the Hub")
+    if os.path.isdir(source):
+        _check_config_file(Path(source))
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
+        if os.path.isdir(source):
+            raise OSError(f"config.json in {source!r} cannot be used ({error}); correct it") from error
         raise OSError(
             f"{source!r} is neither a folder with a model nor a model on the Hub that can be reached: {error}"
         ) from error
 
 
-def _load_weights(model_class: type[PreTrainedModel], source: str | os.PathLike[str]) -> PreTrainedModel:
+def _check_config_file(folder: Path) -> None:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"config.json in {str(folder)!r} is not JSON ({error}); restore or replace it") from error
+    known = [*_BASE_CLASSES, *(f"kronecker_{family}" for family in _BASE_CLASSES)]
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if not model_type or (str(model_type).casefold() in known and model_type not in known):
+        raise ValueError(
+            f"config.json in {str(folder)!r} has model_type={model_type!r}, so nobody can tell which model it is for; "
+            f'add or correct it, for example "model_type": "bert"'
+        )
+
+
+def _check_weights_file(source: str | os.PathLike[str]) -> None:
+    """Name the real cause where a folder has weights in another format."""
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")) or (folder / "model.safetensors.index.json").exists():
+        return
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack"))
+    if any(name.startswith("pytorch_model") for name in found):
+        remedy = (
+            "a pickle can run code, so it is not opened; if you trust it, convert it once: "
+            f"AutoModel.from_pretrained({str(source)!r}, use_safetensors=False).save_pretrained(NEW_FOLDER), with the "
+            "class of its head in place of AutoModel"
+        )
+    else:
+        remedy = "save the model with save_pretrained of transformers 5"
+    raise OSError(
+        f"folder {str(source)!r} holds no model.safetensors, but {', '.join(found) or 'no weights at all'}; {remedy}"
+    )
+
+
+def _load(
+    model_class: type[PreTrainedModel], source: str | os.PathLike[str], knows_head: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    modules, place = read_modules(source), encoder_folder(source)
+    _check_weights_file(place)
+    model = _load_weights(model_class, place, knows_head)
+    share_modules(modules, model)
+    return model, _load_tokenizer(place)
+
+
+def _load_weights(
+    model_class: type[PreTrainedModel], source: str | os.PathLike[str], knows_head: bool
+) -> PreTrainedModel:
     """A model with every weight from its checkpoint; one that was saved without a pooler comes back without.
 
     The library's load report, on weights that do not fit, is held back until that is clear.
@@ -130,6 +200,20 @@ def _load_weights(model_class: type[PreTrainedModel], source: str | os.PathLike[
         reports.removeFilter(hold_back)
         for record in held_back:
             reports.handle(record)
+    base = model.base_model
+    parts = {name for name, _ in base.named_children()} - {"pooler"}
+    for key in sorted(info["unexpected_keys"]):
+        name = key.removeprefix(f"{model.base_model_prefix}.")
+        if name.split(".")[0] not in (*parts, "pooler") and not knows_head:
+            raise ValueError(
+                f"config.json in {str(source)!r} has no architectures, and the weights hold {key!r}, part of a head; "
+                'add the class that was saved, for example "architectures": ["BertForSequenceClassification"]'
+            )
+        if name.split(".")[0] in parts and not name.endswith(_OLD_BUFFERS):
+            raise ValueError(
+                f"the weights in {str(source)!r} hold {key!r}, for which its config.json has no place, so the outputs "
+                "would be others than those it was trained for; restore its config.json"
+            )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"the weights in {str(source)!r} lack {len(missing)} parameters, {missing[0]!r} first; restore them"
@@ -158,7 +242,7 @@ def save_folder(
     tokenizer: PreTrainedTokenizerBase | None = None,
     report: Report | None = None,
 ) -> Path:
-    """Save a model, its tokenizer and its report; the folder appears complete or not at all.
+    """Save a model, its tokenizer, its report and its files for sentence-transformers, all or nothing.
 
     Raises:
         FileExistsError: the folder holds something already.
@@ -168,9 +252,11 @@ def save_folder(
         model.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
+        if modules := modules_of(model):
+            modules.write(draft)
         if report is not None:
             record = {"teacher": source_name(model.config.name_or_path or "") or None, **report.to_dict()}
-            (draft / REPORT_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (draft / REPORT_FILE).write_text(to_json(record), encoding="utf-8")
     return Path(folder)
 
 
@@ -190,6 +276,19 @@ def check_file(path: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"output {str(path)!r} is a folder; give the name of a file")
     return path
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON, for records: numbers that JSON does not have, infinite ones and NaN, are null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

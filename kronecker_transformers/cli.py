@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from . import __version__
 from .benchmark import DTYPES, benchmark
-from .checkpoint import check_file, check_new_folder, load_student, recorded_errors, save_folder, write_text
+from .checkpoint import check_file, check_new_folder, load_student, recorded_errors, save_folder, to_json, write_text
 from .compress import compress, to_dense
 from .hub import Pushed, card_metadata, files_to_push, push, push_space
 from .latency import Runtime
@@ -166,6 +165,8 @@ def _compress(arguments: argparse.Namespace, console: Console) -> None:
     result = compress(arguments.teacher, plan, ratio=arguments.ratio, calibration=texts, progress=True)
     result.save(arguments.output)
     _show(result.report, console)
+    if result.tokenizer is None:
+        console.print("The teacher came without a tokenizer, so the student has none.")
     console.print(f"Saved in {arguments.output}. Distil it before use: an undistilled student is poor.")
 
 
@@ -237,7 +238,7 @@ def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
     console.print(found.table())
     console.print(found.verdict(), highlight=False)
     if arguments.json:
-        write_text(arguments.json, json.dumps(found.to_dict(), indent=2) + "\n")
+        write_text(arguments.json, to_json(found.to_dict()))
     if arguments.picture:
         found.picture(arguments.picture)
 

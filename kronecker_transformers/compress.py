@@ -28,6 +28,7 @@ from .models import DENSE_CLASSES
 from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .report import Report, describe
 from .search import search_plan
+from .sentence_modules import modules_of, share_modules
 from .teachers import STUDENT_CLASSES, check_finite, check_teacher, model_like
 
 DEFAULTS = {"bert": ("7.7x", 7.7), "gpt2": ("kngpt2", 1.48)}
@@ -86,6 +87,7 @@ def compress(
         OSError: the teacher cannot be read.
     """
     teacher, tokenizer = check_teacher(teacher, tokenizer)
+    modules = modules_of(teacher)
     if ratio is not None:
         if plan is not None:
             raise ValueError(f"ratio={ratio} was given beside a plan, which has its own; leave one of them out")
@@ -99,8 +101,7 @@ def compress(
     student_class: Any = STUDENT_CLASSES[type(teacher)]
     config = student_class.config_class.from_dense(teacher.config, default_plan if plan is None else plan)
     config.name_or_path = teacher.config.name_or_path
-    head = teacher.get_output_embeddings()
-    if head is not None and head.weight is not teacher.get_input_embeddings().weight:
+    if not _is_tied(teacher):
         config.tie_word_embeddings = False
     batches = None
     if calibration is not None:
@@ -131,6 +132,7 @@ def compress(
         _set_parameter(module, "B", result.B, dense)
         errors[name] = {"relative_error": result.relative_error}
     _copy_rest(teacher, student)
+    share_modules(modules, student)
     if batches is not None:
         for name, found in calibrate(teacher, student, batches, progress).items():
             errors[name] = {
@@ -144,10 +146,12 @@ def compress(
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """The dense twin of a factored model: factors multiplied out, a stock BERT or GPT-2 class.
 
-    It gives the same outputs, runs wherever the stock model runs, and saves no space.
+    It gives the same outputs, runs wherever the stock model runs, and saves no space. Its output head is tied if that
+    of the model is, whatever the config says of it.
 
     Raises:
         ValueError: the model is not one of this package's factored classes, or its weights are not finite.
+        ArithmeticError: the twin gives other outputs than the model.
     """
     if type(model) not in DENSE_CLASSES:
         raise ValueError(
@@ -156,8 +160,10 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         )
     check_finite(model)
     dense_class = DENSE_CLASSES[type(model)]
+    config = model.config.to_dense_config()
+    config.tie_word_embeddings = _is_tied(model)
     with torch.device("meta"):
-        dense = model_like(model, dense_class, model.config.to_dense_config())
+        dense = model_like(model, dense_class, config)
     factored_modules = dict(model.named_modules())
     for name, module in dense.named_modules():
         source = factored_modules[name]
@@ -168,7 +174,49 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
                 module, "weight", weight.t().contiguous() if isinstance(module, Conv1D) else weight, source.A
             )
     _copy_rest(model, dense)
+    _check_outputs(model, dense)
+    share_modules(modules_of(model), dense)
     return dense
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Whether everything that a model's class ties is one parameter; what the config says where there is nothing."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        return bool(model.config.tie_word_embeddings)
+    own, table = dict(head.named_parameters()), dict(embedding.named_parameters())
+    predictions = getattr(getattr(model, "cls", None), "predictions", None)  # BERT's, which has the head's bias too
+    same_bias = predictions is None or predictions.bias is head.bias
+    return same_bias and all(own.get(name) is parameter for name, parameter in table.items())
+
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Of the outputs of a dense twin, relative to their norm; 0.1 in half precision, in which its products are rounded."""
+
+
+@torch.no_grad()
+def _check_outputs(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Compare the outputs of both on some tokens.
+
+    Raises:
+        ArithmeticError: they differ by more than rounding.
+    """
+    length = min(16, model.config.max_position_embeddings)
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    ids = ids.unsqueeze(0) if "MultipleChoice" in type(model).__name__ else ids
+    training = model.training
+    batch = {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
+    ours, twins = (dict(m.eval()(**batch)) for m in (model, dense))
+    model.train(training)
+    tolerance = _TOLERANCE.get(model.dtype, 0.1)
+    for name, output in ours.items():
+        if isinstance(output, torch.Tensor):
+            difference = (twins[name] - output).double().norm() / output.double().norm().clamp_min(1e-30)
+            if not difference <= tolerance:
+                raise ArithmeticError(
+                    f"the dense twin's {name} differ from the model's by {difference:.2g} of their norm, more than "
+                    f"{tolerance:g}; report this, with the model's config.json"
+                )
 
 
 def _copy_rest(source: PreTrainedModel, target: PreTrainedModel) -> None:

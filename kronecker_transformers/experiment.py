@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .benchmark import environment
-from .checkpoint import check_new_folder, load_teacher, save_folder, write_text
+from .checkpoint import check_new_folder, load_teacher, save_folder, to_json, write_text
 from .distillation import DistillationArguments, DistillationTrainer
+from .distillation.sampling import SamplingTrainer
 from .distillation.trainer import is_complete
 
 Collator = Callable[[list[Any]], dict[str, Any]]
@@ -56,6 +57,51 @@ def teacher_and_tokenizer(source: str) -> tuple[PreTrainedModel, PreTrainedToken
     if tokenizer is None:
         raise ValueError(f"teacher {source!r} comes without a tokenizer; save its tokenizer in the same folder")
     return teacher.float(), tokenizer
+
+
+def check_evaluation(strategy: Any) -> None:
+    """Refuse an evaluation in a training that has nothing to be evaluated on.
+
+    Raises:
+        ValueError: the strategy is not "no".
+    """
+    if strategy != "no":
+        raise ValueError(
+            f"--eval_strategy {getattr(strategy, 'value', strategy)} needs a set to evaluate on while training, which "
+            "this script does not have; leave it out: the student is judged at the end"
+        )
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, *names: str) -> None:
+    """Refuse a tokenizer that lacks a token that a task needs.
+
+    Args:
+        tokenizer: of the teacher.
+        names: "mask", "cls", "sep", "pad" or "eos".
+
+    Raises:
+        ValueError: one is missing.
+    """
+    for name in names:
+        if getattr(tokenizer, f"{name}_token") is None:
+            raise ValueError(
+                f"the teacher's tokenizer has no {name} token, which this task needs; set {name}_token in its "
+                "tokenizer_config.json to a token of its vocabulary"
+            )
+
+
+def checked_length(teacher: PreTrainedModel, asked: int | None, default: int) -> int:
+    """The tokens at which texts are cut: those that were asked for, or the default as far as the teacher reads.
+
+    Raises:
+        ValueError: fewer than 2 were asked for, or more than the teacher reads.
+    """
+    most: int = teacher.config.max_position_embeddings
+    if asked is not None and not 2 <= asked <= most:
+        raise ValueError(
+            f"max_length={asked} must be from 2 to the teacher's {most} tokens; choose another --max_length"
+        )
+    return asked or min(default, most)
 
 
 def fine_tune_teacher(
@@ -110,7 +156,7 @@ def train_plainly(
     chosen = {name: getattr(like, name) for name in same} | {"warmup_steps": 0.1, **changes}
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(scratch, save_strategy="no", report_to=[], **chosen)
-        trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
+        trainer = SamplingTrainer(model, arguments, train_dataset=dataset, data_collator=collator)
         trainer.model_accepts_loss_kwargs = False  # it would not divide a classifier's loss by the accumulation steps
         trainer.train()
     _without_autocast(trainer)
@@ -200,14 +246,31 @@ def _cell(value: Any) -> str:
 
 
 def finish(folder: Path, table: Table, results: Mapping[str, Any]) -> None:
-    """Show the table, and keep the figures in ``results.json``, whole or not at all; in the main process only.
+    """Show the table, and keep the figures in ``results.json``, in the main process only."""
+    if PartialState().is_main_process:
+        _write_results(folder, results)
+        Console(width=None).print(table)
 
-    Beside a finished student lies a copy: its model card is made from it.
+
+@contextlib.contextmanager
+def results_kept(folder: Path, known: Mapping[str, Any]) -> Iterator[None]:
+    """Let no result be lost because its evaluation fails: what is known is in ``results.json`` then, with the error.
+
+    Args:
+        folder: of the experiment; its student is saved already.
+        known: options and training.
     """
-    if not PartialState().is_main_process:
-        return
-    text = json.dumps({**results, "environment": environment()}, indent=2) + "\n"
+    try:
+        yield
+    except BaseException as error:
+        if PartialState().is_main_process:
+            _write_results(folder, {**known, "evaluation_failed": f"{type(error).__name__}: {error}"})
+        raise
+
+
+def _write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Beside a finished student lies a copy: its model card is made from it."""
+    text = to_json({**results, "environment": environment()})
     for place in (folder, folder / STUDENT):
         if place.is_dir():
             write_text(place / "results.json", text)
-    Console(width=None).print(table)

@@ -20,7 +20,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .checkpoint import REPORT_FILE
+from .checkpoint import REPORT_FILE, to_json
+from .sentence_modules import read_modules
 
 CARD = "README.md"
 RESULTS_FILE, BENCHMARK_FILE = "results.json", "benchmark.json"
@@ -33,7 +34,8 @@ PUBLISHED = (
     "vocab.txt", "vocab.json", "merges.txt",
     *RECORDS, "plan.yaml", "*.png",
 )  # fmt: skip
-"""Names in the top folder of a checkpoint that are published; code comes by what the config names."""
+"""Names in the top folder of a checkpoint that are published; code comes by what the config names, and the files of
+sentence-transformers by what ``modules.json`` names."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ class PublishedFile:
 
     def write(self, folder: Path) -> None:
         """Put a copy into a folder."""
+        path = folder / self.name
+        path.parent.mkdir(exist_ok=True)
         if isinstance(self.source, bytes):
-            (folder / self.name).write_bytes(self.source)
+            path.write_bytes(self.source)
         else:
-            shutil.copyfile(self.source, folder / self.name)
+            shutil.copyfile(self.source, path)
 
 
 def without_local_paths(path: Path) -> bytes:
@@ -75,7 +79,7 @@ def without_local_paths(path: Path) -> bytes:
         ValueError: it holds no object.
     """
     found = read_object(path, "write it again or remove it")
-    return (json.dumps(_without_paths(found), indent=2) + "\n").encode()
+    return to_json(_without_paths(found)).encode()
 
 
 def _without_paths(value: Any) -> Any:
@@ -91,7 +95,8 @@ def published_files(folder: str | os.PathLike[str]) -> list[PublishedFile]:
 
     Raises:
         FileNotFoundError: no folder, no config, no weights, or a file that the config or the index names is missing.
-        ValueError: config, index or a record are not readable, or they or name files outside the folder.
+        ValueError: config, index or a record are not readable, or they name files outside the folder; or modules of
+            sentence-transformers that may hold code.
     """
     folder = Path(folder)
     config = _read_json(folder, "config.json")
@@ -107,10 +112,13 @@ def published_files(folder: str | os.PathLike[str]) -> list[PublishedFile]:
                     f"model.safetensors.index.json in {str(folder)!r} names {shard!r}, which is no weights file there; "
                     "save the model again"
                 )
-    return [
+    found = [
         PublishedFile(name, without_local_paths(folder / name) if name in RECORDS else folder / name, name in code)
-        for name in sorted(names | code)
+        for name in names | code
     ]
+    modules = read_modules(folder)
+    found += [PublishedFile(name, content) for name, content in (modules.files if modules else {}).items()]
+    return sorted(found, key=lambda file: file.name)
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -65,6 +65,8 @@ class StudentOptions:
         Raises:
             ValueError, OSError: as `check`.
         """
+        if self.start is None:
+            self.plan = self.plan or recipe.plan  # for the record
         plan, texts = read_plan(self.plan or recipe.plan), self._texts()
         return start_student(teacher, plan, self.start, calibration=texts, tokenizer=tokenizer, progress=progress)
 

@@ -281,7 +281,7 @@ class TestBadInput:
         config = json.loads((bert / "config.json").read_text())
         for file, content, expected in (
             ("config.json", json.dumps({**config, "intermediate_size": 48}), "cannot be loaded"),
-            ("config.json", "{", "is neither a folder with a model"),
+            ("config.json", "{", "is not JSON"),
             ("tokenizer.json", "{", "the tokenizer in"),
         ):
             original = (bert / file).read_text()
@@ -292,7 +292,7 @@ class TestBadInput:
             (bert / file).write_text(original)
         (bert / "model.safetensors").unlink()
         message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "student")
-        assert f"the model in '{bert}' cannot be loaded" in message
+        assert f"folder '{bert}' holds no model.safetensors, but no weights at all; save the model" in message
 
     @pytest.mark.parametrize("record", ["{}", "[]", "{", '{"factors_sha256": 3}'])
     def test_damaged_record(self, bert, tmp_path, capsys, record):

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pooling import MEAN, Pooling
+
 IGNORED = -100
 """Label of a position without a target, as everywhere in transformers."""
 
@@ -97,23 +99,24 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool = 
     return _mean_over_real(divergence, mask)
 
 
-def pooled_distance(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """1 - cosine similarity of sentence embeddings: hidden states averaged over the real positions.
+def pooled_distance(student: Tensor, teacher: Tensor, mask: Tensor, pooling: Pooling = MEAN) -> Tensor:
+    """1 - cosine similarity of sentence embeddings.
 
     Not of the papers: it is what a sentence encoder is used for.
 
     Args:
         student, teacher: last hidden states (S, L, hidden).
         mask: (S, L).
+        pooling: makes embeddings of the hidden states.
 
     Returns:
         (S,), from 0 to 2.
     """
-    s, t = (_sentence_embeddings(hidden, mask) for hidden in (student, teacher))
+    s, t = (_sentence_embeddings(hidden, mask, pooling) for hidden in (student, teacher))
     return 1 - (s * t).sum(-1)
 
 
-def similarity_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+def similarity_kl(student: Tensor, teacher: Tensor, mask: Tensor, pooling: Pooling = MEAN) -> Tensor:
     """KL divergence between where teacher and student see a sentence among the teacher's embeddings of a micro-batch.
 
     Each sees it as a distribution over all sentences, itself included: the softmax of its cosine similarities to the
@@ -124,11 +127,12 @@ def similarity_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     Args:
         student, teacher: last hidden states (S, L, hidden).
         mask: (S, L).
+        pooling: makes embeddings of the hidden states.
 
     Returns:
         (S,), in nats; 0 for a sentence that is alone.
     """
-    s, t = (_sentence_embeddings(hidden, mask) for hidden in (student, teacher))
+    s, t = (_sentence_embeddings(hidden, mask, pooling) for hidden in (student, teacher))
     return logit_kl(s @ t.t() / SIMILARITY_TEMPERATURE, t @ t.t() / SIMILARITY_TEMPERATURE)
 
 
@@ -253,10 +257,9 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _sentence_embeddings(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Means (S, hidden) of hidden states (S, L, hidden) over the real positions, of norm 1."""
-    real = mask.bool().unsqueeze(-1)  # (S, L, 1)
-    return F.normalize(_wide(hidden).masked_fill(~real, 0).sum(1), dim=-1)
+def _sentence_embeddings(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Embeddings of norm 1, a row for each sentence, from hidden states (S, L, hidden)."""
+    return F.normalize(pooling(_wide(hidden), mask), dim=-1)
 
 
 def _mean_over_real(values: Tensor, mask: Tensor) -> Tensor:

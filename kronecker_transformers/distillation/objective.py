@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..pooling import MEAN, Pooling
 from . import losses
 from .heads import Head, heads_of, real_positions
 from .tap import QueryKey, Reading, Tap
@@ -32,6 +33,7 @@ class Objective:
         layer_map: the teacher's layer, from 0, for each layer of the student; None for models of equal depth.
         label_smoothing: of the supervised loss on classes, 0 <= label_smoothing < 1.
         autocast: makes the context in which the teacher runs.
+        pooling: makes sentence embeddings of the last hidden states, for the terms that compare them.
 
     Raises:
         ValueError: the two do not fit together, or lack what a term needs.
@@ -46,10 +48,12 @@ class Objective:
         layer_map: Sequence[int] | None = None,
         label_smoothing: float = 0.0,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        pooling: Pooling = MEAN,
     ) -> None:
         self.weights = dict(weights)
         self.temperature = temperature
         self.label_smoothing = label_smoothing
+        self.pooling = pooling
         self.heads = heads_of(student)
         self.causal = student.config.model_type.removeprefix("kronecker_") == "gpt2"
         _check_family(student, teacher)
@@ -92,13 +96,16 @@ class Objective:
         """What a batch adds to the counts of its step.
 
         Raises:
-            ValueError: the batch lacks its input ids, or labels that the supervised term needs; or it is padded on the
-                left for GPT-2, which counts positions from there.
+            ValueError: the batch lacks its input ids, or labels that the supervised term needs; a sequence is empty; or
+                it is padded on the left for GPT-2, which counts positions from there.
         """
         if "input_ids" not in inputs:
             raise ValueError(f"batch with {sorted(inputs)} must hold 'input_ids'; tokenize it first")
         ids = inputs["input_ids"]
-        if self.causal and not real_positions(inputs)[..., 0].all():
+        real = real_positions(inputs)
+        if not real.any(-1).all():
+            raise ValueError("attention_mask of a sequence is all 0: its text gives no token; leave such texts out")
+        if self.causal and not real[..., 0].all():
             raise ValueError(
                 "attention_mask has padding on the left, where GPT-2 begins to count positions; set the tokenizer's "
                 "padding_side='right'"
@@ -181,9 +188,9 @@ class Objective:
                 for pair in enumerate(self.layer_map)
             )
         if "pooled" in self.weights:
-            values["pooled"] = losses.pooled_distance(student.last, teacher.last, mask)
+            values["pooled"] = losses.pooled_distance(student.last, teacher.last, mask, self.pooling)
         if "similarity_kl" in self.weights:
-            values["similarity_kl"] = losses.similarity_kl(student.last, teacher.last, mask)
+            values["similarity_kl"] = losses.similarity_kl(student.last, teacher.last, mask, self.pooling)
         return values
 
     def _attention_terms(self, student: list[QueryKey], teacher: list[QueryKey], mask: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
@@ -13,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..benchmark import environment
+from ..checkpoint import to_json
 from ..hub import Pushed, card_metadata, push
 from ..model_card import model_card
 from ..published import CARD, RESULTS_FILE, published_files, without_local_paths
+from ..sentence_modules import modules_of
+from .sampling import SamplingTrainer
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 
 
-class PublishingTrainer(Trainer):
+class PublishingTrainer(SamplingTrainer):
     """What the pushes of the base class leave out or send too much of.
 
     A push in the middle of a training has the Python files with which the model loads, and a card of what was done so
@@ -41,6 +42,13 @@ class PublishingTrainer(Trainer):
     def record(self) -> dict[str, Any]:
         """What is known of the training so far, for the card: the content of ``results.json``."""
         raise NotImplementedError
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the base class, with the files of sentence-transformers that the student has from its teacher."""
+        super().save_model(output_dir, _internal_call)
+        modules = modules_of(self.accelerator.unwrap_model(self.model)) if self.args.should_save else None
+        if modules:
+            modules.write(output_dir or self.args.output_dir or "")
 
     def push_to_hub(
         self,
@@ -103,8 +111,7 @@ class PublishingTrainer(Trainer):
         for file in published_files(folder):
             if file.name not in (CARD, RESULTS_FILE):
                 file.write(draft)
-        content = json.dumps({**self.record(), "environment": environment()}, indent=2) + "\n"
-        (draft / RESULTS_FILE).write_text(content, encoding="utf-8")
+        (draft / RESULTS_FILE).write_text(to_json({**self.record(), "environment": environment()}), encoding="utf-8")
         text = str(model_card(draft, self.hub_model_id, **{"look_up": self._look_up, **card}))
         (draft / CARD).write_text(text, encoding="utf-8")
         return draft

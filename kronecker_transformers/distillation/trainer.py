@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoint import source_name
+from ..pooling import MEAN, Pooling
+from ..sentence_modules import modules_of
 from .arguments import DistillationArguments
 from .objective import Objective, check_tokenizers
 from .optimizer import scale_learning_rates
-from .publishing import PublishingTrainer
+from .publishing import STATE_FILE, PublishingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class DistillationTrainer(PublishingTrainer):
             never trained or saved.
         args: the arguments of the training and of its objective.
         teacher_processing_class: the teacher's tokenizer; if given it must agree with `processing_class`.
+        pooling: makes the embeddings that the terms `pooled` and `similarity_kl` compare; default: that of the
+            teacher's own settings for sentence-transformers, without a prompt, else the mean.
         **trainer: anything else that `transformers.Trainer` takes, but no `model_init` and no `compute_loss_func`.
 
     Raises:
@@ -61,12 +65,16 @@ class DistillationTrainer(PublishingTrainer):
         args: DistillationArguments,
         *,
         teacher_processing_class: Any = None,
+        pooling: Pooling | None = None,
         **trainer: Any,
     ) -> None:
         for name in ("model_init", "compute_loss_func"):
             if trainer.get(name) is not None:
                 raise ValueError(f"{name} cannot be used in a distillation, which has its own; leave it out")
         check_tokenizers(trainer.get("processing_class"), teacher_processing_class)
+        if pooling is None and args.weights().keys() & {"pooled", "similarity_kl"}:
+            modules = modules_of(teacher)
+            pooling = modules.pooling() if modules else MEAN
         self.objective = Objective(
             model,
             teacher,
@@ -75,6 +83,7 @@ class DistillationTrainer(PublishingTrainer):
             args.layer_map,
             args.label_smoothing_factor,
             autocast=lambda: self.accelerator.autocast(),
+            pooling=pooling or MEAN,
         )
         use_cache = model.config.use_cache
         super().__init__(model=model, args=args, **trainer)
@@ -91,7 +100,7 @@ class DistillationTrainer(PublishingTrainer):
         self.model_accepts_loss_kwargs = True
         self._window: dict[str, Tensor] = {}
         self._window_start = 0
-        self._started = time.monotonic()
+        self.add_callback(_Progress())
         self.add_callback(_Watch(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -112,6 +121,10 @@ class DistillationTrainer(PublishingTrainer):
             )
         if resume_from_checkpoint and (done := self._finished(str(resume_from_checkpoint))):
             return done
+        state = TrainerState()
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
+        self._progress.restore(state)
         dropouts = {module: module.p for module in self.model.modules() if isinstance(module, nn.Dropout)}
         idle = [parameter for parameter in self.objective.idle_parameters(self.model) if parameter.requires_grad]
         try:
@@ -130,11 +143,12 @@ class DistillationTrainer(PublishingTrainer):
 
     def _finished(self, checkpoint: str) -> TrainOutput | None:
         """The end of a training of which this is the last checkpoint; the base class would do one step more."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
         if not 0 < self.args.max_steps <= state.global_step:
             return None
         self._load_from_checkpoint(checkpoint)
         self.state = state
+        self._progress.restore(state)
         return TrainOutput(state.global_step, 0.0, {"train_runtime": 0.0})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -170,6 +184,7 @@ class DistillationTrainer(PublishingTrainer):
         if device.type == "mps":
             totals = totals.float()
         totals = self.accelerator.reduce(totals.to(device), "sum")
+        self._progress.samples += int(totals[names.index("examples")])
         return samples, dict(zip(names, totals.unbind(), strict=True))
 
     def compute_loss(
@@ -233,19 +248,18 @@ class DistillationTrainer(PublishingTrainer):
         super().log(logs, *args, **kwargs)
 
     def training_summary(self) -> dict[str, Any]:
-        """What the training was so far; tokens are counted where the arguments ask for it."""
+        """What the training was so far, of a resumed one the earlier runs too.
+
+        Samples are counted as they were seen, those included that several processes see twice to end an epoch together;
+        tokens are counted where the arguments ask for it.
+        """
         args = self.args
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        samples = self.state.global_step * batch
-        if isinstance(self.train_dataset, Sized):
-            epochs, rest = divmod(self.state.global_step, -(-len(self.train_dataset) // batch))
-            samples = epochs * len(self.train_dataset) + min(rest * batch, len(self.train_dataset))
         return {
             "steps": self.state.global_step,
-            "samples": samples,  # the last batch of an epoch may be smaller
+            "samples": self._progress.samples,
             "tokens": self.state.num_input_tokens_seen,
-            "seconds": round(time.monotonic() - self._started, 1),
-            "batch": batch,
+            "seconds": round(self._progress.seconds, 1),
+            "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "learning_rate": args.learning_rate,
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
             "objective": args.weights(),
@@ -267,8 +281,38 @@ class DistillationTrainer(PublishingTrainer):
             **({"models": ["student"], "rows": rows, "protocol": "evaluation set of the training"} if rows else {}),
         }
 
+    @property
+    def _progress(self) -> _Progress:
+        return next(found for found in self.callback_handler.callbacks if isinstance(found, _Progress))
+
     def _open_window(self) -> None:
         self._window, self._window_start = {}, self.state.global_step
+
+
+class _Progress(TrainerCallback, ExportableState):
+    """What a training has seen and how long it took, kept in its checkpoints."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._seconds, self._started = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Of training, earlier runs included."""
+        return self._seconds + time.monotonic() - self._started
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._started = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"args": {}, "attributes": {"samples": self.samples, "_seconds": self.seconds}}
+
+    def restore(self, state: TrainerState) -> None:
+        """Go on from a checkpoint, which may be of a version that did not count, or begin."""
+        kept: Any = state.stateful_callbacks or {}
+        found = kept.get(type(self).__name__, {}).get("attributes", {})
+        self.samples, self._seconds = found.get("samples", 0), found.get("_seconds", 0.0)
 
 
 class _Watch(TrainerCallback):
@@ -279,7 +323,6 @@ class _Watch(TrainerCallback):
         self._epoch_start = 0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._trainer._started = time.monotonic()
         self._trainer.objective.attach(self._trainer.model)
         self._trainer._open_window()
 
@@ -310,7 +353,7 @@ def newest_checkpoint(folder: str | Path) -> Path:
 def is_complete(checkpoint: Path) -> bool:
     """Whether the Trainer has written the last of the files of a checkpoint."""
     try:
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     except (OSError, ValueError, TypeError):
         return False
     return True

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -193,8 +195,9 @@ def load_glue(
 def _read_official(task: GlueTask, split: str, file: Path) -> Dataset:
     *texts, label = task.source_columns
     is_test = split in task.server_files
-    with file.open(encoding="utf-8-sig") as lines:  # the files of MRPC begin with a mark
-        rows = (line.rstrip("\n").split("\t") for line in lines if line != "\n")
+    # the files of MRPC begin with a mark; a carriage return within a text ends no line
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        rows = (line.rstrip("\r\n").split("\t") for line in lines if line.strip("\r\n"))
         first = next(rows, [])
         has_header = set(texts) <= set(first)
         header = first if has_header else list(task.bare_columns)
@@ -280,11 +283,25 @@ def load_text_classification(
         labels = train.features["label"].names
     found = train.unique("label")
     is_regression = labels is None and any(isinstance(label, float) for label in found)
-    empty = [label for label in found if label is None or label == "" or str(label).isspace()]
+    if wrong := [label for label in found if isinstance(label, (list, dict))]:
+        raise ValueError(f"{str(train_file)!r} has the label {wrong[0]!r}; every row needs one class or score")
+    empty = [label for label in found if _is_missing(label, found)]
     if empty or len(found) < 2:
         raise ValueError(
             f"{str(train_file)!r} has {len(found)} different labels, {len(empty)} of them empty; every row needs "
             "a label, and a task two different ones; mend the file"
+        )
+    spellings = Counter(str(label).strip().casefold() for label in found)
+    if double := [label for label in map(str, found) if spellings[label.strip().casefold()] > 1]:
+        raise ValueError(
+            f"{str(train_file)!r} has the labels {', '.join(map(repr, double))}, which differ in case or spaces alone; "
+            "write each class in one way"
+        )
+    if is_regression and all(float(label).is_integer() for label in found):
+        logger.warning(
+            "the labels of %s, such as %s, are whole but written as decimals, and taken as scores of a regression; "
+            "write them as integers if they are classes",
+            *(train_file, found[0]),
         )
     names = () if is_regression else tuple(map(str, labels or sorted(found)))
     are_ids = not set(map(str, found)) <= set(names) and all(isinstance(label, int) for label in found)
@@ -306,6 +323,15 @@ def load_text_classification(
         given = [_label(value, known, file) for value in columns.pop("label", [])] or [-1] * len(table)
         loaded[split] = Dataset.from_dict({**columns, "label": given}, features=features)
     return loaded, text_columns, names
+
+
+def _is_missing(label: Any, others: Sequence[Any]) -> bool:
+    """Whether a label is none: empty, or a word for a missing or infinite number among numbers."""
+    if label is None or not str(label).strip() or (isinstance(label, float) and not math.isfinite(label)):
+        return True
+    words = ("nan", "null", "none", "na", "n/a", "inf", "-inf")
+    is_word = str(label).strip().casefold() in words
+    return is_word and any(re.fullmatch(r"-?[\d.]+", str(other)) for other in others)
 
 
 def write_predictions(task: str, split: str, predictions: Sequence[float], folder: str | os.PathLike[str]) -> Path:

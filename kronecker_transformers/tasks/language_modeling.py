@@ -67,6 +67,8 @@ class TextSource:
             raise ValueError(f"fraction={self.fraction} must be above 0 and at most 1; use 1 for the whole text")
         for name in self.names:
             is_path = len(self.names) > 1 or _suffix(name) in (".txt", *_TABLES) or name.startswith((".", "/"))
+            if Path(name).is_dir():
+                raise FileNotFoundError(f"text {name!r} is a folder; name the files in it")
             if is_path and not Path(name).is_file():
                 raise FileNotFoundError(
                     f"text file {name!r} does not exist; give existing files or one dataset of the Hub"
@@ -117,6 +119,10 @@ class TextSource:
                     f"column {self.column!r} is not in {name!r}, which has {sorted(row)}; name the one that holds text"
                 )
             value = row[self.column]
+            if isinstance(value, (list, dict)) or value != value:  # NaN is not itself
+                raise ValueError(
+                    f"column {self.column!r} of {name!r} holds {value!r}, which is no text; write one text in each row"
+                )
             lines = [] if value is None else map(str.strip, str(value).splitlines())
             if document := [line for line in lines if line]:
                 yield document
@@ -152,6 +158,8 @@ def _rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"line {number} of {name!r} is not JSON ({error}); mend the file") from error
             if row is not None:
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} of {name!r} holds no object; write one on each line")
                 yield row
     else:
         yield from read_table(path)
@@ -168,7 +176,10 @@ def _utf8(path: Path) -> Iterator[TextIO]:
 
 def _text_lines(path: Path) -> Iterator[str]:
     with _utf8(path) as file:
-        yield from map(str.strip, file)
+        for line in file:
+            if "\0" in line:
+                raise ValueError(f"text file {str(path)!r} is binary or UTF-16; convert it to UTF-8 text first")
+            yield line.strip()
 
 
 def _has_blank_line(path: Path) -> bool:
@@ -196,8 +207,8 @@ class TextStream(IterableDataset[Example]):
         examples: makes the examples of one pass over a text, given a seed that is another one for each pass.
         seed: of the first pass and of the order; the same seed gives the same stream.
         buffer: examples.
-        group: so many examples of similar length follow each other, so that a batch of them needs little padding;
-            1 leaves them in random order.
+        group: so many examples of similar length of one pass follow each other, so that a batch of them needs little
+            padding; 1 leaves them in random order.
 
     Raises:
         ValueError: in the first step, if there are no examples.
@@ -209,9 +220,6 @@ class TextStream(IterableDataset[Example]):
         self._examples, self._seed, self._buffer, self._group = examples, seed, buffer, group
 
     def __iter__(self) -> Iterator[Example]:
-        return _grouped(self._passes(), self._group, random.Random(self._seed)) if self._group > 1 else self._passes()
-
-    def _passes(self) -> Iterator[Example]:
         worker = get_worker_info()
         for seed in count(self._seed):
             found = _shuffled(self._examples(seed), self._buffer, random.Random(seed))
@@ -219,7 +227,9 @@ class TextStream(IterableDataset[Example]):
             if first is None:
                 raise ValueError("the text gives 0 examples; give more text, a larger fraction or a smaller length")
             found = chain([first], found)
-            yield from islice(found, worker.id, None, worker.num_workers) if worker else found
+            if worker:
+                found = islice(found, worker.id, None, worker.num_workers)
+            yield from _grouped(found, self._group, random.Random(seed)) if self._group > 1 else found
 
 
 def _shuffled(examples: Iterable[Example], buffer: int, generator: random.Random) -> Iterator[Example]:
@@ -236,11 +246,12 @@ def _shuffled(examples: Iterable[Example], buffer: int, generator: random.Random
 
 
 def _grouped(examples: Iterator[Example], size: int, generator: random.Random) -> Iterator[Example]:
-    """Groups of similar length out of `_SORTED` of them at a time, in random order."""
+    """Groups of similar length out of `_SORTED` of them at a time, in random order; what makes no group comes last."""
     while held := sorted(islice(examples, _SORTED * size), key=lambda example: len(example["input_ids"])):
-        groups = [held[start : start + size] for start in range(0, len(held), size)]
+        rest = held[len(held) // size * size :]
+        groups = [held[start : start + size] for start in range(0, len(held) - len(rest), size)]
         generator.shuffle(groups)
-        yield from chain.from_iterable(groups)
+        yield from chain(*groups, rest)
 
 
 def length_group(arguments: TrainingArguments) -> int:
@@ -267,11 +278,13 @@ def training_steps(arguments: TrainingArguments, examples: Iterable[Example]) ->
     return steps
 
 
-def sentence_examples(source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:
-    """One example for each sentence or line, cut at `length` tokens."""
+def sentence_examples(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, prompt: str = ""
+) -> Iterator[Example]:
+    """One example for each sentence or line, with the prompt before it, cut at `length` tokens."""
     for document in source.documents():
         for sentence in document:
-            yield dict(tokenizer(sentence, truncation=True, max_length=length))
+            yield dict(tokenizer(prompt + sentence, truncation=True, max_length=length))
 
 
 def block_examples(source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:

@@ -7,6 +7,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..sentence_modules import DEFAULT, EncoderSettings
+
 
 @torch.no_grad()
 def encode(
@@ -15,8 +17,9 @@ def encode(
     sentences: list[str],
     batch_size: int = 64,
     max_length: int = 128,
+    settings: EncoderSettings = DEFAULT,
 ) -> Tensor:
-    """Unit-length embeddings: the mean of the last hidden states over the tokens.
+    """Embeddings of sentences, by default the mean of the last hidden states over the tokens, at length 1.
 
     Args:
         model: a base model, in evaluation mode.
@@ -24,6 +27,7 @@ def encode(
         sentences: texts, at least one, cut at `max_length` tokens.
         batch_size: sentences, of similar length, computed together.
         max_length: tokens.
+        settings: prompt, pooling, and whether embeddings have length 1; its `max_length` is not used.
 
     Returns:
         (sentences, hidden), float32, on the CPU.
@@ -33,17 +37,21 @@ def encode(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = tokenizer(
-            [sentences[i] for i in rows], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            [settings.prompt + sentences[i] for i in rows],
+            padding=True,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
         ).to(model.device)
         hidden = model(**batch).last_hidden_state.float()  # (batch, length, hidden)
-        mask = batch["attention_mask"].unsqueeze(-1)
-        parts.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu())
+        embeddings = settings.pooling(hidden, batch["attention_mask"]).cpu()
+        parts.append(torch.nn.functional.normalize(embeddings, dim=-1) if settings.normalize else embeddings)
     embeddings = torch.cat(parts)
     return torch.empty_like(embeddings).index_copy_(0, torch.tensor(order), embeddings)
 
 
 def pair_similarities(embeddings: Tensor, pairs: Tensor) -> Tensor:
-    """Cosine similarities of unit-length embeddings (sentences, hidden) for index pairs (2, pairs)."""
+    """Products of embeddings (sentences, hidden) for index pairs (2, pairs): cosines where these have length 1."""
     return (embeddings[pairs[0]] * embeddings[pairs[1]]).sum(-1)
 
 
@@ -57,7 +65,7 @@ def similarity_fidelity(teacher: Tensor, student: Tensor) -> float:
     """Spearman correlation between the similarities that both give to the same 20,000 random pairs of sentences.
 
     Args:
-        teacher, student: unit-length embeddings of the same sentences, (sentences, hidden).
+        teacher, student: embeddings of the same sentences, (sentences, hidden), compared by their products.
     """
     pairs = random_pairs(len(teacher))
     return float(spearmanr(pair_similarities(teacher, pairs), pair_similarities(student, pairs)).statistic)
@@ -67,7 +75,7 @@ def neighbour_agreement(teacher: Tensor, student: Tensor, neighbours: int = 10) 
     """Share of the nearest neighbours of each sentence on which both agree, from 0 to 1.
 
     Args:
-        teacher, student: unit-length embeddings of the same sentences, (sentences, hidden).
+        teacher, student: embeddings of the same sentences, (sentences, hidden), compared by their products.
         neighbours: number of nearest other sentences; all others where there are fewer.
 
     Raises:
@@ -77,7 +85,7 @@ def neighbour_agreement(teacher: Tensor, student: Tensor, neighbours: int = 10) 
         raise ValueError(f"{len(teacher)} sentences have no neighbours; at least 2 are needed; give more text")
     nearest = []
     for embeddings in (teacher, student):
-        similarity = (embeddings @ embeddings.T).fill_diagonal_(-2)
+        similarity = (embeddings @ embeddings.T).fill_diagonal_(-torch.inf)
         chosen = torch.zeros_like(similarity, dtype=torch.bool)
         nearest.append(chosen.scatter_(1, similarity.topk(min(neighbours, len(teacher) - 1)).indices, True))
     return float((nearest[0] & nearest[1]).sum() / nearest[0].sum())

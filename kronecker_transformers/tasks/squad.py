@@ -11,6 +11,7 @@ arXiv:1810.04805, sections 4.2 and 4.3).
 from __future__ import annotations
 
 import json
+import logging
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from .squad_metric import Version, score_answer
+
+logger = logging.getLogger(__name__)
+
+LONGEST_QUESTION = 64
+"""Tokens to which a question is cut that leaves no room for its context, as by BERT's own script."""
 
 _Offsets = list[Any]  # for each token of a window (begin, end) in the context, None outside it
 
@@ -61,57 +67,79 @@ def load_squad(version: Version, data_dir: str | Path | None = None) -> DatasetD
 
 
 def read_squad_file(path: str | Path) -> Dataset:
-    """The questions of one official JSON file, of version 1.1 or 2.0, in its order.
+    """The questions of one JSON file in the format of SQuAD 1.1 or 2.0, in its order, whatever version it says.
+
+    Answers whose text does not stand at their offset are dropped and counted in a warning, and with its last answer a
+    question that is not impossible.
 
     Returns:
         Columns id, title, context, question and answers, which holds the lists text and answer_start (characters);
         both are empty where the question is impossible.
 
     Raises:
-        ValueError: not a file of SQuAD, or an answer that is not where it should be.
+        ValueError: not a file in this format, no questions, or more than half of the answers not where they should be.
         FileNotFoundError: nothing there.
     """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"file {str(path)!r} does not exist; data_dir must hold the official files, such as train-v1.1.json and "
+            "dev-v1.1.json; download them there"
+        )
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content["version"] not in ("1.1", "v2.0"):
-            raise ValueError(f"it has the version {content['version']!r}")
-        rows = [
-            _row(article.get("title", ""), paragraph["context"], question)
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = [
+            _row(article.get("title") or "", paragraph["context"], question)
             for article in content["data"]
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
         ]
-        return Dataset.from_list(rows, features=_COLUMNS)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"file {str(path)!r} does not exist; data_dir must hold the official files, such as train-v1.1.json and "
-            "dev-v1.1.json; download them there"
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        missing = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"file {str(path)!r} is not in the format of SQuAD 1.1 or 2.0 ({type(error).__name__}: {error}); "
-            "download or correct it"
+            f"file {str(path)!r} is not in the format of SQuAD 1.1 or 2.0 ({missing}); download or correct it"
         ) from error
+    rows = [row for row, _, _ in found if row is not None]
+    wrong, answers = [name for _, names, _ in found for name in names], sum(count for _, _, count in found)
+    if not rows or 2 * len(wrong) > answers:
+        raise ValueError(
+            f"file {str(path)!r} has {len(rows)} questions to use, and {len(wrong)} of {answers} answers are not where "
+            "answer_start says (in characters, not bytes); correct it"
+        )
+    if wrong:
+        logger.warning(
+            "%s: %d of %d answers are not where answer_start says and are dropped, the first in question %r; %d "
+            "questions have none left and are dropped too",
+            *(path, len(wrong), answers, wrong[0], len(found) - len(rows)),
+        )
+    return Dataset.from_list(rows, features=_COLUMNS)
 
 
-def _row(title: str, context: str, question: Mapping[str, Any]) -> dict[str, Any]:
-    answers = [] if question.get("is_impossible", False) else question["answers"]
-    if not answers and not question.get("is_impossible", False):
-        raise ValueError(f"question {question['id']!r} has no answers; only impossible ones may have none")
-    texts, starts = [answer["text"] for answer in answers], [answer["answer_start"] for answer in answers]
-    for text, start in zip(texts, starts, strict=True):
-        if start < 0 or not context.startswith(text, start):
-            raise ValueError(
-                f"answer {text!r} of question {question['id']!r} has answer_start {start}, "
-                f"but there the context reads {context[max(start, 0) :][: len(text)]!r}"
-            )
-    return {
-        "id": question["id"],
+def _row(title: str, context: str, question: Mapping[str, Any]) -> tuple[dict[str, Any] | None, list[str], int]:
+    """The row of a question, None if no answer is right; its id for each wrong answer; and how many there are."""
+    name, impossible = str(question["id"]), question.get("is_impossible", False)
+    if not isinstance(impossible, bool):
+        raise ValueError(f"is_impossible of question {name!r} is {impossible!r}, not true or false")
+    if not isinstance(context, str) or not isinstance(question["question"], str):
+        raise ValueError(f"question {name!r} or its context is not a text")
+    answers = [] if impossible else question["answers"]
+    if not isinstance(answers, list) or not all(isinstance(answer, Mapping) for answer in answers):
+        raise ValueError(f"answers of question {name!r} must be a list of objects with text and answer_start")
+    if not answers and not impossible:
+        raise ValueError(f"question {name!r} has no answers; only impossible ones may have none")
+    right = [answer for answer in answers if _stands(context, answer["text"], answer["answer_start"])]
+    row = {
+        "id": name,
         "title": title,
         "context": context,
         "question": question["question"],
-        "answers": {"text": texts, "answer_start": starts},
+        "answers": {name: [answer[name] for answer in right] for name in ("text", "answer_start")},
     }
+    return row if right or impossible else None, [name] * (len(answers) - len(right)), len(answers)
+
+
+def _stands(context: str, text: Any, start: Any) -> bool:
+    return isinstance(text, str) and isinstance(start, int) and start >= 0 and context.startswith(text, start)
 
 
 def training_features(
@@ -161,8 +189,16 @@ def _windows(
         raise TypeError(f"tokenizer {type(tokenizer).__name__} is slow; windows need a fast one; use AutoTokenizer")
     line_break = "" if tokenizer.sep_token else "\n"
     questions = [question.strip() + line_break for question in examples["question"]]
-    longest = max(map(len, tokenizer(questions, add_special_tokens=False)["input_ids"]), default=0)
-    room = max_length - longest - tokenizer.num_special_tokens_to_add(pair=True)
+    encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    for i, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+        if len(ids) > LONGEST_QUESTION and max_length - len(ids) - special <= stride:
+            names = examples.get("id") or [""] * len(questions)
+            logger.warning("question %r has %d tokens and is cut to %d", names[i], len(ids), LONGEST_QUESTION)
+            questions[i] = questions[i][: offsets[LONGEST_QUESTION - 1][1]] + line_break
+    kept = tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
+    longest = max(map(len, kept), default=0)
+    room = max_length - longest - special
     if not 0 <= stride < room:  # tokenizers would panic
         raise ValueError(
             f"stride is {stride}, and a question of {longest} tokens leaves {room} of max_length {max_length} to its "

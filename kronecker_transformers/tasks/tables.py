@@ -7,6 +7,7 @@ short row is filled up and a long one moves the columns. Here a value comes as i
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -26,7 +27,8 @@ _REAL = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,2})?")
 def read_table(path: str | os.PathLike[str]) -> Dataset:
     """A table from a local file, in memory.
 
-    In .tsv files, as in GLUE's, quotes are characters like any other; .csv files have the usual quotes. Both have a
+    In .tsv files, as in GLUE's, quotes are characters like any other, unless the whole file is quoted as pandas quotes
+    it; .csv files have the usual quotes. Both have a
     header; blank lines are passed over, and a column in which every value is a number holds numbers. A .json file is a
     list of objects, or one object with such a list in its field `data`; a .jsonl file has one object on each line. A
     field that an object lacks is None. Text is UTF-8.
@@ -55,12 +57,14 @@ def read_table(path: str | os.PathLike[str]) -> Dataset:
     return table
 
 
-def _read_delimited(file: Path, **dialect: Any) -> Dataset:
+def _read_delimited(file: Path, delimiter: str) -> Dataset:
     usual = csv.field_size_limit(2**31 - 1)  # a document may be longer than 131,072 characters
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            lines = csv.reader(stream, strict=True, **dialect)
-            rows = [(lines.line_num, row) for row in lines if row]
+        text = file.read_bytes().decode("utf-8-sig")
+        is_plain = delimiter == "\t" and not _is_quoted(text, delimiter)
+        dialect: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if is_plain else {}
+        lines = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter, **dialect)
+        rows = [(lines.line_num, row) for row in lines if any(map(str.strip, row))]
     finally:
         csv.field_size_limit(usual)
     header = rows[0][1] if rows else []
@@ -71,6 +75,19 @@ def _read_delimited(file: Path, **dialect: Any) -> Dataset:
             raise ValueError(f"line {line} has {len(row)} values, the header {len(header)}")
     columns = zip(*(row for _, row in rows[1:]), strict=True)
     return Dataset.from_dict({name: _numbers(column) for name, column in zip(header, columns, strict=False)})
+
+
+def _is_quoted(text: str, delimiter: str) -> bool:
+    """Whether a table was written with quotes where they are needed, and has some: writing it again gives the same."""
+    if '"' not in text:
+        return False
+    written = io.StringIO(newline="")
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter))
+    except csv.Error:
+        return False
+    csv.writer(written, delimiter=delimiter, lineterminator="\n").writerows(rows)
+    return written.getvalue().rstrip("\n") == text.replace("\r\n", "\n").rstrip("\n")
 
 
 def _numbers(column: tuple[str, ...]) -> list[Any]:
@@ -84,17 +101,25 @@ def _numbers(column: tuple[str, ...]) -> list[Any]:
 def _read_json(file: Path, lines: bool) -> Dataset:
     text = file.read_text(encoding="utf-8-sig")
     # Not splitlines(), which also ends a line at characters that JSON allows within a string.
-    found = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+    try:
+        found = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+    except ValueError as error:
+        if not lines and str(error).startswith("Extra data"):
+            raise ValueError(f"{error}; with one object on each line it is a .jsonl file: rename it") from error
+        raise
     rows = found.get("data") if isinstance(found, dict) else found
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("objects are needed, in a list or, in a .jsonl file, one on each line")
+        raise ValueError(
+            "objects are needed, in a list or, in a .jsonl file, one on each line; pandas writes them with "
+            'orient="records"'
+        )
     names = dict.fromkeys(name for row in rows for name in row)
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {
-    ".tsv": partial(_read_delimited, delimiter="\t", quoting=csv.QUOTE_NONE),
-    ".csv": _read_delimited,
+    ".tsv": partial(_read_delimited, delimiter="\t"),
+    ".csv": partial(_read_delimited, delimiter=","),
     ".json": partial(_read_json, lines=False),
     ".jsonl": partial(_read_json, lines=True),
     ".parquet": lambda file: Dataset(pyarrow.parquet.read_table(file)),

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -206,24 +207,110 @@ def test_gpt2_is_padded_on_the_right_and_its_two_texts_are_divided(workplace):
         validation_file=str(workplace / "dev.csv"),
     )  # fmt: skip
     task = script.load_task(options)
-    model, tokenizer, _ = script.load_classifier(options, task)
-    asked = []
-
-    class Recorder:
-        sep_token = tokenizer.sep_token
-
-        def __call__(self, *texts, **options):
-            asked.append(texts)
-            return tokenizer(*texts, **options)
-
-    rows = script.tokenized(task.data["train"], task, Recorder(), 40)
-    assert asked[-1][0][3] == f"{sentence(3)}\n"
-    assert asked[-1][1][3] == sentence(4)
+    model, tokenizer, task, certain = script.load_classifier(options, task)
+    assert certain is None
+    rows = script.tokenized(task.data["train"], task, tokenizer, 40)
+    assert tokenizer.decode(rows[3]["input_ids"]) == f"{sentence(3)}{tokenizer.eos_token}{sentence(4)}"
     batch = DataCollatorWithPadding(tokenizer)([rows[0], rows[5]])
     with torch.no_grad():
         together = model.eval()(**{key: value for key, value in batch.items() if key != "labels"}).logits[0]
         alone = model(input_ids=torch.tensor([rows[0]["input_ids"]])).logits[0]
     torch.testing.assert_close(together, alone)
+
+
+LABELS = {
+    "capitals": ("NEGATIVE", "POSITIVE"),
+    "spaces, other order": ("Positive ", "negative"),
+    "no names": ("LABEL_0", "LABEL_1"),
+}
+
+
+@pytest.mark.parametrize("names", LABELS)
+def test_labels_of_the_teacher_are_mapped_and_its_names_kept(names, workplace, caplog):
+    id2label = dict(enumerate(LABELS[names]))
+    teacher = save_teacher(
+        workplace / "teacher",
+        BertForSequenceClassification,
+        id2label=id2label,
+        label2id={v: k for k, v in id2label.items()},
+    )
+    model = BertForSequenceClassification.from_pretrained(teacher)
+    file = workplace / "glue" / "SST-2" / "dev.tsv"
+    # the development set is what this teacher says, in the words of the task
+    tokenizer = tiny.bert_tokenizer(workplace)
+    lines = []
+    for i in range(12):
+        with torch.no_grad():
+            answer = int(model.eval()(**tokenizer(sentence(i), return_tensors="pt")).logits.argmax())
+        lines.append(f"{sentence(i)} \t{1 - answer if names.startswith('spaces') else answer}")
+    file.write_text("\n".join(["sentence\tlabel", *lines]))
+    out = workplace / "out"
+    results = run_example(
+        "run_glue_kd", out, teacher=teacher, task_name="sst2", data_dir=workplace / "glue", 
+        plan=workplace / "bert.yaml", per_device_train_batch_size=4, eval_strategy="steps", eval_steps=3,
+    )  # fmt: skip
+    assert results["metrics"]["teacher"]["accuracy"] == 1
+    student = AutoModelForSequenceClassification.from_pretrained(out / "student")
+    assert tuple(student.config.id2label.values()) == LABELS[names]
+    state = TrainerState.load_from_json(str(next(out.glob("checkpoints/checkpoint-3")) / "trainer_state.json"))
+    evaluated = next(log["eval_accuracy"] for log in state.log_history if "eval_accuracy" in log)
+    assert evaluated == pytest.approx(results["metrics"]["student"]["accuracy"])
+    labels = [line.split("\t")[1] for line in (out / "SST-2.tsv").read_text().splitlines()[1:]]
+    with torch.no_grad():
+        raw = [int(student.eval()(**tokenizer(sentence(i), return_tensors="pt")).logits.argmax()) for i in range(5)]
+    assert labels == [str(1 - answer if names.startswith("spaces") else answer) for answer in raw]
+    assert "WORSE THAN CHANCE" not in caplog.text
+
+
+def test_a_teacher_without_names_that_is_below_chance_is_a_loud_warning(workplace, caplog):
+    teacher = save_teacher(workplace / "teacher", BertForSequenceClassification, id2label=None, label2id=None)
+    model, tokenizer = BertForSequenceClassification.from_pretrained(teacher).eval(), tiny.bert_tokenizer(workplace)
+    lines = []
+    for i in range(8):
+        with torch.no_grad():
+            answer = int(model(**tokenizer(sentence(i), return_tensors="pt")).logits.argmax())
+        lines.append(f"{sentence(i)} \t{1 - answer}")
+    (workplace / "glue" / "SST-2" / "dev.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
+    run_example(
+        "run_glue_kd", workplace / "out", teacher=teacher, task_name="sst2", data_dir=workplace / "glue",
+        plan=workplace / "bert.yaml", per_device_train_batch_size=4,
+    )  # fmt: skip
+    assert (
+        "THE TEACHER IS RIGHT IN 0.0 % OF 8 CASES, WORSE THAN CHANCE (50.0 %): its classes, LABEL_0, LABEL_1"
+        in caplog.text
+    )
+    assert "seem to be in another one; correct id2label and label2id in its config.json" in caplog.text
+
+
+def test_what_cannot_be_trained_is_refused_before_long_work(workplace, monkeypatch):
+    monkeypatch.setattr("kronecker_transformers.experiment.train_plainly", lambda *_, **__: pytest.fail("is trained"))
+    teacher = save_teacher(workplace / "teacher", BertModel)
+    glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
+    with pytest.raises(ValueError, match="max_length=41 must be from 2 to the teacher's 40 tokens"):
+        run_example("run_glue_kd", workplace / "out", **glue, max_length=41)
+    gpt2 = save_teacher(workplace / "gpt2", GPT2Model)
+    (workplace / "train.tsv").write_text("text\tlabel\nthe dog\ta\n\tb\n")
+    files = {"train_file": workplace / "train.tsv", "validation_file": workplace / "train.tsv"}
+    with pytest.raises(ValueError, match="text '' gives no token; every row needs one; remove the row or fill it"):
+        run_example("run_glue_kd", workplace / "out2", teacher=gpt2, **files, recipe="kngpt2")
+    assert not (workplace / "out").exists()
+    assert not (workplace / "out2").exists()
+
+
+def test_a_failing_evaluation_loses_no_result(workplace, monkeypatch):
+    teacher = save_teacher(workplace / "teacher", BertModel)
+    monkeypatch.setattr("kronecker_transformers.experiment.Console", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_example(
+            "run_glue_kd", workplace / "out", teacher=teacher, task_name="sst2", data_dir=workplace / "glue",
+            plan=workplace / "bert.yaml", teacher_epochs=1, per_device_train_batch_size=4,
+        )  # fmt: skip
+    for folder in (workplace / "out", workplace / "out" / "student"):
+        results = json.loads((folder / "results.json").read_text())
+        assert results["training"]["steps"] == 3
+        assert results["options"]["max_length"] == 40
+        assert results["evaluation_failed"] == "ZeroDivisionError: division by zero"
+    assert AutoModelForSequenceClassification.from_pretrained(workplace / "out" / "student")
 
 
 def test_a_teacher_in_half_precision_is_fine_tuned_in_full(workplace):
@@ -254,7 +341,7 @@ def test_what_does_not_fit_is_refused_before_the_teacher_is_trained(workplace, m
 def test_clear_errors(workplace, capsys):
     teacher = save_teacher(workplace / "teacher", BertForSequenceClassification)
     glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
-    with pytest.raises(ValueError, match="has the labels negative, neutral, positive, where the task has neg"):
+    with pytest.raises(ValueError, match=r"has 3 labels \(negative, neutral, positive\), where the task has 2"):
         run_example("run_glue_kd", workplace / "out", **glue)
     for arguments, message in (
         ({"teacher": teacher}, "give either --task_name or both --train_file and --validation_file"),

@@ -203,7 +203,7 @@ def test_what_it_judges_on_is_missed_before_the_training(workplace):
     [
         (BertForSequenceClassification, {}, "is a BertForSequenceClassification; this stage needs"),
         (BertForMaskedLM, {"train_heads": 2}, "train_heads=2 is for a teacher without heads, not a BertForMaskedLM"),
-        (BertForMaskedLM, {"max_length": 41}, "max_length=41 must be at most the teacher's 40 tokens"),
+        (BertForMaskedLM, {"max_length": 41}, "max_length=41 must be from 2 to the teacher's 40 tokens"),
         (BertModel, {"supervised_weight": 0, "embedding_mse_weight": 0, "attention_mse_weight": 0,
                      "hidden_mse_weight": 0, "logits_weight": 1}, "all weights that are left are 0; give"),
     ],

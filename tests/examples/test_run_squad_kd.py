@@ -216,7 +216,7 @@ def test_clear_errors_before_long_work(workplace, capsys):
     for options, message in (
         (files, "training question 'q3' has no answer, but in v1.1 each has one; run with --version v2.0"),
         ({"train_file": train, "validation_file": workplace / "twice.json"}, "14 validation questions have 7 ids"),
-        ({"data_dir": workplace, "max_length": 41}, "max_length is 41, but the teacher reads at most 40 tokens"),
+        ({"data_dir": workplace, "max_length": 41}, "max_length=41 must be from 2 to the teacher's 40 tokens"),
         ({"data_dir": workplace, "stride": 30}, "stride is 30, and a question of 4 tokens leaves"),
         ({"data_dir": workplace, "plan": workplace / "gpt2.yaml"}, "plan pattern 'wte' matches no module"),
     ):

@@ -1,0 +1,248 @@
+"""Students and twins of a sentence encoder encode, in sentence-transformers itself, as the teacher's settings say."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from examples_runner import run_example
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.dense import Dense
+from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Normalize, Pooling
+from test_load_anywhere import run
+from transformers import AutoModel, BertForMaskedLM, BertModel, GPT2Model
+
+from kronecker_transformers import compress, to_dense
+from kronecker_transformers.checkpoint import load_student, load_teacher, save_folder
+from kronecker_transformers.cli import main
+from kronecker_transformers.pooling import MODES
+from kronecker_transformers.pooling import Pooling as OurPooling
+from kronecker_transformers.published import published_files
+from kronecker_transformers.sentence_modules import encoder_settings, modules_of
+from kronecker_transformers.tasks.sentences import encode
+
+SENTENCES = ["the quick brown fox", "a lazy dog jumps over a small model what a large model knows", "dog", "jumps over"]
+
+
+def encoder(folder, dense_class=BertModel, modules=None, mode="mean", include_prompt=True, **settings):
+    """A teacher in the folder, saved by sentence-transformers itself."""
+    plain = folder.with_name(f"{folder.name}-plain")
+    plain.mkdir(parents=True)
+    tokenizer = (tiny.gpt2_tokenizer if dense_class is GPT2Model else tiny.bert_tokenizer)(plain)
+    tiny.teacher(dense_class).save_pretrained(plain)
+    tokenizer.save_pretrained(plain)
+    transformer = Transformer(str(plain), max_seq_length=9)
+    pooling = Pooling(32, mode, include_prompt=include_prompt)
+    SentenceTransformer(modules=[transformer, pooling, *(modules or [])], device="cpu", **settings).save(str(folder))
+    return folder
+
+
+def embeddings(folder, **options):
+    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").encode(
+        SENTENCES, convert_to_tensor=True, **options
+    )
+
+
+def exact(model):
+    """A plan with which the student is the teacher, so that any difference comes from the settings."""
+    name = "wte" if model.config.model_type == "gpt2" else "embeddings.word_embeddings"
+    return {name: (model.config.vocab_size, 1, 32)}
+
+
+TEACHERS = {
+    "mean": {"modules": [Normalize()]},
+    "not normalised": {"similarity_fn_name": "dot"},
+    **{mode: {"mode": mode} for mode in MODES},
+    "two modes": {"mode": ("cls", "max")},
+    "prompts": {
+        "mode": "cls", "prompts": {"query": "what a ", "document": "the "}, "default_prompt_name": "query",
+        "include_prompt": False,
+    },
+    "dense": {"modules": [Dense(32, 5), LayerNorm(5), Normalize()]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_student_and_twin_encode_as_the_teacher(name, tmp_path):
+    teacher = encoder(tmp_path / "teacher", **TEACHERS[name])
+    dense, _ = load_teacher(teacher)
+    compress(teacher, exact(dense)).save(tmp_path / "student")
+    assert main(["expand", str(tmp_path / "student"), "--output", str(tmp_path / "twin")]) == 0
+    wanted = SentenceTransformer(str(teacher), device="cpu")
+    for folder in ("student", "twin"):
+        found = SentenceTransformer(str(tmp_path / folder), trust_remote_code=True, device="cpu")
+        assert found.max_seq_length == wanted.max_seq_length == 9
+        assert (found.prompts, found.default_prompt_name) == (wanted.prompts, wanted.default_prompt_name)
+        assert found.similarity_fn_name == wanted.similarity_fn_name
+        assert [type(module) for module in found][1:] == [type(module) for module in wanted][1:]
+        torch.testing.assert_close(embeddings(tmp_path / folder), embeddings(teacher), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in TEACHERS if name != "dense"])
+def test_our_own_encoding_is_that_of_sentence_transformers(name, tmp_path):
+    folder = encoder(tmp_path / "teacher", **TEACHERS[name])
+    model, tokenizer = load_teacher(folder)
+    settings = encoder_settings(model, tokenizer)
+    found = encode(model, tokenizer, SENTENCES, max_length=settings.max_length, settings=settings)
+    wanted = embeddings(folder, normalize_embeddings=settings.normalize)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("skip", [0, 2])
+def test_pooling_is_that_of_sentence_transformers(mode, side, skip):
+    hidden = torch.randn(3, 7, 4, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([[7], [4], [3]])
+    mask = mask.flip(1) if side == "left" else mask
+    features = {"token_embeddings": hidden, "attention_mask": mask.long(), "prompt_length": skip}
+    wanted = Pooling(4, mode, include_prompt=False)(features)["sentence_embedding"]
+    torch.testing.assert_close(OurPooling((mode,), skip)(hidden, mask), wanted)
+
+
+def test_unknown_pooling():
+    with pytest.raises(ValueError, match=r"pooling modes \('median',\) must be one or more of mean, cls"):
+        OurPooling(("median",))
+
+
+def test_gpt2_with_its_last_token(tmp_path):
+    teacher = encoder(tmp_path / "teacher", GPT2Model, mode="lasttoken")
+    compress(teacher, exact(load_teacher(teacher)[0])).save(tmp_path / "student")
+    torch.testing.assert_close(embeddings(tmp_path / "student"), embeddings(teacher), rtol=1e-4, atol=1e-4)
+
+
+def test_every_way_of_saving_carries_them(tmp_path):
+    teacher = encoder(tmp_path / "teacher", mode="cls", modules=[Normalize()])
+    names = {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+    loaded = AutoModel.from_pretrained(teacher)  # by transformers, as a user would
+    save_folder(tmp_path / "a", compress(loaded, "7.7x").model)
+    again, _ = load_student(tmp_path / "a")
+    save_folder(tmp_path / "b", again)
+    save_folder(tmp_path / "c", to_dense(again))
+    for folder in "abc":
+        files = {str(path.relative_to(tmp_path / folder)) for path in (tmp_path / folder).rglob("*")}
+        assert names <= files
+        for name in names:
+            assert (tmp_path / folder / name).read_bytes() == (teacher / name).read_bytes()
+        assert names <= {file.name for file in published_files(tmp_path / folder)}
+
+
+def test_a_classifier_made_from_an_encoder_is_no_encoder(tmp_path):
+    teacher = encoder(tmp_path / "teacher")
+    assert modules_of(AutoModel.from_pretrained(teacher))
+    assert modules_of(BertForMaskedLM.from_pretrained(teacher)) is None
+
+
+def test_old_layout_with_the_encoder_in_a_folder_of_its_own_and_pickled_weights(tmp_path):
+    teacher = encoder(tmp_path / "teacher", modules=[Dense(32, 5)])
+    wanted = embeddings(teacher)
+    old = tmp_path / "teacher" / "0_Transformer"
+    old.mkdir()
+    for path in list(teacher.iterdir()):
+        if path.is_file() and path.name not in ("modules.json", "config_sentence_transformers.json"):
+            path.rename(old / path.name)
+    modules = json.loads((teacher / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (teacher / "modules.json").write_text(json.dumps(modules))
+    dense = teacher / modules[2]["path"]
+    torch.save(load_file(dense / "model.safetensors"), dense / "pytorch_model.bin")
+    (dense / "model.safetensors").unlink()
+    torch.testing.assert_close(embeddings(teacher), wanted)
+    compress(teacher, exact(load_teacher(teacher)[0])).save(tmp_path / "student")
+    assert not list((tmp_path / "student").rglob("*.bin"))
+    torch.testing.assert_close(embeddings(tmp_path / "student"), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_without_the_package(tmp_path):
+    teacher = encoder(tmp_path / "teacher", mode="cls", modules=[Normalize()])
+    compress(teacher, exact(load_teacher(teacher)[0])).save(tmp_path / "student")
+    code = """
+        import sys
+        sys.modules["kronecker_transformers"] = None
+        import torch
+        from sentence_transformers import SentenceTransformer
+        model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+        assert type(model[0].auto_model).__module__.startswith("transformers_modules.")
+        torch.save(model.encode(sys.argv[3:], convert_to_tensor=True), sys.argv[2])
+        print("done")
+    """
+    process = run(code, tmp_path / "student", tmp_path / "found.pt", *SENTENCES, tmp_path=tmp_path)
+    assert process.stdout.strip().endswith("done"), process.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    torch.testing.assert_close(found, embeddings(teacher), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["cls", "max"])
+def test_distillation_follows_the_pooling_and_the_prompt(mode, tmp_path, capsys):
+    prompts = {"prompts": {"query": "what a "}, "default_prompt_name": "query"}
+    teacher = encoder(tmp_path / "teacher", mode=mode, modules=[Normalize()], **prompts)
+    text, sts = tmp_path / "text.txt", tmp_path / "sts.csv"
+    text.write_text("\n".join(SENTENCES * 5))
+    sts.write_text(
+        "sentence1,sentence2,label\n" + "".join(f"{a},{SENTENCES[0]},{i}.5\n" for i, a in enumerate(SENTENCES))
+    )
+    results = run_example(
+        "run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[text], validation_text=[text], sts_file=sts,
+        per_device_train_batch_size=4, max_steps=4, save_steps=2, plan="7.7x",
+    )  # fmt: skip
+    assert results["rows"]["similarity fidelity (Spearman)"][0] == pytest.approx(1)
+    assert "STS, Spearman" in results["rows"]
+    for folder in (tmp_path / "out" / "student", tmp_path / "out" / "checkpoints" / "checkpoint-4"):
+        model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+        assert model[1].pooling_mode == mode
+        assert (model.max_seq_length, model.default_prompt_name) == (9, "query")
+        assert (
+            torch.linalg.vector_norm(model.encode(SENTENCES, convert_to_tensor=True), dim=-1).sub(1).abs().max() < 1e-5
+        )
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+BROKEN = {
+    "foreign": (lambda m: m[1].update(type="evil.Pooling"), "has the module 'evil.Pooling', where Pooling or"),
+    "unknown": (lambda m: m[1].update(type="sentence_transformers.models.CLIPModel"), r"module '.*CLIPModel', where"),
+    "outside": (lambda m: m[1].update(path="../1_Pooling"), "path '../1_Pooling', no folder in it"),
+    "hidden": (lambda m: m[1].update(path="/etc"), "path '/etc', no folder in it"),
+    "no encoder": (
+        lambda m: m.pop(0),
+        "where Transformer or MLMTransformer of sentence-transformers can be taken over",
+    ),
+    "empty": (lambda m: m.clear(), "remove modules.json from a copy of it to compress its encoder alone"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_a_student_could_not_take_over_is_refused_at_once(case, tmp_path):
+    teacher = encoder(tmp_path / "teacher")
+    change, message = BROKEN[case]
+    edit(teacher / "modules.json", change)
+    with pytest.raises(ValueError, match=message):
+        compress(teacher, "7.7x")
+
+
+def test_settings_that_name_code_are_refused(tmp_path):
+    teacher = encoder(tmp_path / "teacher", modules=[Dense(32, 5)])
+    compress(teacher, "7.7x").save(tmp_path / "student")
+    for folder in (teacher, tmp_path / "student"):
+        edit(folder / "2_Dense" / "config.json", lambda c: c.update(activation_function="platform.node"))
+    message = r"activation_function='platform.node' in 2_Dense/config.json of the teacher must begin with torch.nn."
+    with pytest.raises(ValueError, match=message):
+        compress(teacher, "7.7x")
+    with pytest.raises(ValueError, match=message):
+        published_files(tmp_path / "student")
+
+
+def test_modules_that_no_distillation_follows_are_refused_before_it(tmp_path):
+    teacher = encoder(tmp_path / "teacher", modules=[Dense(32, 5)])
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES))
+    with pytest.raises(ValueError, match="has the modules Pooling, Dense; embeddings are compared after Pooling"):
+        run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[tmp_path / "text.txt"])
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(teacher)

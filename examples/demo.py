@@ -107,6 +107,7 @@ class Watch(TrainerCallback):
         self, console: Console, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: list[str]
     ) -> None:
         self.steps: list[int] = []
+        self.logged: list[int] = []
         self.fidelity: list[float] = []
         self.terms: dict[str, list[float]] = {}
         self._console = console
@@ -125,13 +126,17 @@ class Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         """At each log of the trainer."""
         if "loss" in logs:
+            self.logged.append(state.global_step)
             for term in args.weights():
                 self.terms.setdefault(term, []).append(logs[term])
             self.look(model, state.global_step, state.max_steps)
 
 
 def affordable_steps(student: PreTrainedModel, teacher: PreTrainedModel, batches: list[Any], minutes: float) -> int:
-    """How many steps of distillation this machine makes in so many minutes, from a try with a copy of the student."""
+    """How many steps of distillation this machine makes in so many minutes, from a try with a copy of the student.
+
+    It is only a plan: the training ends by time if the machine has become slower.
+    """
     copied = copy.deepcopy(student).train()
     objective = Objective(copied, teacher, OBJECTIVES["sentence_encoder"])
     objective.attach(copied)
@@ -170,6 +175,7 @@ def distil(
             output_dir=scratch,
             objective="sentence_encoder",
             max_steps=steps,
+            max_minutes=minutes,  # if this machine becomes slower than it was when it was tried
             per_device_train_batch_size=BATCH,
             learning_rate=LEARNING_RATE,
             warmup_steps=0.5,  # the start is good: slowly, so that it is not lost
@@ -188,6 +194,8 @@ def distil(
         trainer.remove_callback(PrinterCallback)
         watch.look(student, 0, steps)
         trainer.train()
+        if trainer.state.global_step > watch.steps[-1]:  # its time was over
+            watch.look(student, trainer.state.global_step, steps)
         return trainer.training_summary()
 
 
@@ -209,7 +217,7 @@ def draw(folder: Path, watch: Watch, teacher: Tensor, student: Tensor) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, fidelity = figure.subplots(1, 2)
     for term, values in watch.terms.items():
-        losses.plot(watch.steps[1:], values, marker=".", label=term)
+        losses.plot(watch.logged, values, marker=".", label=term)
     losses.set(xlabel="step", ylabel="mean since the point before", yscale="log", title="Terms of the loss")
     losses.legend()
     fidelity.plot(watch.steps, watch.fidelity, marker=".", color="black")
@@ -277,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "student": student,
     }
 
-    console.print(f"\n[bold]Distillation[/] for about {minutes:g} minutes", highlight=False)
+    console.print(f"\n[bold]Distillation[/] for at most {minutes:g} minutes", highlight=False)
     watch = Watch(console, models["teacher"], tokenizer, watched)
     training = distil(student, models["teacher"], tokenizer, train, minutes, watch)
     student.eval()

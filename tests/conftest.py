@@ -7,9 +7,16 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any import of triton: its kernels run as Python
+
+# The same examples everywhere, and none refused because a machine was busy.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # the models are tiny: a second thread would only wait, for long where the machine is shared
 

@@ -110,7 +110,7 @@ def test_pickles_beside_the_weights_are_not_opened(folder, name, tmp_path, monke
     AutoModelForSequenceClassification.from_pretrained(folder)
     load_student(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="cannot be loaded"):
+    with pytest.raises(OSError, match="holds no model.safetensors, but"):
         load_student(folder)
     assert not (tmp_path / "exploded").exists()
 
@@ -132,13 +132,13 @@ def test_header_bombs(folder, header):
 
 
 class bounded:  # noqa: N801 - reads as a block
-    """The block may take seconds and some memory, not minutes and gigabytes."""
+    """The block may take seconds of this process and some memory, not minutes and gigabytes."""
 
     def __enter__(self):
-        self.start, self.before = time.monotonic(), psutil.Process().memory_info().rss
+        self.start, self.before = time.process_time(), psutil.Process().memory_info().rss
 
     def __exit__(self, *_):
-        assert time.monotonic() - self.start < 60
+        assert time.process_time() - self.start < 60
         assert psutil.Process().memory_info().rss - self.before < 500e6
 
 
@@ -201,9 +201,9 @@ def outcome(config_class, settings):
 
 
 def fuzz(config_class, settings):
-    start = time.monotonic()
+    start = time.process_time()
     error = outcome(config_class, settings)
-    assert time.monotonic() - start < 30
+    assert time.process_time() - start < 30
     if error is not None:  # the other one is what transformers makes of a value of the wrong type
         assert isinstance(error, REFUSED) or type(error).__name__.startswith("StrictDataclass"), repr(error)
         assert str(error)
@@ -213,14 +213,14 @@ FAMILIES = st.sampled_from([(KroneckerBertConfig, BERT_SIZES), (KroneckerGPT2Con
 CHANGES = st.dictionaries(st.sampled_from(sorted({**BERT_SIZES, **GPT2_SIZES})), SCALARS, max_size=2)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(FAMILIES, CHANGES, PLANS)
 def test_fuzzed_configs(family, changes, plan):
     fuzz(family[0], {**family[1], **changes, "factor_plan": plan})
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=10_000)
 @given(FAMILIES, CHANGES, PLANS)
 def test_ten_thousand_fuzzed_configs(family, changes, plan):
     fuzz(family[0], {**family[1], **changes, "factor_plan": plan})

@@ -34,8 +34,8 @@ class DistillationArguments(TrainingArguments):
     """`TrainingArguments`, and the objective of a distillation.
 
     Raises:
-        ValueError: an unknown objective, a weight below 0 or not finite, all weights 0, or a temperature that is not
-            above 0.
+        ValueError: an unknown objective, a weight below 0 or not finite, all weights 0, or a temperature or limit of
+            minutes that is not above 0.
     """
 
     objective: str = field(
@@ -60,6 +60,13 @@ class DistillationArguments(TrainingArguments):
     dropout: float | None = field(
         default=None,
         metadata={"help": "Dropout of the student while it trains, 0 <= dropout < 1; default: that of its config."},
+    )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Minutes > 0 after which the training ends, with the learning rate of its end; max_steps may end "
+            "it before. Default: no limit."
+        },
     )
     factor_learning_rates: bool = field(
         default=True,
@@ -88,6 +95,8 @@ class DistillationArguments(TrainingArguments):
                 f"temperature={self.temperature} must be a finite number > 0; 1 leaves the logits as they are"
             )
 
+        if self.max_minutes is not None and not (math.isfinite(self.max_minutes) and self.max_minutes > 0):
+            raise ValueError(f"max_minutes={self.max_minutes} must be a finite number > 0; leave it out for no limit")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(
                 f"dropout={self.dropout} must be at least 0 and below 1; leave it out to keep the config's"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-import time
 from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from ..checkpoint import source_name
@@ -24,6 +23,7 @@ from ..sentence_modules import modules_of
 from .arguments import DistillationArguments
 from .objective import Objective, check_tokenizers
 from .optimizer import scale_learning_rates
+from .progress import Progress, follow_time
 from .publishing import STATE_FILE, PublishingTrainer
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class DistillationTrainer(PublishingTrainer):
         self.model_accepts_loss_kwargs = True
         self._window: dict[str, Tensor] = {}
         self._window_start = 0
-        self.add_callback(_Progress())
+        self.add_callback(Progress(args.max_minutes))
         self.add_callback(_Watch(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -164,6 +164,13 @@ class DistillationTrainer(PublishingTrainer):
                 )
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As the base class; with `max_minutes` the schedule goes on by time where steps are slower than planned."""
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.args.max_minutes is not None:
+            follow_time(scheduler, num_training_steps, self._progress)
+        return scheduler
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
@@ -180,12 +187,15 @@ class DistillationTrainer(PublishingTrainer):
             return [], None
         counts = [self.objective.count(batch) for batch in samples]
         names = list(counts[0])
-        totals = torch.tensor([sum(c[name] for c in counts) for name in names], dtype=torch.float64)
+        # the time that has passed goes along: decisions by time must be those of all processes
+        sums = [sum(c[name] for c in counts) for name in names]
+        totals = torch.tensor([*sums, self._progress.seconds()], dtype=torch.float64)
         if device.type == "mps":
             totals = totals.float()
-        totals = self.accelerator.reduce(totals.to(device), "sum")
+        *totals, elapsed = self.accelerator.reduce(totals.to(device), "sum").unbind()
+        self._progress.elapsed = float(elapsed) / self.accelerator.num_processes
         self._progress.samples += int(totals[names.index("examples")])
-        return samples, dict(zip(names, totals.unbind(), strict=True))
+        return samples, dict(zip(names, totals, strict=True))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -258,7 +268,7 @@ class DistillationTrainer(PublishingTrainer):
             "steps": self.state.global_step,
             "samples": self._progress.samples,
             "tokens": self.state.num_input_tokens_seen,
-            "seconds": round(self._progress.seconds, 1),
+            "seconds": round(self._progress.seconds(), 1),
             "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "learning_rate": args.learning_rate,
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
@@ -282,37 +292,11 @@ class DistillationTrainer(PublishingTrainer):
         }
 
     @property
-    def _progress(self) -> _Progress:
-        return next(found for found in self.callback_handler.callbacks if isinstance(found, _Progress))
+    def _progress(self) -> Progress:
+        return next(found for found in self.callback_handler.callbacks if isinstance(found, Progress))
 
     def _open_window(self) -> None:
         self._window, self._window_start = {}, self.state.global_step
-
-
-class _Progress(TrainerCallback, ExportableState):
-    """What a training has seen and how long it took, kept in its checkpoints."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-        self._seconds, self._started = 0.0, time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Of training, earlier runs included."""
-        return self._seconds + time.monotonic() - self._started
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._started = time.monotonic()
-
-    def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {"args": {}, "attributes": {"samples": self.samples, "_seconds": self.seconds}}
-
-    def restore(self, state: TrainerState) -> None:
-        """Go on from a checkpoint, which may be of a version that did not count, or begin."""
-        kept: Any = state.stateful_callbacks or {}
-        found = kept.get(type(self).__name__, {}).get("attributes", {})
-        self.samples, self._seconds = found.get("samples", 0), found.get("_seconds", 0.0)
 
 
 class _Watch(TrainerCallback):

@@ -246,7 +246,7 @@ def test_labels_of_the_teacher_are_mapped_and_its_names_kept(names, workplace, c
     file.write_text("\n".join(["sentence\tlabel", *lines]))
     out = workplace / "out"
     results = run_example(
-        "run_glue_kd", out, teacher=teacher, task_name="sst2", data_dir=workplace / "glue", 
+        "run_glue_kd", out, teacher=teacher, task_name="sst2", data_dir=workplace / "glue",
         plan=workplace / "bert.yaml", per_device_train_batch_size=4, eval_strategy="steps", eval_steps=3,
     )  # fmt: skip
     assert results["metrics"]["teacher"]["accuracy"] == 1

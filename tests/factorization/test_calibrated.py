@@ -94,7 +94,7 @@ def test_rows_are_the_moments_of_some_outputs():
         torch.testing.assert_close(getattr(some, name), getattr(alone, name), rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(SHAPES), st.integers(1, 4), st.sampled_from([1e-6, 1e-2, 1.0]), st.integers(0, 1000))
 def test_objective_never_rises_and_is_the_true_one(shape, terms, ridge, seed):
     m1, n1, m2, n2 = shape

@@ -123,7 +123,7 @@ def test_bad_input(W, arguments, message):
         nearest_kronecker(W, *arguments)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.data())
 def test_error_never_rises_with_more_terms(m1, n1, m2, n2, data):
     torch.manual_seed(data.draw(st.integers(0, 99)))

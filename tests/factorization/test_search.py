@@ -57,7 +57,7 @@ def test_curve_keeps_its_shape_beside_an_outstanding_input(shape):
     reached = {t: moments.relative_error(*calibrated_kronecker(W, moments, m1, n1, t)[:3]) for t in (6, 10)}
     ratios = [error / curve[terms - 1].item() for terms, error in reached.items()]  # 7 to 28 if C1 (x) C2 follows it
     assert 1 < ratios[0] < 3
-    assert ratios[1] == pytest.approx(ratios[0], rel=0.2)  # one try scales the curve
+    assert ratios[1] == pytest.approx(ratios[0], rel=0.4)  # one try scales the curve
 
 
 @pytest.mark.parametrize("sides", [(12, 1, 1, 10), (9, 1, 1, 20)], ids=str)
@@ -92,7 +92,7 @@ OPTIONS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(OPTIONS, st.integers(1, 120))
 def test_choice_is_the_best_of_all(layers, budget):
     costs, values = ([[pair[k] for pair in layer] for layer in layers] for k in (0, 1))

@@ -531,7 +531,7 @@ DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.fl
 LAYOUTS = st.sampled_from(["contiguous", "strided", "transposed", "three dimensions", "expanded"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     SIZES,
     SIZES,
@@ -551,7 +551,7 @@ WIDE = st.integers(1, 13)
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(
     WIDE, WIDE, WIDE, WIDE, st.integers(1, 9), st.sampled_from([0, 1, 7, 31, 1025, 1531]), DTYPES, LAYOUTS,
     st.integers(0, 9999),

@@ -1,0 +1,67 @@
+"""What a training has seen and how long it took, and the end of one that is limited in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+
+
+class Progress(TrainerCallback, ExportableState):
+    """Counts samples and seconds over all runs of a training, in its checkpoints too, and ends it after `max_minutes`.
+
+    Attributes:
+        samples: seen so far, in all processes.
+        elapsed: seconds at the beginning of the step, the same number in all processes: what is decided by time is
+            decided by this one.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self.samples, self.elapsed, self.max_minutes = 0, 0.0, max_minutes
+        self._before, self._started = 0.0, time.monotonic()
+
+    def seconds(self) -> float:
+        """Of training so far, earlier runs included."""
+        return self._before + time.monotonic() - self._started
+
+    def share_of_time(self) -> float:
+        """Of `max_minutes`, from 0; 0 without a limit."""
+        return self.elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End a training whose time is over."""
+        if self.share_of_time() >= 1:
+            control.should_training_stop = True
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        counted = {"samples": self.samples, "_before": self.seconds()}
+        return {"args": {"max_minutes": self.max_minutes}, "attributes": counted}
+
+    def restore(self, state: TrainerState) -> None:
+        """Go on from a checkpoint, which may be of a version that did not count; begin with an empty state."""
+        kept: Any = state.stateful_callbacks or {}
+        found = kept.get(type(self).__name__, {}).get("attributes", {})
+        self.samples, self._before, self.elapsed = found.get("samples", 0), found.get("_before", 0.0), 0.0
+
+
+def follow_time(scheduler: Any, steps: int, progress: Progress) -> None:
+    """Let a schedule over so many steps go on by time where the steps come more slowly than planned.
+
+    Only schedules that are functions of the step follow; others stay as they are.
+    """
+    if isinstance(scheduler, LambdaLR) and steps:
+        scheduler.lr_lambdas = [partial(_scheduled, shape, steps, progress) for shape in scheduler.lr_lambdas]
+
+
+def _scheduled(shape: Callable[[int], float], steps: int, progress: Progress, step: int) -> float:
+    return shape(max(step, min(steps, int(progress.share_of_time() * steps))))

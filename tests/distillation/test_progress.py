@@ -1,0 +1,74 @@
+"""A training that is limited in time ends in time, on a clock of the test's own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from distilling import make_trainer, pair
+from transformers import BertModel, TrainerCallback
+
+from kronecker_transformers.distillation import progress
+
+
+class Clock(TrainerCallback):
+    """Every step takes so many seconds."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.seconds, self.rates = 0.0, seconds, []
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now += self.seconds(state.global_step) if callable(self.seconds) else self.seconds
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "learning_rate" in logs:
+            self.rates.append(logs["learning_rate"])
+
+
+def train(folder, clock, **arguments):
+    teacher, student = pair(BertModel)
+    trainer = make_trainer(
+        student, teacher, folder, callbacks=[clock], per_device_train_batch_size=2, warmup_steps=0, **arguments
+    )
+    trainer.train()
+    return trainer, {name: value.clone() for name, value in student.state_dict().items()}
+
+
+def test_a_machine_that_becomes_slow_ends_in_time_and_its_learning_rate_goes_down_by_then(tmp_path, monkeypatch):
+    # planned at 0.6 s per step, but from the eleventh step on each takes 9 s
+    clock = Clock(monkeypatch, lambda step: 0.6 if step < 10 else 9.0)
+    trainer, _ = train(tmp_path, clock, max_steps=100, max_minutes=1.0)
+    assert trainer.state.global_step == 10 + 7
+    assert 60 <= clock.now < 60 + 2 * 9
+    assert trainer.training_summary()["samples"] == 2 * 17
+    assert clock.rates[0] == pytest.approx(1e-3, rel=0.02)
+    assert clock.rates == sorted(clock.rates, reverse=True)
+    assert clock.rates[9] > 0.85e-3
+    assert clock.rates[-1] == pytest.approx(1e-3 * 9 / 60, rel=0.02)  # a step before the end, as long as it took
+
+
+def test_without_trouble_the_limit_changes_nothing(tmp_path, monkeypatch):
+    limited = train(tmp_path / "a", Clock(monkeypatch, 0.5), max_steps=6, max_minutes=1.0)
+    free = train(tmp_path / "b", Clock(monkeypatch, 0.5), max_steps=6)
+    assert limited[0].state.global_step == free[0].state.global_step == 6
+    assert all(torch.equal(limited[1][name], value) for name, value in free[1].items())
+
+
+def test_time_of_earlier_runs_counts(tmp_path, monkeypatch):
+    first = Clock(monkeypatch, 10.0)
+    train(tmp_path, first, max_steps=3, max_minutes=1.0, save_strategy="steps", save_steps=3)
+    teacher, student = pair(BertModel)
+    clock = Clock(monkeypatch, 10.0)
+    trainer = make_trainer(
+        student, teacher, tmp_path, callbacks=[clock], per_device_train_batch_size=2, max_steps=50, max_minutes=1.0
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert 30 <= clock.now <= 50
+    assert trainer.training_summary()["seconds"] == pytest.approx(30 + clock.now)
+    assert trainer.training_summary()["samples"] == 2 * trainer.state.global_step
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("inf"), float("nan")])
+def test_bad_limits(minutes, tmp_path):
+    with pytest.raises(ValueError, match=r"max_minutes=.* must be a finite number > 0; leave it out for no limit"):
+        make_trainer(*pair(BertModel)[::-1], tmp_path, max_minutes=minutes)

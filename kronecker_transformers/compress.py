@@ -150,8 +150,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     of the model is, whatever the config says of it.
 
     Raises:
-        ValueError: the model is not one of this package's factored classes, or its weights are not finite.
-        ArithmeticError: the twin gives other outputs than the model.
+        ValueError: the model is not one of this package's factored classes, its weights are not finite, or the twin
+            gives other outputs.
     """
     if type(model) not in DENSE_CLASSES:
         raise ValueError(
@@ -199,7 +199,7 @@ def _check_outputs(model: PreTrainedModel, dense: PreTrainedModel) -> None:
     """Compare the outputs of both on some tokens.
 
     Raises:
-        ArithmeticError: they differ by more than rounding.
+        ValueError: they differ by more than rounding.
     """
     length = min(16, model.config.max_position_embeddings)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
@@ -213,7 +213,7 @@ def _check_outputs(model: PreTrainedModel, dense: PreTrainedModel) -> None:
         if isinstance(output, torch.Tensor):
             difference = (twins[name] - output).double().norm() / output.double().norm().clamp_min(1e-30)
             if not difference <= tolerance:
-                raise ArithmeticError(
+                raise ValueError(
                     f"the dense twin's {name} differ from the model's by {difference:.2g} of their norm, more than "
                     f"{tolerance:g}; report this, with the model's config.json"
                 )

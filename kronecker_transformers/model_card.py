@@ -18,11 +18,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .checkpoint import REPORT_FILE, load_model
 from .published import BENCHMARK_FILE, CARD, RESULTS_FILE, published_files, read_object
 from .report import describe
+from .sentence_modules import read_modules
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 MADE = "<!-- Made by kronecker_transformers: a push makes it anew. Remove this line to keep what you write here. -->"
 """In every card."""
 _SENTENCE = "The students were proud of what their teacher had taught them."
+
+
+_SIMILARITY = {
+    "source_sentence": _SENTENCE,
+    "sentences": ["What they had learned made their teacher proud of them.", "The weather was fine that day."],
+}
 
 
 class _Use(NamedTuple):
@@ -101,21 +108,29 @@ def model_card(
         known = {**look_up(base_model), **known}
     architecture = type(model).__name__.removeprefix("Kronecker")
     use = USES[max((ending for ending in USES if architecture.endswith(ending)), key=len)]
+    modules = read_modules(folder)
+    is_sentence_encoder = modules is not None and "Pooling" in modules.kinds
     quality, models = _quality(record)
     results = _eval_results(record, options)
     data = ModelCardData(
         model_name=repo_id.rpartition("/")[2],
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
-        library_name="transformers",
-        pipeline_tag=use.pipeline_tag,
+        library_name="sentence-transformers" if is_sentence_encoder else "transformers",
+        pipeline_tag="sentence-similarity" if is_sentence_encoder else use.pipeline_tag,
         license=known.get("license"),
         language=known.get("language"),
-        tags=["kronecker", "compression", "distillation", *(["dense-twin"] if twin_of else ["custom_code"])],
+        tags=[
+            "kronecker",
+            "compression",
+            "distillation",
+            *(["sentence-transformers"] if is_sentence_encoder else []),
+            *(["dense-twin"] if twin_of else ["custom_code"]),
+        ],
         datasets=_datasets(options) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
-        widget=use.widget,
+        widget=[_SIMILARITY] if is_sentence_encoder else use.widget,
         inference=use.inference,
     )
     code = [file for file in published_files(folder) if file.is_code]
@@ -131,6 +146,8 @@ def model_card(
         teacher=base_model or (Path(source).name if source else None),
         architecture=architecture,
         auto_class=use.auto_class,
+        is_sentence_encoder=is_sentence_encoder,
+        trust="" if twin_of else ", trust_remote_code=True",
         **_costs(model, twin_of is not None),
         speed=_speed(folder),
         quality=quality,
@@ -192,7 +209,7 @@ def _costs(model: Any, is_twin: bool) -> dict[str, Any]:
     shapes = {(entry["m1"], entry["n1"], entry["terms"]) for entry in entries.values()}
     return {
         "costs": costs,
-        "base_ratio": base.dense.parameters / base.factored.parameters,
+        "ratio": report.dense.parameters / report.factored.parameters,
         "layers": len(base.layers),
         "plan": f"{len(entries)} entries, {len(shapes)} shapes (m1, n1, terms)",
     }

@@ -1,4 +1,7 @@
+import json
 import logging
+import re
+import sys
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import BERT_SIZES, bert_config, inputs, teacher
 from torch import nn
 from transformers import (
+    AutoModel,
     BertForMaskedLM,
     BertModel,
     DistilBertConfig,
@@ -278,3 +282,122 @@ def test_weights_that_are_left_over_are_reported_once(tmp_path, load_reports):
     save_file(weights | {"other": torch.ones(2)}, tmp_path / "student" / "model.safetensors", {"format": "pt"})
     load_student(tmp_path / "student")
     assert ["other" in record.getMessage() for record in load_reports] == [True]
+
+
+@ALL_TEACHERS
+def test_factors_lie_in_memory_as_fresh_ones(dense_class):
+    """DeepSpeed reads parameters byte by byte, which odd strides at an axis of size 1 do not allow."""
+    for parameter in compress(teacher(dense_class)).model.parameters():
+        assert parameter.stride() == torch.empty(parameter.shape).stride()
+
+
+def untied(model, how):
+    head, shape = model.get_output_embeddings(), (model.config.vocab_size, model.config.hidden_size)
+    dense = nn.Linear(shape[1], shape[0], bias=head.bias is not None, dtype=torch.float64)
+    if how == "factors":
+        head.A = nn.Parameter(head.A.detach() + 0.5)
+    elif how == "bias":
+        head.bias = nn.Parameter(head.bias.detach() + 0.5)
+    elif how == "by the method":
+        model.set_output_embeddings(dense)
+    elif hasattr(model, "lm_head"):
+        model.lm_head = dense
+    else:
+        model.cls.predictions.decoder = dense
+    return model
+
+
+@pytest.mark.parametrize("how", ["factors", "layer", "by the method", "bias"])
+@pytest.mark.parametrize("dense_class", [BertForMaskedLM, GPT2LMHeadModel])
+def test_twin_of_a_head_of_its_own_whatever_the_config_says(dense_class, how):
+    if how == "bias" and dense_class is GPT2LMHeadModel:
+        pytest.skip("its head has no bias")
+    model = untied(compress(teacher(dense_class, dtype=torch.float64)).model, how)
+    twin = to_dense(model)
+    assert twin.config.tie_word_embeddings is False
+    batch = inputs(model)
+    torch.testing.assert_close(twin(**batch).logits, model(**batch).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_twin_of_a_tied_head_whose_config_says_untied():
+    model = compress(teacher(GPT2LMHeadModel)).model
+    model.config.tie_word_embeddings = False
+    twin = to_dense(model)
+    assert twin.lm_head.weight is twin.transformer.wte.weight
+
+
+def test_a_twin_with_other_outputs_is_refused(monkeypatch):
+    model = compress(teacher(BertForMaskedLM)).model
+    monkeypatch.setattr(sys.modules["kronecker_transformers.compress"], "_is_tied", lambda _: True)
+    with pytest.raises(ValueError, match=r"the dense twin's logits differ from the model's by .* of their norm"):
+        to_dense(untied(model.double(), "layer"))
+
+
+class TestTeachersWhoseFilesAreOdd:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        teacher(BertModel).save_pretrained(tmp_path / "teacher")
+        return tmp_path / "teacher"
+
+    @staticmethod
+    def edit(folder, **changes):
+        config = json.loads((folder / "config.json").read_text())
+        config = {key: value for key, value in {**config, **changes}.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def test_a_pickle_alone(self, folder):
+        torch.save(BertModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(
+            OSError, match=r"holds no model\.safetensors, but pytorch_model\.bin; a pickle can run code"
+        ) as e:
+            compress(folder)
+        line = re.search(r"AutoModel\.from_pretrained\(.*\)\.save_pretrained\(NEW_FOLDER\)", str(e.value))[0]
+        exec(line, {"AutoModel": AutoModel, "NEW_FOLDER": folder.parent / "converted"})  # the remedy that it names
+        assert compress(folder.parent / "converted").model
+
+    def test_no_architectures(self, folder):
+        self.edit(folder, architectures=None)
+        assert type(compress(folder).model) is kt.KroneckerBertModel
+
+    def test_no_architectures_and_a_head(self, tmp_path):
+        teacher(BertForMaskedLM).save_pretrained(tmp_path)
+        self.edit(tmp_path, architectures=None)
+        with pytest.raises(
+            ValueError, match=r"has no architectures, and the weights hold 'cls\..*', part of a head; add"
+        ):
+            compress(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"model_type": None},
+                r"has model_type=None, so nobody can tell .*; add or correct it, for example \"model",
+            ),
+            ({"model_type": "BERT"}, r"has model_type='BERT', so nobody can tell"),
+            (
+                {"architectures": ["BertForNextSentencePrediction"]},
+                "'BertForNextSentencePrediction'; supported: .*; load it",
+            ),
+            ({"quantization_config": {"quant_method": "gptq"}}, "is quantized; give the weights from before"),
+            (
+                {"position_embedding_type": "relative_key"},
+                "position_embedding_type='relative_key', which transformers 5",
+            ),
+            ({"num_hidden_layers": 2}, r"hold 'encoder\.layer\.2\..*', for which its config\.json has no place"),
+            ({"num_hidden_layers": 4}, r"lack \d+ parameters, 'encoder\.layer\.3\."),
+        ],
+    )
+    def test_configs(self, folder, changes, message):
+        self.edit(folder, **changes)
+        with pytest.raises(ValueError, match=message):
+            compress(folder)
+
+    def test_a_student_and_an_adapter(self, folder, tmp_path):
+        compress(folder).save(tmp_path / "student")
+        with pytest.raises(ValueError, match="is compressed already; give the dense model it came from"):
+            compress(tmp_path / "student")
+        (folder / "adapter_config.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"holds a PEFT adapter; merge_and_unload\(\) it, save the model"):
+            compress(folder)

@@ -5,8 +5,16 @@ import tiny
 import torch
 from datasets import Dataset
 from distilling import collate, examples, make_trainer, pair
-from transformers import BertForQuestionAnswering, BertForSequenceClassification
+from examples_runner import run_example
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2LMHeadModel,
+)
 
+import kronecker_transformers.checkpoint
 from kronecker_transformers.benchmark import environment
 from kronecker_transformers.distillation import DistillationArguments
 from kronecker_transformers.experiment import (
@@ -109,3 +117,54 @@ def test_a_finished_student_gets_a_copy_of_the_results(tmp_path):
     (tmp_path / "student").mkdir()
     finish(tmp_path, results_table("title", ["student"], {}), {"rows": {}})
     assert (tmp_path / "student" / "results.json").read_text() == (tmp_path / "results.json").read_text()
+
+
+def test_records_are_strict_json(tmp_path):
+    numbers = {"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": -float("inf"), "e": (2, "x")}}
+    finish(tmp_path, results_table("t", [], {}), {"options": numbers})
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert found["options"] == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": [2, "x"]}}
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("script", ["run_embedding_kd", "run_mlm_kd", "run_clm_kd"])
+def test_an_evaluation_without_a_set_is_refused_at_once(script, strategy, tmp_path):
+    (tmp_path / "text.txt").write_text("the dog\n")
+    with pytest.raises(ValueError, match=rf"--eval_strategy {strategy} needs a set to evaluate on while training"):
+        run_example(
+            script, tmp_path / "out", teacher="nowhere", train_text=[tmp_path / "text.txt"], eval_strategy=strategy
+        )
+
+
+@pytest.mark.parametrize(
+    ("script", "token", "dense_class", "tokenizer"),
+    [
+        ("run_mlm_kd", "mask_token", BertForMaskedLM, tiny.bert_tokenizer),
+        ("run_embedding_kd", "pad_token", BertModel, tiny.bert_tokenizer),
+        ("run_clm_kd", "eos_token", GPT2LMHeadModel, tiny.gpt2_tokenizer),
+    ],
+)
+def test_a_tokenizer_that_lacks_a_token_is_refused_at_once(
+    script, token, dense_class, tokenizer, tmp_path, monkeypatch
+):
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    tokenizer(folder).save_pretrained(folder)
+    tiny.teacher(dense_class).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("the dog\n")
+    load = kronecker_transformers.checkpoint._load_tokenizer
+
+    def without(source):
+        found = load(source)
+        setattr(found, token, None)
+        return found
+
+    monkeypatch.setattr(kronecker_transformers.checkpoint, "_load_tokenizer", without)
+    name = token.removesuffix("_token")
+    with pytest.raises(ValueError, match=rf"tokenizer has no {name} token, which this task needs; set {token} in its"):
+        run_example(script, tmp_path / "out", teacher=folder, train_text=[tmp_path / "text.txt"])
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -348,3 +349,31 @@ class TestBadCheckpoints:
         save_file(tensors, weights, metadata={"format": "pt"})
         with pytest.raises(ValueError, match=rf"{lost}' is missing"):
             AutoModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("found", ["4.57.6", "5.16.1", "5.0.0rc1"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_older_versions_are_told_what_is_needed(found, family, tmp_path):
+    dense_class = transformers.BertForMaskedLM if family == "bert" else transformers.GPT2LMHeadModel
+    checkpoint(dense_class, tmp_path / "model", tmp_path)
+    code = """
+        import sys
+        sys.modules["kronecker_transformers"] = None
+        import importlib.metadata
+        version = importlib.metadata.version
+        import transformers
+        importlib.metadata.version = lambda name: sys.argv[2] if name == "transformers" else version(name)
+        for auto_class in ("AutoConfig", "AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"):
+            try:
+                getattr(transformers, auto_class).from_pretrained(sys.argv[1], trust_remote_code=True)
+            except ImportError as error:
+                assert "transformers >= 5.17, not Python" in str(error) and sys.argv[2] in str(error), error
+            else:
+                raise AssertionError(auto_class)
+        print("done")
+    """
+    process = run(code, tmp_path / "model", found, tmp_path=tmp_path)
+    assert process.stdout.strip() == "done", process.stderr[-3000:]
+    # older versions of transformers copy only the files that the one named in auto_map imports itself
+    code = (tmp_path / "model" / f"configuration_kronecker_{family}.py").read_text()
+    assert set(re.findall(r"from \.(\w+) import", code)) == {"configuration_kronecker", "factor_plan"}

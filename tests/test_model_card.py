@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from safetensors import safe_open
 from tiny import bert_tokenizer, gpt2_tokenizer, teacher
-from transformers import BertForMaskedLM, BertForSequenceClassification, GPT2LMHeadModel
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel
 from transformers.pipelines import SUPPORTED_TASKS
 
 from kronecker_transformers import compress
@@ -178,3 +178,42 @@ def test_shipped_cards(path):
     assert ("A specimen." in card.text) == (path.stem != "kronecker-minilm-7.7x")
     assert "**Time**" in card.text
     assert "**Quality**" in card.text
+
+
+@pytest.mark.parametrize("dense_class", [BertForMaskedLM, GPT2LMHeadModel, BertForSequenceClassification])
+@pytest.mark.parametrize("plan", ["7.7x", "21x"])
+def test_one_ratio_and_of_what(dense_class, plan, tmp_path):
+    plan = "kngpt2" if dense_class is GPT2LMHeadModel else plan
+    dense = teacher(dense_class)
+    save_folder(tmp_path / "m", student := compress(dense, plan).model)
+    text = str(model_card(tmp_path / "m", "org/m"))
+    ratio = f"{sum(p.numel() for p in dense.parameters()) / sum(p.numel() for p in student.parameters()):.2f}"
+    assert f"it has {ratio} times fewer parameters than its dense twin" in " ".join(text.split())
+    assert re.search(rf"\| parameters \| .* \| {ratio}x \|", text)
+
+
+def test_the_snippet_asks_no_question_and_says_what_it_needs(tmp_path):
+    save_folder(tmp_path / "m", compress(teacher(BertForMaskedLM)).model, bert_tokenizer(tmp_path))
+    text = str(model_card(tmp_path / "m", "org/m"))
+    assert 'AutoTokenizer.from_pretrained("org/m", trust_remote_code=True)' in text
+    assert "It needs transformers >= 5.17 and Python >= 3.11." in text
+    assert "Quantisers (torchao, torch.ao, bitsandbytes) and PEFT's `all-linear` look for `nn.Linear`" in text
+    save_folder(tmp_path / "twin", to_dense(compress(teacher(BertForMaskedLM)).model))
+    text = str(model_card(tmp_path / "twin", "org/m-dense", twin_of="org/m"))
+    assert 'AutoTokenizer.from_pretrained("org/m-dense")' in text
+    assert "trust_remote_code" not in text
+    assert "Quantisers" not in text
+
+
+def test_a_sentence_encoder_is_one_on_the_hub_too(tmp_path):
+    files = {"modules.json": [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in
+                              (("Transformer", ""), ("Pooling", "1_Pooling"))],
+             "1_Pooling/config.json": {"pooling_mode_cls_token": True}}  # fmt: skip
+    save_folder(tmp_path / "m", compress(teacher(BertModel)).model)
+    (tmp_path / "m" / "1_Pooling").mkdir()
+    for name, content in files.items():
+        (tmp_path / "m" / name).write_text(json.dumps(content))
+    card = model_card(tmp_path / "m", "org/m")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert "sentence-transformers" in card.data.tags
+    assert 'model = SentenceTransformer("org/m", trust_remote_code=True)' in str(card)

@@ -72,8 +72,9 @@ def nearest_kronecker(W: Tensor, m1: int, n1: int, terms: int = 1) -> KroneckerF
         B, A, error = _top_pairs(lambda part: patches[part].reshape(-1, m2 * n2), m1, W.numel(), terms)
     else:
         A, B, error = _top_pairs(lambda part: patches[:, :, part].reshape(m1 * n1, -1).t(), m2, W.numel(), terms)
-    A = A.reshape(m1, n1, terms).transpose(1, 2).to(W.dtype).contiguous()
-    B = B.reshape(m2, n2, terms).transpose(1, 2).to(W.dtype).contiguous()
+    # cloned: `contiguous` leaves odd strides at axes of size 1, which DeepSpeed does not take
+    A = A.reshape(m1, n1, terms).transpose(1, 2).to(W.dtype).clone(memory_format=torch.contiguous_format)
+    B = B.reshape(m2, n2, terms).transpose(1, 2).to(W.dtype).clone(memory_format=torch.contiguous_format)
     return KroneckerFactors(A, B, error)
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import BertConfig
 
 from .configuration_kronecker import KroneckerConfigMixin
+from .factor_plan import FactorPlan as FactorPlan  # older transformers copy only what this file itself imports
 
 
 class KroneckerBertConfig(KroneckerConfigMixin, BertConfig):

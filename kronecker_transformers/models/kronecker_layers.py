@@ -141,7 +141,9 @@ class _KroneckerLayer(nn.Module):
         B_r is scaled to this root mean square: a small one has too few entries to come near it by chance. Parameters
         that were loaded from a checkpoint are left alone.
         """
-        if self.A.is_meta:  # weights are about to be loaded; drawing nothing would take most of the time
+        # on the meta device weights are about to be loaded, and drawing would take most of the time; factors that are
+        # partitioned (ZeRO-3) were drawn when they were made
+        if self.A.is_meta or self.A.numel() != self.m1 * self.terms * self.n1:
             return
         target = math.sqrt(std / math.sqrt(self.terms))
         for factor in (self.A, self.B):
@@ -313,7 +315,13 @@ class KroneckerEmbedding(_KroneckerLayer):
         """As in the base class; the row of the padding word becomes 0 where it has one of its own."""
         super().init_factors(std)
         # A slice does not carry the mark that protects loaded parameters, so look for it on the parameter.
-        if self.padding_idx is not None and self.m2 == 1 and not getattr(self.A, "_is_hf_initialized", False):
+        is_whole = self.A.shape[0] == self.m1
+        if (
+            self.padding_idx is not None
+            and self.m2 == 1
+            and is_whole
+            and not getattr(self.A, "_is_hf_initialized", False)
+        ):
             init.zeros_(self.A[self.padding_idx])
 
     def forward(self, indices: Tensor) -> Tensor:

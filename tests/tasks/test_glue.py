@@ -372,3 +372,35 @@ def test_a_file_for_the_server_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         write_predictions("rte", "test", [0, 1], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["0", "NaN", "1"], "3 different labels, 1 of them empty"),
+        (["inf", "1.5", "2"], "1 of them empty"),
+        (["very good", "very good ", "bad"], "differ in case or spaces alone; write each class in one way"),
+        (["Positive", "positive", "negative"], "the labels 'Positive', 'positive', which differ in case or spaces"),
+    ],
+)
+def test_labels_that_are_none_or_the_same_are_refused(labels, message, tmp_path):
+    file = tmp_path / "train.tsv"
+    file.write_text("text\tlabel\n" + "".join(f"x{i}\t{label}\n" for i, label in enumerate(labels)))
+    with pytest.raises(ValueError, match=message):
+        load_text_classification(file)
+
+
+def test_whole_numbers_written_as_decimals_are_scores_with_a_word(tmp_path, caplog):
+    file = tmp_path / "train.tsv"
+    file.write_text("text\tlabel\nx\t0.0\ny\t1.0\n")
+    assert load_text_classification(file)[2] == ()
+    assert "are whole but written as decimals, and taken as scores of a regression" in caplog.text
+
+
+def test_a_carriage_return_within_a_text_ends_no_line(tmp_path):
+    folder = tmp_path / "SST-2"
+    folder.mkdir()
+    (folder / "dev.tsv").write_bytes(b"sentence\tlabel\r\na\rb\t0\r\nc\t1\r\n")
+    found = load_glue("sst2", tmp_path, ["validation"])["validation"]
+    assert found["sentence"][:] == ["a\rb", "c"]
+    assert found["label"][:] == [0, 1]

@@ -435,3 +435,23 @@ def test_the_collator_masks_words_and_keeps_the_rest(marked):
     assert kept > 0
     assert replaced > 0
     assert not torch.equal(batch["labels"], again["labels"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "text".encode("utf-16-le"), "is binary or UTF-16; convert it to UTF-8"),
+        ("a.jsonl", b'{"text": ["a", "b"]}', r"column 'text' of .* holds \['a', 'b'\], which is no text"),
+        ("a.jsonl", b'{"text": NaN}', "holds nan, which is no text"),
+        ("a.jsonl", b'"abc text"', "line 1 of .* holds no object"),
+    ],
+)
+def test_what_is_no_text_is_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        TextSource((str(tmp_path / name),)).lines()
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is a folder; name the files in it"):
+        TextSource((str(tmp_path),))

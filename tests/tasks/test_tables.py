@@ -137,3 +137,28 @@ def test_bad_files(tmp_path, name, content, message):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"table '.*none\.csv' does not exist; give an existing file"):
         read_table(tmp_path / "none.csv")
+
+
+TEXTS = ['He said "hi"', "plain", 'a "b" c', "with\ttab", "two\nlines", '"']
+
+
+def test_a_table_that_pandas_has_quoted(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"text": TEXTS, "label": range(len(TEXTS))})
+    table.to_csv(tmp_path / "a.tsv", sep="\t", index=False)
+    assert read_table(tmp_path / "a.tsv").to_list() == table.to_dict("records")
+
+
+@pytest.mark.parametrize("text", ['"hello"', 'he said "x"', '"half', 'He said ""hi""', '"a" and "b"'])
+def test_quotes_of_a_plain_table_are_characters(text, tmp_path):
+    file = write(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\nplain\t0\n")
+    assert read_table(file)["text"][:] == [text, "plain"]
+
+
+def test_json_that_needs_another_form_says_which(tmp_path):
+    for content, message in (
+        ('{"text": {"0": "x"}}', 'pandas writes them with orient="records"'),
+        ('{"text": "x"}\n{"text": "y"}', r"it is a \.jsonl file: rename it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_table(write(tmp_path / "a.json", content))

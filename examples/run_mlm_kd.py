@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
 
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
     check_teacher(teacher, options)
-    check_special_tokens(tokenizer, "mask", "cls", "sep", "pad")
+    predicts_words = options.train_heads > 0 or not isinstance(teacher, BertModel)
+    check_special_tokens(tokenizer, "cls", "sep", "pad", *(["mask"] if predicts_words else []))
     options.max_length = length = checked_length(teacher, options.max_length, recipe.length)
     next_sentence = has_next_sentence(teacher, text, options, note)
     examples = partial(masked_examples, text, tokenizer, length, next_sentence, short=options.short_fraction)

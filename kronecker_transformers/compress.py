@@ -28,7 +28,7 @@ from .models import DENSE_CLASSES
 from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .report import Report, describe
 from .search import search_plan
-from .sentence_modules import modules_of, share_modules
+from .sentence_modules import modules_of, refuse_code, share_modules
 from .teachers import STUDENT_CLASSES, check_finite, check_teacher, model_like
 
 DEFAULTS = {"bert": ("7.7x", 7.7), "gpt2": ("kngpt2", 1.48)}
@@ -88,6 +88,7 @@ def compress(
     """
     teacher, tokenizer = check_teacher(teacher, tokenizer)
     modules = modules_of(teacher)
+    refuse_code(teacher.config.to_dict(), "config.json")
     if ratio is not None:
         if plan is not None:
             raise ValueError(f"ratio={ratio} was given beside a plan, which has its own; leave one of them out")
@@ -186,7 +187,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
         return bool(model.config.tie_word_embeddings)
     own, table = dict(head.named_parameters()), dict(embedding.named_parameters())
     predictions = getattr(getattr(model, "cls", None), "predictions", None)  # BERT's, which has the head's bias too
-    same_bias = predictions is None or predictions.bias is head.bias
+    same_bias = predictions is None or torch.equal(predictions.bias, head.bias)
     return same_bias and all(own.get(name) is parameter for name, parameter in table.items())
 
 

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ KINDS = (
     "SpladePooling", "SparseAutoEncoder", "MultiVectorMask", "HierarchicalTokenPooling", "LogitScore",
 )  # fmt: skip
 """Modules of sentence-transformers that may follow the encoder."""
-_CODE = ("activation_function", "activation_fn", "tokenizer_class", "tokenizer_name_or_path")
+_ACTIVATIONS = ("activation_fn", "sbert_ce_default_activation_function")
 _SHARED = "sentence_modules"  # attribute of a model
 
 
@@ -217,7 +217,9 @@ def read_modules(source: str | os.PathLike[str], local: bool = False) -> Sentenc
                 )
     for name, content in found.items():
         if name.endswith(".json"):
-            _check_settings(_parsed(content, name), name)
+            refuse_code(
+                _parsed(content, name), name, ("activation_function", "tokenizer_class", "tokenizer_name_or_path")
+            )
     return SentenceModules(found, tuple(_kind(entry) for entry in entries[1:]))
 
 
@@ -236,11 +238,10 @@ def _content(source: str | os.PathLike[str], name: str, local: bool) -> bytes | 
         cached = try_to_load_from_cache(source, name) if local else hf_hub_download(source, name)
     except (EntryNotFoundError, HFValidationError) as error:
         if isinstance(error, LocalEntryNotFoundError) and name == MODULES_FILE:
-            logger.warning(
-                "%s of %s cannot be looked up (%s): if it has one, the student lacks its pooling and prompts",
-                name, source, type(error).__name__,
-            )  # fmt: skip
+            logger.warning("%s of %s cannot be looked up: if it has one, the student lacks its pooling", name, source)
         return None
+    except Exception as error:  # of the Hub's client and of the HTTP client below it
+        raise OSError(f"{name} of {source!r} cannot be read ({error}); try again") from error
     return Path(cached).read_bytes() if isinstance(cached, str) else None
 
 
@@ -275,13 +276,23 @@ def _kind(entry: Mapping[str, Any]) -> str:
     return str(entry["type"]).rpartition(".")[2]
 
 
-def _check_settings(found: Any, name: str) -> None:
-    """Refuse settings that name code or another model: whoever opens the student has them imported or loaded."""
+def refuse_code(found: Any, name: str, others: Iterable[str] = ()) -> None:
+    """Refuse settings that name code: sentence-transformers would import and call it for whoever opens the student.
+
+    Args:
+        found: content of a file with settings.
+        name: of the file.
+        others: further keys that must not be set.
+
+    Raises:
+        ValueError: an activation outside ``torch.nn``, or one of the other keys.
+    """
     for key, value in found.items() if isinstance(found, dict) else ():
-        if key in _CODE and value and not str(value).startswith("torch.nn."):
+        if key in (*_ACTIVATIONS, *others) and value and not str(value).startswith("torch.nn."):
             raise ValueError(
                 f"{key}={value!r} in {name} of the teacher must begin with torch.nn.; remove it from a copy"
             )
+        refuse_code(value, name, others)
 
 
 def _as_safetensors(content: bytes, name: str) -> bytes:

@@ -239,6 +239,15 @@ def test_settings_that_name_code_are_refused(tmp_path):
         published_files(tmp_path / "student")
 
 
+@pytest.mark.parametrize("changes", [{"sentence_transformers": {"activation_fn": "platform.node"}},
+                                     {"sbert_ce_default_activation_function": "platform.node"}])  # fmt: skip
+def test_code_in_the_config_of_a_cross_encoder_is_refused(changes, tmp_path):
+    teacher = encoder(tmp_path / "teacher")
+    edit(teacher / "config.json", lambda c: c.update(changes))
+    with pytest.raises(ValueError, match=r"='platform.node' in config.json of the teacher must begin with torch.nn."):
+        compress(teacher, "7.7x")
+
+
 def test_modules_that_no_distillation_follows_are_refused_before_it(tmp_path):
     teacher = encoder(tmp_path / "teacher", modules=[Dense(32, 5)])
     (tmp_path / "text.txt").write_text("\n".join(SENTENCES))

@@ -251,19 +251,15 @@ class KroneckerLinear(_KroneckerLayer):
         return layer
 
     @classmethod
-    def tied_to(cls, embedding: KroneckerEmbedding, bias: bool = False) -> KroneckerLinear:
+    def tied_to(cls, embedding: KroneckerEmbedding) -> KroneckerLinear:
         """The output head of a language model: its factors are the embedding's own parameters.
 
         The logits of h are the sum over r of A_r H B_r^T with H = h reshaped to (n1, n2): times B, then times A, never
         the (vocabulary, hidden) matrix.
         """
         sizes = embedding.embedding_dim, embedding.num_embeddings, embedding.m1, embedding.n1, embedding.terms
-        head = cls(*sizes, bias=bias)
+        head = cls(*sizes, bias=False)
         head.A, head.B = embedding.A, embedding.B
-        if bias:
-            head.bias = nn.Parameter(
-                torch.zeros(embedding.num_embeddings, device=embedding.A.device, dtype=embedding.A.dtype)
-            )
         return head
 
     def extra_repr(self) -> str:
@@ -315,13 +311,8 @@ class KroneckerEmbedding(_KroneckerLayer):
         """As in the base class; the row of the padding word becomes 0 where it has one of its own."""
         super().init_factors(std)
         # A slice does not carry the mark that protects loaded parameters, so look for it on the parameter.
-        is_whole = self.A.shape[0] == self.m1
-        if (
-            self.padding_idx is not None
-            and self.m2 == 1
-            and is_whole
-            and not getattr(self.A, "_is_hf_initialized", False)
-        ):
+        kept = getattr(self.A, "_is_hf_initialized", False) or self.A.shape[0] != self.m1  # loaded, or partitioned
+        if self.padding_idx is not None and self.m2 == 1 and not kept:
             init.zeros_(self.A[self.padding_idx])
 
     def forward(self, indices: Tensor) -> Tensor:

@@ -376,7 +376,7 @@ class TestTiedHead:
     @pytest.mark.parametrize("shape", [(12, 3, 1, 4, 1), (12, 3, 1, 4, 2), (12, 1, 1, 8, 5), (6, 3, 2, 4, 2)], ids=str)
     def test_logits_come_from_the_embedding(self, shape):
         table = embedding(shape)
-        head = KroneckerLinear.tied_to(table, bias=True)
+        head = KroneckerLinear.tied_to(table)
         assert head.A is table.A
         assert head.B is table.B
         h = torch.randn(2, 3, table.embedding_dim, dtype=torch.float64)

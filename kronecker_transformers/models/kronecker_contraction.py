@@ -35,7 +35,8 @@ def _left_multiply(M: Tensor, X: Tensor) -> Tensor:
     tokens, _, q = X.shape
     if q == 1:
         return F.linear(X.squeeze(-1), M).unsqueeze(-1)
-    if torch.onnx.is_in_onnx_export():  # the exporter that traces would write down this number of tokens in `expand`
+    # the exporter that traces would write down this number of tokens in `expand`
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         return torch.matmul(M, X)
     if min(p, k) <= q:  # else the gradient of M, (T, p, k) before the sum over T, would be larger than the activations
         # bmm, not matmul: matmul folds this into one very thin GEMM when M needs a gradient, ten times slower on a CPU

@@ -319,8 +319,9 @@ class KroneckerEmbedding(_KroneckerLayer):
         """Map integers (...) to rows (..., embedding_dim)."""
         rows = kronecker_embedding(indices, self.A, self.B)
         # a traced graph is the same in every gradient mode; one for ONNX has no gradients
-        trained = torch.is_grad_enabled() or torch.jit.is_tracing()
-        if self.padding_idx is not None and trained and not torch.onnx.is_in_onnx_export():
+        traced = torch.jit.is_tracing()
+        trained = not torch.onnx.is_in_onnx_export() if traced else torch.is_grad_enabled()
+        if self.padding_idx is not None and trained:
             rows = torch.where((indices == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
         return rows
 

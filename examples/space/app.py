@@ -1,6 +1,6 @@
 """A Space: a factored model beside its teacher, with their answers, sizes, and times on the server at hand.
 
-    pip install gradio
+    pip install gradio sentence-transformers
     python examples/space/app.py --model output/student --teacher path/to/bert
 
 Both are folders or names on the Hub. On the Hub the names come from ``space.json`` beside this file, which
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio
-import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, pipeline
 
 SETTINGS = Path(__file__).parent / "space.json"
 Answer = Callable[..., Any]
@@ -51,17 +51,18 @@ def with_pipeline(task: str, shown: Callable[[Any], Any], **settings: Any) -> Ca
 
 
 def similarity(name: str, options: dict[str, Any]) -> tuple[Any, Answer]:
-    """Cosine similarity of mean-pooled embeddings."""
-    model, tokenizer = AutoModel.from_pretrained(name, **options).eval(), AutoTokenizer.from_pretrained(name)
+    """Cosine similarity of sentence embeddings, with the pooling and the prompt that the model's own settings say."""
+    code = {key: value for key, value in options.items() if key == "code_revision"}
+    pinned = {key: value for key, value in options.items() if key != "code_revision"}
+    encoder = SentenceTransformer(
+        name, device="cpu", model_kwargs=code, processor_kwargs=code, config_kwargs=code, **pinned
+    )
 
-    @torch.inference_mode()
     def answer(first: str, second: str) -> str:
-        batch = tokenizer([first, second], padding=True, truncation=True, return_tensors="pt")
-        hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-        one, other = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        one, other = encoder.encode([first, second], normalize_embeddings=True, show_progress_bar=False)
         return f"{float(one @ other):.3f}"
 
-    return model, answer
+    return encoder, answer
 
 
 def labels(results: list[dict[str, Any]]) -> dict[str, float]:

@@ -28,10 +28,9 @@ def read_table(path: str | os.PathLike[str]) -> Dataset:
     """A table from a local file, in memory.
 
     In .tsv files, as in GLUE's, quotes are characters like any other, unless the whole file is quoted as pandas quotes
-    it; .csv files have the usual quotes. Both have a
-    header; blank lines are passed over, and a column in which every value is a number holds numbers. A .json file is a
-    list of objects, or one object with such a list in its field `data`; a .jsonl file has one object on each line. A
-    field that an object lacks is None. Text is UTF-8.
+    it; .csv files have the usual quotes. Both have a header; blank lines are passed over, and a column in which every
+    value is a number holds numbers. A .json file is a list of objects, or one object with such a list in its field
+    `data`; a .jsonl file has one object on each line. A field that an object lacks is None. Text is UTF-8.
 
     Raises:
         FileNotFoundError: no such file.

@@ -171,8 +171,11 @@ def test_unreadable_records(tmp_path, name):
 def test_shipped_cards(path):
     card = ModelCard.load(path)
     assert card.data.model_name == path.stem
-    assert card.data.library_name == "transformers"
-    assert card.data.pipeline_tag in SUPPORTED_TASKS
+    if path.stem == "kronecker-minilm-7.7x":
+        assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    else:
+        assert card.data.library_name == "transformers"
+        assert card.data.pipeline_tag in SUPPORTED_TASKS
     assert card.data.base_model.count("/") == 1
     assert card.data.license
     assert ("A specimen." in card.text) == (path.stem != "kronecker-minilm-7.7x")

@@ -135,7 +135,7 @@ def load_classifier(options: Options, task: Task) -> tuple[PreTrainedModel, PreT
     if str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
         teacher, tokenizer = teacher_and_tokenizer(options.teacher)
         names = label_names(teacher)
-        found = match_labels(names, task.labels) if task.labels or len(names) != 1 else None
+        found = match_labels(names, task.labels or ("score",)) if task.labels or len(names) != 1 else None
         certain = found is None or found.is_certain
         task = replace(task, ids=found.ids if found else ())
     else:

@@ -263,7 +263,7 @@ def results_kept(folder: Path, known: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if PartialState().is_main_process:
+        if PartialState().is_main_process and not (folder / "results.json").exists():  # else `finish` has written all
             _write_results(folder, {**known, "evaluation_failed": f"{type(error).__name__}: {error}"})
         raise
 

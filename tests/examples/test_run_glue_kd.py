@@ -299,7 +299,7 @@ def test_what_cannot_be_trained_is_refused_before_long_work(workplace, monkeypat
 
 def test_a_failing_evaluation_loses_no_result(workplace, monkeypatch):
     teacher = save_teacher(workplace / "teacher", BertModel)
-    monkeypatch.setattr("kronecker_transformers.experiment.Console", lambda **_: 1 / 0)
+    monkeypatch.setattr("kronecker_transformers.tasks.glue_metric.GlueMetric._compute", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_example(
             "run_glue_kd", workplace / "out", teacher=teacher, task_name="sst2", data_dir=workplace / "glue",
@@ -311,6 +311,19 @@ def test_a_failing_evaluation_loses_no_result(workplace, monkeypatch):
         assert results["options"]["max_length"] == 40
         assert results["evaluation_failed"] == "ZeroDivisionError: division by zero"
     assert AutoModelForSequenceClassification.from_pretrained(workplace / "out" / "student")
+
+
+def test_a_table_that_cannot_be_shown_loses_no_figure(workplace, monkeypatch):
+    teacher = save_teacher(workplace / "teacher", BertModel)
+    monkeypatch.setattr("kronecker_transformers.experiment.Console", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_example(
+            "run_glue_kd", workplace / "out", teacher=teacher, task_name="sst2", data_dir=workplace / "glue",
+            plan=workplace / "bert.yaml", teacher_epochs=1, per_device_train_batch_size=4,
+        )  # fmt: skip
+    results = json.loads((workplace / "out" / "results.json").read_text())
+    assert "evaluation_failed" not in results
+    assert set(results["metrics"]) == {"teacher", "student, undistilled", "student"}
 
 
 def test_a_teacher_in_half_precision_is_fine_tuned_in_full(workplace):

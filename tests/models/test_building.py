@@ -230,6 +230,14 @@ class TestHeads:
             model.save_pretrained(tmp_path / "model")
         assert not (tmp_path / "model").exists()
 
+    def test_factors_of_a_head_that_only_claims_to_be_tied_stay_its_own(self, model_class, tmp_path, caplog):
+        model = student(model_class)
+        head = model.get_output_embeddings()
+        head.A = nn.Parameter(head.A.detach() + 0.5)
+        model.save_pretrained(tmp_path)
+        assert_same_outputs(model_class.from_pretrained(tmp_path), model)  # as the stock class, with a warning
+        assert "so we will NOT tie them" in " ".join(caplog.text.split())
+
     def test_a_dense_head_of_its_own(self, model_class, tmp_path):
         model = student(model_class)
         has_bias = model.get_output_embeddings().bias is not None

@@ -5,16 +5,20 @@
 Errors are relative to the largest entry of the dense product in float64. Layers are those of benchmarks/layers.py, in
 bf16: microseconds of the dense layer (the better of eager and compiled), of an einsum over all factors, of PyTorch and
 of Triton, each the median of three turns; and the part of the limit that Triton reaches, where the limit is the larger
-of FLOPs at the rate of a large GEMM and bytes at that of a large copy. Models have the sizes of BERT-base and weights
-as drawn for training from scratch, seed 0: one forward pass of 64 x 128 tokens in bf16, every way to run it in turn.
+of FLOPs at the rate of a large GEMM and bytes at that of a large copy. Models have the sizes of BERT-base and GPT-2
+small and weights as drawn for training from scratch, seed 0: one forward pass of 64 x 128 tokens, and greedy generation
+of 64 tokens after 8 x 32, in bf16, every way to run it in turn.
 `--device cpu` tries the script on tiny sizes where there is no GPU; set TRITON_INTERPRET=1 for it.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +27,7 @@ from layers import LAYERS
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.benchmark import Timer
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from kronecker_transformers import compress
 from kronecker_transformers.benchmark import environment, forward_pass, in_turn, machine_rates, median_and_spread
@@ -54,16 +58,36 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).detach().abs().max() / wanted.detach().abs().max())
 
 
-def check(shape: tuple[int, ...], tokens: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Errors of the output and of the worst gradient."""
-    inputs = factors(shape, tokens, device, dtype)
-    exact = [value.detach().double().requires_grad_() for value in inputs]
-    x, A, B, bias = exact
-    W = torch.einsum("irj,krl->ikjl", A, B).reshape(len(bias), x.shape[1])
-    wanted, y = x @ W.t() + bias, triton_linear.linear(*inputs)
-    g = torch.randn_like(y)
-    gradients = zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(wanted, exact, g.double()), strict=True)
-    return relative(y, wanted), max(relative(*pair) for pair in gradients)
+def check(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> list[float]:
+    """Largest errors of the output and of any gradient, over three numbers of tokens."""
+    torch.manual_seed(0)
+    errors = []
+    for tokens in (1, 127, 4096) if device != "cpu" else (1, 7):
+        inputs = factors(shape, tokens, device, dtype)
+        exact = [value.detach().double().requires_grad_() for value in inputs]
+        x, A, B, bias = exact
+        W = torch.einsum("irj,krl->ikjl", A, B).reshape(len(bias), x.shape[1])
+        wanted, y = x @ W.t() + bias, triton_linear.linear(*inputs)
+        g = torch.randn_like(y)
+        gradients = zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(wanted, exact, g.double()), strict=True)
+        errors.append((relative(y, wanted), max(relative(*pair) for pair in gradients)))
+    return [max(column) for column in zip(*errors, strict=True)]
+
+
+def check_layers(layers: Mapping[str, tuple[int, ...]], device: str) -> None:
+    """Print one row for each layer and dtype; kernels compile in as many processes as there is work for."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16) if device != "cpu" else (torch.float32, torch.float16)
+    print(f"{'largest relative error':22s} {'dtype':>9s} {'output':>9s} {'gradients':>9s}")
+    with ProcessPoolExecutor(14, multiprocessing.get_context("spawn")) as pool:
+        jobs = {
+            (name, dtype): pool.submit(check, shape, device, dtype)
+            for name, shape in layers.items()
+            for dtype in dtypes
+            if triton_linear.fits(*factors(shape, 1, device, dtype)[:3])
+        }
+        for (name, dtype), job in jobs.items():
+            errors = (f"{error:9.1e}" for error in job.result())
+            print(f"{name:22s} {str(dtype).removeprefix('torch.'):>9s}", *errors, flush=True)
 
 
 def microseconds(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -120,34 +144,60 @@ def time_layers(layers: Mapping[str, tuple[int, ...]], tokens: tuple[int, ...], 
                 )  # fmt: skip
 
 
+@contextmanager
+def with_triton(device: str) -> Iterator[None]:
+    """Layers use Triton's kernels."""
+    kronecker_layers.register_kernel(torch.device(device).type, triton_linear.kronecker_linear)
+    try:
+        yield
+    finally:
+        kronecker_layers.register_kernel(torch.device(device).type, None)
+
+
+def in_context(device: str, run: Callable[[], object]) -> object:
+    """Run with Triton's kernels."""
+    with with_triton(device):
+        return run()
+
+
+def print_in_turn(title: str, ways: Mapping[str, Callable[[], object]], rounds: int, device: str) -> None:
+    """Print one row for each way to do the same; ratios are to the first of them."""
+    with torch.inference_mode():
+        seconds = in_turn(ways, rounds, warmup=2, device=device)
+    medians = {label: median_and_spread(times) for label, times in seconds.items()}
+    first = next(iter(medians.values()))[0]
+    print(f"\n{title:28s} {'ms':>8s} {'spread':>7s} {'ratio':>6s}")
+    for label, (middle, spread) in medians.items():
+        print(f"{label:28s} {middle:8.2f} {spread:7.0%} {first / middle:5.2f}x", flush=True)
+
+
 def time_models(device: str, config: BertConfig, batch: int, length: int) -> None:
-    """Print one row for each way to run each model."""
+    """Print one row for each way to run each model, without torch.compile and with it."""
     torch.manual_seed(0)
     dense: Any = BertModel(config)
     dense = dense.to(device, torch.bfloat16).eval()
     models = {"dense": dense, **{plan: compress(dense, plan).model for plan in ("7.7x", "21x")}}
-    ways: dict[str, Callable[[], object]] = {}
-
-    def with_triton(run: Callable[[], object]) -> object:
-        kronecker_layers.register_kernel(torch.device(device).type, triton_linear.kronecker_linear)
-        try:
-            return run()
-        finally:
-            kronecker_layers.register_kernel(torch.device(device).type, None)
-
-    for name, model in models.items():
-        for compiled in (False, True) if device != "cpu" else (False,):
-            label = f"{name}{', compiled' if compiled else ''}"
-            ways[label] = forward_pass(model, batch, length, compiled)
+    for compiled in (False, True) if device != "cpu" else (False,):
+        ways: dict[str, Callable[[], object]] = {}
+        for name, model in models.items():
+            ways[name] = forward_pass(model, batch, length, compiled)
             if name != "dense":
-                ways[f"{label}, Triton"] = partial(with_triton, forward_pass(model, batch, length, compiled))
-    with torch.inference_mode():
-        seconds = in_turn(ways, ROUNDS, warmup=3, device=device)
-    medians = {label: median_and_spread(times) for label, times in seconds.items()}
-    best = min(middle for label, (middle, _) in medians.items() if label.startswith("dense"))
-    print(f"\n{f'{batch} x {length}, bf16':28s} {'ms':>8s} {'spread':>7s} {'ratio':>6s}")
-    for label, (middle, spread) in medians.items():
-        print(f"{label:28s} {middle:8.2f} {spread:7.0%} {best / middle:5.2f}x", flush=True)
+                ways[f"{name}, Triton"] = partial(in_context, device, forward_pass(model, batch, length, compiled))
+        print_in_turn(f"{batch} x {length}, bf16{', compiled' if compiled else ''}", ways, ROUNDS, device)
+
+
+def time_generation(device: str, config: GPT2Config, batch: int, length: int, new: int) -> None:
+    """Print one row for each model."""
+    torch.manual_seed(0)
+    dense: Any = GPT2LMHeadModel(config)
+    dense = dense.to(device, torch.bfloat16).eval()
+    prompt = torch.randint(config.vocab_size, (batch, length), device=device)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    ways: dict[str, Callable[[], object]] = {}
+    for name, model in {"GPT-2": dense, "kngpt2": compress(dense, "kngpt2").model}.items():
+        ways[name] = partial(model.generate, prompt, attention_mask=torch.ones_like(prompt), **options)
+    ways["kngpt2, Triton"] = partial(in_context, device, ways["kngpt2"])
+    print_in_turn(f"{batch} x {length}, {new} new, bf16", ways, 3, device)
 
 
 def main() -> None:
@@ -156,19 +206,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
     device = parser.parse_args().device
     gpu = device != "cpu"
-    print(environment(), f"; {torch.cuda.get_device_name()}" if gpu else "; a trial without a GPU", sep="")
-    torch.manual_seed(0)
+    print(environment(), "" if gpu else "; a trial without a GPU", sep="")
     layers: Mapping[str, tuple[int, ...]] = LAYERS if gpu else SMALL
-    print(f"{'largest relative error':20s} {'dtype':>9s} {'output':>9s} {'gradients':>9s}")
-    for name, shape in layers.items():
-        for dtype in (torch.float32, torch.float16, torch.bfloat16) if gpu else (torch.float32, torch.float16):
-            if triton_linear.fits(*factors(shape, 1, device, dtype)[:3]):
-                errors = [check(shape, tokens, device, dtype) for tokens in ((1, 127, 4096) if gpu else (1, 7))]
-                worst = (max(column) for column in zip(*errors, strict=True))
-                print(f"{name:22s} {str(dtype).removeprefix('torch.'):>9s}", *(f"{e:9.1e}" for e in worst), flush=True)
-    time_layers(layers, (128, 1024, 8192, 65536) if gpu else (8,), device)
+    check_layers(layers, device)
     time_models(device, BertConfig() if gpu else BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
                 intermediate_size=256, vocab_size=100), *((64, 128) if gpu else (1, 8)))  # fmt: skip
+    time_generation(device, GPT2Config() if gpu else GPT2Config(n_embd=64, n_layer=1, n_head=2),
+                    *((8, 32, 64) if gpu else (1, 3, 2)))  # fmt: skip
+    time_layers(layers, (128, 1024, 8192, 65536) if gpu else (8,), device)
 
 
 if __name__ == "__main__":

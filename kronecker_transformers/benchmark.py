@@ -35,8 +35,9 @@ def environment() -> str:
     """Hardware and versions, for the head of a log."""
     names = [line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")]
     memory = [int(line.split()[1]) // 2**20 for line in _read("/proc/meminfo") if line.startswith("MemTotal")]
+    gpu = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
     return (
-        f"CPU {names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, "
+        f"{gpu}CPU {names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, "
         f"{memory[0] if memory else '?'} GiB; Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SIZE", "T"])
 def mix_after(
     x, L, S, bias, y, other, partial, SIZE, T, P, K,
     x_t, x_s, x_k, l_p, l_r, l_k, s_q, s_r, s_s, y_t, y_q, y_p,
@@ -53,7 +53,7 @@ def mix_after(
             tl.store(partial + ((program * NQ + q) * NR + r[None, :]) * NS + s[:, None], part, small)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SIZE", "T"])
 def mix_before(
     x, L, S, bias, y, SIZE, T, P, K,
     x_t, x_s, x_k, l_p, l_r, l_k, s_q, s_r, s_s, y_t, y_q, y_p,
@@ -86,7 +86,7 @@ def mix_before(
     tl.store(y + (t * y_t + q * y_q)[:, None] + (p * y_p)[None, :], accumulator.to(y.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SIZE", "T", "SHARE"])
 def large_gradient(
     u, v, S, partial, SIZE, T, P, K, SHARE,
     u_t, u_s, u_p, v_t, v_q, v_k, s_q, s_r, s_s, g_p, g_r, g_k,

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,25 +31,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .kronecker_contraction import contract
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor | None]
-_kernels: dict[str, Kernel] = {}
-
-
-def register_kernel(device_type: str, kernel: Kernel | None) -> None:
-    """Let `kronecker_linear` use a kernel, with its arguments, on one kind of device ("cuda"); None removes it.
-
-    Where the kernel returns None, PyTorch computes.
-    """
-    if kernel is None:
-        _kernels.pop(device_type, None)
-    else:
-        _kernels[device_type] = kernel
-
 
 def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute y = W x + bias, W = sum over r of A_r (x) B_r.
-
-    A kernel that is registered for the device goes first.
 
     Args:
         x: (..., n), any leading dimensions, also empty.
@@ -66,9 +49,6 @@ def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
         raise ValueError(
             f"input has {x.shape[-1]} features, not n1 n2 = {n1} * {n2} = {n1 * n2}; check its last dimension"
         )
-    kernel = _kernels.get(x.device.type)
-    if kernel and (y := kernel(x, A, B, bias)) is not None:
-        return y
     y = contract(*_autocast(x.reshape(-1, n1 * n2), A, B, bias))
     return y.reshape(*x.shape[:-1], y.shape[1])
 

@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The versions that are installed; empty for the newest ones. An index for torch where the default one has other builds.
+CONSTRAINTS ?= constraints.txt
+TORCH_INDEX ?=
+INSTALL = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .PHONY: demo test lint clean
 
@@ -17,10 +21,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 # torch comes first: the range in setup.cfg alone would fetch a build for another accelerator
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,test]"
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(INSTALL) --editable ".[demo,test]"
 	touch $@
 
 clean:

@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from kronecker_transformers.benchmark import environment, in_turn, median_and_spread
+from kronecker_transformers.evaluation.timing import environment, in_turn, median_and_spread
 
 SHAPES = ((64, 12, 26, 32), (32, 12, 64, 32), (16, 12, 128, 32), (16, 12, 128, 64), (8, 12, 256, 64), (4, 12, 512, 64))
 """Sequences, heads, tokens, units of a head."""

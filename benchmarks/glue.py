@@ -29,7 +29,7 @@ from common import QUIET, RunLog, example, in_parallel, runs_parser, shuffled_te
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from kronecker_transformers.experiment import results_table
+from kronecker_transformers.display import results_table
 from kronecker_transformers.tasks.glue import glue_task, load_glue
 from kronecker_transformers.tasks.glue_metric import headline
 

@@ -30,7 +30,13 @@ from torch.utils.benchmark import Timer
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from kronecker_transformers import compress
-from kronecker_transformers.benchmark import environment, forward_pass, in_turn, machine_rates, median_and_spread
+from kronecker_transformers.evaluation.timing import (
+    environment,
+    forward_pass,
+    in_turn,
+    machine_rates,
+    median_and_spread,
+)
 from kronecker_transformers.models.kronecker_contraction import multiplications
 from kronecker_transformers.models.kronecker_layers import kronecker_linear
 

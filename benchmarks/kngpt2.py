@@ -38,8 +38,8 @@ from transformers import (
     set_seed,
 )
 
-from kronecker_transformers.checkpoint import save_folder
-from kronecker_transformers.experiment import results_table
+from kronecker_transformers.checkpoint.load import save_folder
+from kronecker_transformers.display import results_table
 from kronecker_transformers.tasks.glue_metric import headline
 from kronecker_transformers.tasks.language_modeling import TextSource, TextStream, block_examples
 

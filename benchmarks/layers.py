@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kronecker_transformers.benchmark import environment, in_turn, median_and_spread
+from kronecker_transformers.evaluation.timing import environment, in_turn, median_and_spread
 from kronecker_transformers.models.kronecker_layers import kronecker_linear
 
 # name: (m1, n1, m2, n2, terms); sizes of BERT-base and GPT-2 small

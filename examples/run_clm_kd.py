@@ -20,17 +20,18 @@ from typing import Any
 
 from transformers import GPT2LMHeadModel, PreTrainedModel, default_data_collator
 
+from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer, keep_layers
-from kronecker_transformers.experiment import (
+from kronecker_transformers.distillation.experiment import (
     check_evaluation,
     check_output,
     check_special_tokens,
     finish,
     results_kept,
-    results_table,
     teacher_and_tokenizer,
     train_and_save,
 )
+from kronecker_transformers.models.kronecker_family import longest_sequence
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import TextSource, TextStream, block_examples, training_steps
 from kronecker_transformers.tasks.perplexity import NORMALISATIONS, perplexity
@@ -145,7 +146,7 @@ def checked_maximum(teacher: PreTrainedModel, options: Options) -> int:
             f"teacher {options.teacher!r} is a {type(teacher).__name__}; a GPT2LMHeadModel is needed; give the model "
             "from before its fine-tuning"
         )
-    longest: int = teacher.config.max_position_embeddings
+    longest: int = longest_sequence(teacher)
     for name in ("max_length", "window"):
         value = getattr(options, name)
         if value is not None and not 2 <= value <= longest:

@@ -23,20 +23,20 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
+from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of, share_modules
+from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
-from kronecker_transformers.experiment import (
+from kronecker_transformers.distillation.experiment import (
     check_evaluation,
     check_output,
     check_special_tokens,
     checked_length,
     finish,
     results_kept,
-    results_table,
     teacher_and_tokenizer,
     train_and_save,
 )
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
-from kronecker_transformers.sentence_modules import encoder_settings, modules_of, share_modules
 from kronecker_transformers.tasks.language_modeling import (
     Example,
     TextSource,

@@ -29,8 +29,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer
-from kronecker_transformers.experiment import (
+from kronecker_transformers.distillation.experiment import (
     check_output,
     check_special_tokens,
     checked_length,
@@ -38,7 +39,6 @@ from kronecker_transformers.experiment import (
     finish,
     predict,
     results_kept,
-    results_table,
     teacher_and_tokenizer,
     train_and_save,
 )

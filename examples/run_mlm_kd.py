@@ -37,10 +37,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kronecker_transformers.checkpoint import load_teacher
+from kronecker_transformers.checkpoint.load import load_teacher
+from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer
-from kronecker_transformers.distillation.losses import IGNORED, hidden_state_mse
-from kronecker_transformers.experiment import (
+from kronecker_transformers.distillation.experiment import (
     TEACHER,
     check_evaluation,
     check_output,
@@ -48,12 +48,12 @@ from kronecker_transformers.experiment import (
     checked_length,
     finish,
     results_kept,
-    results_table,
     save_once,
     teacher_and_tokenizer,
     train_and_save,
     train_plainly,
 )
+from kronecker_transformers.distillation.losses import IGNORED, hidden_state_mse
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import (
     Example,

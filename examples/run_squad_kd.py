@@ -24,8 +24,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
+from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
-from kronecker_transformers.experiment import (
+from kronecker_transformers.distillation.experiment import (
     check_output,
     check_special_tokens,
     checked_length,
@@ -33,7 +34,6 @@ from kronecker_transformers.experiment import (
     finish,
     predict,
     results_kept,
-    results_table,
     teacher_and_tokenizer,
     train_and_save,
 )

@@ -5,12 +5,13 @@ Importing this package registers its models with the Auto classes of transformer
 
 from importlib.metadata import version
 
-from .compress import CompressionResult, compress, to_dense
-from .factorization import KroneckerFactors, nearest_kronecker
+from .compression.compress import CompressionResult, compress
+from .compression.search import PlanSearch, search_plan
+from .evaluation.cost import Report, describe
+from .export.dense import to_dense
 from .models import *  # noqa: F403  (every model class, named in models.__all__)
 from .models import __all__ as _model_names
-from .report import Report, describe
-from .search import PlanSearch, search_plan
+from .models.kronecker_nearest import KroneckerFactors, nearest_kronecker
 
 __version__ = version("kronecker-transformers")
 

@@ -1,4 +1,4 @@
-"""The command line: compress, search, inspect, expand, benchmark, push."""
+"""The command line: distill, compress, search, inspect, export, benchmark, push."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 
 from rich.console import Console
 
-from . import __version__
-from .benchmark import DTYPES, benchmark
-from .checkpoint import check_file, check_new_folder, load_student, recorded_errors, save_folder, to_json, write_text
-from .compress import compress, to_dense
-from .hub import Pushed, card_metadata, files_to_push, push, push_space
-from .latency import Runtime
-from .model_card import has_own_card, model_card
-from .plan_file import check_plan_path, read_plan
-from .published import files_table
-from .report import Report, describe
-from .search import search_plan
+from . import __version__, display
+from .checkpoint.files import check_file, check_new_folder, to_json, write_text
+from .checkpoint.load import load_student, save_folder
+from .compression.compress import compress
+from .compression.latency import Runtime
+from .compression.plan_file import check_plan_path, read_plan
+from .compression.search import search_plan
+from .evaluation.cost import Report, describe, recorded_errors
+from .evaluation.timing import DTYPES, benchmark
+from .export.dense import to_dense
+from .hub.card import has_own_card, model_card
+from .hub.push import Pushed, card_metadata, files_to_push, push, push_space
 from .tasks.language_modeling import TextSource
 
 
@@ -33,6 +34,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "distill",
+        help="the main job: compress a dense model and distil the student on plain text",
+        description="Search a plan on plain text, compress a dense model by it, and distil the student on the text.",
+    )
+    command.add_argument("teacher", metavar="TEACHER", help="name on the Hub, or folder, of the dense model")
+    command.add_argument(
+        "--text",
+        required=True,
+        metavar="FILE",
+        help="a file with one sentence or document per line, a table (.csv, .tsv, .json, .jsonl, .parquet), or a "
+        "dataset of the Hub; a tenth of it is held out",
+    )
+    command.add_argument("--text-column", default="text", metavar="NAME", help="of a table (default: %(default)s)")
+    command.add_argument("--output", required=True, metavar="DIR", help="new folder for the student")
+    plan = command.add_mutually_exclusive_group()
+    plan.add_argument("--ratio", type=float, metavar="X", help="teacher over student (default: 7.7; GPT-2: 1.48)")
+    plan.add_argument("--plan", default=None, help="a preset or a plan file, instead of a search")
+    length = command.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, metavar="X", help="of distillation, at most (default: 30)")
+    length.add_argument("--steps", type=int, metavar="N", help="of distillation, instead of minutes")
+    command.add_argument("--learning-rate", type=float, metavar="X", help="(default: by the hidden size)")
+    command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    command.set_defaults(run=_distill)
 
     command = commands.add_parser(
         "compress",
@@ -158,12 +184,33 @@ def _add_calibration(command: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
+def _distill(arguments: argparse.Namespace, console: Console) -> None:
+    from .distill import distill
+
+    found = distill(
+        arguments.teacher,
+        arguments.text,
+        arguments.output,
+        ratio=arguments.ratio,
+        plan="search" if arguments.plan is None else read_plan(arguments.plan),
+        minutes=arguments.minutes,
+        steps=arguments.steps,
+        column=arguments.text_column,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+        progress=True,
+        show=lambda line: console.print(line, highlight=False),
+    )
+    console.print(display.distillation_table(found))
+    console.print(f"Saved in {arguments.output}, with its model card, plan, figures and record.")
+
+
 def _compress(arguments: argparse.Namespace, console: Console) -> None:
     check_new_folder(arguments.output)
     texts = _calibration_texts(arguments) if arguments.calibration else None
     plan = None if arguments.plan is None else read_plan(arguments.plan)
     result = compress(arguments.teacher, plan, ratio=arguments.ratio, calibration=texts, progress=True)
-    result.save(arguments.output)
+    result.save_pretrained(arguments.output)
     _show(result.report, console)
     if result.tokenizer is None:
         console.print("The teacher came without a tokenizer, so the student has none.")
@@ -194,12 +241,12 @@ def _search(arguments: argparse.Namespace, console: Console) -> None:
         progress=True,
     )
     found.save(arguments.output)
-    console.print(found.table())
-    console.print(found.totals())
+    console.print(display.plan_table(found))
+    console.print(display.plan_totals(found))
     if found.latency:
         console.print(str(found.latency), highlight=False)
     if arguments.picture:
-        found.picture(arguments.picture)
+        display.plan_picture(found, arguments.picture)
     console.print(f"Saved in {arguments.output}; edit it as you like, then compress --plan {arguments.output}.")
 
 
@@ -235,12 +282,12 @@ def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
         rounds=arguments.rounds,
     )
     console.print(found.environment, highlight=False)
-    console.print(found.table())
+    console.print(display.comparison_table(found))
     console.print(found.verdict(), highlight=False)
     if arguments.json:
         write_text(arguments.json, to_json(found.to_dict()))
     if arguments.picture:
-        found.picture(arguments.picture)
+        display.comparison_picture(found, arguments.picture)
 
 
 def _push(arguments: argparse.Namespace, console: Console) -> None:
@@ -263,7 +310,7 @@ def _push(arguments: argparse.Namespace, console: Console) -> None:
                 folders[twin_name], twin_name, twin_of=name, records=arguments.folder, **known
             )
         for repository, folder in folders.items():
-            console.print(files_table(repository, files_to_push(folder, repository, card=cards[repository])))
+            console.print(display.files_table(repository, files_to_push(folder, repository, card=cards[repository])))
             if not arguments.dry_run:
                 done = push(
                     folder,
@@ -290,8 +337,8 @@ def _show_push(done: Pushed, console: Console) -> None:
 
 
 def _show(report: Report, console: Console) -> None:
-    console.print(report.table())
-    console.print(report.totals())
+    console.print(display.layers_table(report))
+    console.print(display.totals_table(report))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

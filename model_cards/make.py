@@ -18,10 +18,11 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from kronecker_transformers import compress
-from kronecker_transformers.benchmark import benchmark
-from kronecker_transformers.checkpoint import save_folder, write_text
-from kronecker_transformers.model_card import model_card
-from kronecker_transformers.published import BENCHMARK_FILE, RESULTS_FILE
+from kronecker_transformers.checkpoint.files import write_text
+from kronecker_transformers.checkpoint.load import save_folder
+from kronecker_transformers.evaluation.timing import benchmark
+from kronecker_transformers.hub.card import model_card
+from kronecker_transformers.hub.files import BENCHMARK_FILE, RESULTS_FILE
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo_output" / "kronecker-minilm-7.7x"

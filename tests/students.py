@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import bert_config, gpt2_config, perturb
 
-from kronecker_transformers.models import DENSE_CLASSES
+from kronecker_transformers.models import DENSE_CLASSES, modeling_kronecker
 
 # terms > 1 and low rank beside the presets, so that no path is left out
 BERT_PLAN = {
@@ -26,6 +26,22 @@ def student(model_class, plan=None, dtype=torch.float32, **changes):
         changes = {"id2label": None, "label2id": None, **changes}
     config = model_class.config_class.from_dense(dense(**changes), default if plan is None else plan)
     return perturb(model_class(config)).to(dtype).eval()
+
+
+def base_model(config):
+    """On the meta device."""
+    with torch.device("meta"):
+        return config.base_class(config)
+
+
+def factorable_modules(config):
+    """Weight shape of what a plan may name."""
+    return modeling_kronecker.factorable_modules(base_model(config))
+
+
+def factored_modules(config):
+    """Entry of what its plan factors."""
+    return modeling_kronecker.matched_plan(base_model(config), config.factor_plan)
 
 
 def first_output(output):

@@ -6,9 +6,10 @@ import torch
 from tiny import teacher
 from transformers import BertForMultipleChoice, BertModel, GPT2LMHeadModel
 
-from kronecker_transformers import benchmark as package_benchmark
 from kronecker_transformers import compress, describe
-from kronecker_transformers.benchmark import (
+from kronecker_transformers.cli import main
+from kronecker_transformers.evaluation import timing as package_benchmark
+from kronecker_transformers.evaluation.timing import (
     Comparison,
     Measurement,
     benchmark,
@@ -19,7 +20,6 @@ from kronecker_transformers.benchmark import (
     process_memory,
     without_linear_layers,
 )
-from kronecker_transformers.cli import main
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is read from /proc")
 
@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     dense = teacher(BertModel)
     dense.save_pretrained(root / "dense")
-    compress(dense).save(root / "student")
+    compress(dense).save_pretrained(root / "student")
     return root
 
 

@@ -5,11 +5,13 @@ import torch
 from tiny import TEXT, bert_tokenizer, gpt2_tokenizer, teacher
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
-from kronecker_transformers import calibration, compress, describe
-from kronecker_transformers.activations import CalibrationBatch, calibration_batches
-from kronecker_transformers.calibration import calibrate
-from kronecker_transformers.checkpoint import load_student, recorded_errors
+from kronecker_transformers import compress, describe
+from kronecker_transformers.checkpoint.load import load_student
 from kronecker_transformers.cli import main
+from kronecker_transformers.compression import calibration
+from kronecker_transformers.compression.activations import CalibrationBatch, calibration_batches
+from kronecker_transformers.compression.calibration import calibrate
+from kronecker_transformers.evaluation.cost import recorded_errors
 
 BERT_PLAN = {
     "embeddings.word_embeddings": (64, 8),

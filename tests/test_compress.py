@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracles import kronecker_sum
 from safetensors.torch import load_file, save_file
+from students import factorable_modules
 from tiny import BERT_SIZES, bert_config, inputs, teacher
 from torch import nn
 from transformers import (
@@ -22,7 +23,8 @@ from transformers import (
 
 import kronecker_transformers as kt
 from kronecker_transformers import FactorPlan, compress, describe, to_dense
-from kronecker_transformers.checkpoint import load_student, recorded_errors
+from kronecker_transformers.checkpoint.load import load_student
+from kronecker_transformers.evaluation.cost import recorded_errors
 from kronecker_transformers.models import DENSE_CLASSES
 
 ALL_TEACHERS = pytest.mark.parametrize("dense_class", DENSE_CLASSES.values(), ids=lambda c: c.__name__)
@@ -32,7 +34,7 @@ def exact_plan(model):
     """Every module that can be factored, in uneven shapes, with as many terms as make the sum exact."""
     config_class = kt.KroneckerBertConfig if model.config.model_type == "bert" else kt.KroneckerGPT2Config
     plan = {}
-    for i, (name, (m, n)) in enumerate(config_class.from_dense(model.config, {}).factorable_modules().items()):
+    for i, (name, (m, n)) in enumerate(factorable_modules(config_class.from_dense(model.config, {})).items()):
         m1, n1 = [(m, n // 4), (m // 2, n), (m // 2, n // 8), (2, n // 2), (m, 1)][i % 5]
         plan[name] = (m1, n1, min(m1 * n1, (m // m1) * (n // n1)))
     return FactorPlan(plan)
@@ -247,12 +249,12 @@ def test_teacher_made_for_inference_only():
 
 def test_errors_belong_to_the_factors_they_were_measured_on(tmp_path):
     result = compress(teacher(BertModel))
-    result.save(tmp_path / "as-compressed")
+    result.save_pretrained(tmp_path / "as-compressed")
     student, _ = load_student(tmp_path / "as-compressed")
     assert recorded_errors(tmp_path / "as-compressed", describe(student).factors_sha256)
     with torch.no_grad():
         result.model.pooler.dense.B.add_(1)
-    result.save(tmp_path / "changed")
+    result.save_pretrained(tmp_path / "changed")
     student, _ = load_student(tmp_path / "changed")
     assert recorded_errors(tmp_path / "changed", describe(student).factors_sha256) == {}
 
@@ -270,14 +272,14 @@ def load_reports():
 
 def test_without_a_pooler_there_and_back(tmp_path, load_reports):
     result = compress(BertModel(bert_config(), add_pooling_layer=False).eval())
-    result.save(tmp_path / "student")
+    result.save_pretrained(tmp_path / "student")
     student, _ = load_student(tmp_path / "student")
     assert student.pooler is None
     assert not load_reports  # it lacks nothing
 
 
 def test_weights_that_are_left_over_are_reported_once(tmp_path, load_reports):
-    compress(teacher(BertModel)).save(tmp_path / "student")
+    compress(teacher(BertModel)).save_pretrained(tmp_path / "student")
     weights = load_file(tmp_path / "student" / "model.safetensors")
     save_file(weights | {"other": torch.ones(2)}, tmp_path / "student" / "model.safetensors", {"format": "pt"})
     load_student(tmp_path / "student")
@@ -328,7 +330,7 @@ def test_twin_of_a_tied_head_whose_config_says_untied():
 
 def test_a_twin_with_other_outputs_is_refused(monkeypatch):
     model = compress(teacher(BertForMaskedLM)).model
-    monkeypatch.setattr(sys.modules["kronecker_transformers.compress"], "_is_tied", lambda _: True)
+    monkeypatch.setattr(sys.modules["kronecker_transformers.export.dense"], "is_tied", lambda _: True)
     with pytest.raises(ValueError, match=r"the dense twin's logits differ from the model's by .* of their norm"):
         to_dense(untied(model.double(), "layer"))
 
@@ -395,7 +397,7 @@ class TestTeachersWhoseFilesAreOdd:
             compress(folder)
 
     def test_a_student_and_an_adapter(self, folder, tmp_path):
-        compress(folder).save(tmp_path / "student")
+        compress(folder).save_pretrained(tmp_path / "student")
         with pytest.raises(ValueError, match="is compressed already; give the dense model it came from"):
             compress(tmp_path / "student")
         (folder / "adapter_config.json").write_text("{}")

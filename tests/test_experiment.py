@@ -14,18 +14,18 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-import kronecker_transformers.checkpoint
-from kronecker_transformers.benchmark import environment
+import kronecker_transformers.checkpoint.load
+from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationArguments
-from kronecker_transformers.experiment import (
+from kronecker_transformers.distillation.experiment import (
     check_output,
     finish,
     predict,
-    results_table,
     teacher_and_tokenizer,
     train_and_save,
     train_plainly,
 )
+from kronecker_transformers.evaluation.timing import environment
 
 
 @pytest.mark.parametrize("batch_size", [3, 100])
@@ -156,14 +156,14 @@ def test_a_tokenizer_that_lacks_a_token_is_refused_at_once(
     tokenizer(folder).save_pretrained(folder)
     tiny.teacher(dense_class).save_pretrained(folder)
     (tmp_path / "text.txt").write_text("the dog\n")
-    load = kronecker_transformers.checkpoint._load_tokenizer
+    load = kronecker_transformers.checkpoint.load._load_tokenizer
 
     def without(source):
         found = load(source)
         setattr(found, token, None)
         return found
 
-    monkeypatch.setattr(kronecker_transformers.checkpoint, "_load_tokenizer", without)
+    monkeypatch.setattr(kronecker_transformers.checkpoint.load, "_load_tokenizer", without)
     name = token.removesuffix("_token")
     with pytest.raises(ValueError, match=rf"tokenizer has no {name} token, which this task needs; set {token} in its"):
         run_example(script, tmp_path / "out", teacher=folder, train_text=[tmp_path / "text.txt"])

@@ -17,20 +17,21 @@ from transformers import BertForSequenceClassification
 from transformers.pipelines import SUPPORTED_TASKS
 
 from kronecker_transformers import compress
-from kronecker_transformers.checkpoint import save_folder
+from kronecker_transformers.checkpoint.load import save_folder
 from kronecker_transformers.cli import main
-from kronecker_transformers.compress import to_dense
-from kronecker_transformers.hub import files_to_push, push, push_space
-from kronecker_transformers.model_card import MADE, USES, model_card
+from kronecker_transformers.export.dense import to_dense
+from kronecker_transformers.hub.card import MADE, USES, model_card
+from kronecker_transformers.hub.files import published_files
+from kronecker_transformers.hub.push import files_to_push, push, push_space
 from kronecker_transformers.models import DENSE_CLASSES
 from kronecker_transformers.models.modeling_kronecker import KroneckerPreTrainedModel
-from kronecker_transformers.published import published_files
 
 TOKEN = "hf_good"
 SPACE = Path(__file__).parent.parent / "examples" / "space"
 CODE = {
-    "configuration_kronecker.py", "configuration_kronecker_bert.py", "factor_plan.py", "kronecker_contraction.py",
-    "kronecker_layers.py", "modeling_kronecker.py", "modeling_kronecker_bert.py",
+    "configuration_kronecker.py", "configuration_kronecker_bert.py", "factor_plan.py", "kronecker_blocks.py",
+    "kronecker_contraction.py", "kronecker_family.py", "kronecker_internals.py", "kronecker_layers.py",
+    "kronecker_nearest.py", "modeling_kronecker.py", "modeling_kronecker_bert.py",
 }  # fmt: skip
 FILES = CODE | {
     "README.md", "compression.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
@@ -45,7 +46,7 @@ def model():
 @pytest.fixture
 def folder(model, tmp_path):
     dense = teacher(BertForSequenceClassification)
-    return save_folder(tmp_path / "model", model, bert_tokenizer(tmp_path), compress(dense, "7.7x").report)
+    return save_folder(tmp_path / "model", model, bert_tokenizer(tmp_path), compress(dense, "7.7x").report.to_dict())
 
 
 # Loads models, some of them without trust, and lets pipelines find their tasks; writes the outputs.

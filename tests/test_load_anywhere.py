@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 
 import kronecker_transformers as kt
 from kronecker_transformers import compress
-from kronecker_transformers.checkpoint import save_folder
+from kronecker_transformers.checkpoint.load import save_folder
 from kronecker_transformers.models import DENSE_CLASSES
 
 PLANS = {"bert": "7.7x", "gpt2": "kngpt2"}
@@ -32,12 +32,12 @@ PIPELINES = {
     "GPT2ForTokenClassification": "token-classification",
 }
 HUB_SET = {
-    "bert": {"configuration_kronecker_bert.py", "modeling_kronecker_bert.py"},
+    "bert": {"configuration_kronecker_bert.py", "kronecker_blocks.py", "modeling_kronecker_bert.py"},
     "gpt2": {"configuration_kronecker_gpt2.py", "modeling_kronecker_gpt2.py"},
 }
 SHARED = {
-    "configuration_kronecker.py", "factor_plan.py", "kronecker_contraction.py", "kronecker_layers.py",
-    "modeling_kronecker.py",
+    "configuration_kronecker.py", "factor_plan.py", "kronecker_contraction.py", "kronecker_family.py",
+    "kronecker_internals.py", "kronecker_layers.py", "kronecker_nearest.py", "modeling_kronecker.py",
 }  # fmt: skip
 
 # Runs without the package; reads a list of jobs, writes what it found.
@@ -102,7 +102,7 @@ def checkpoint(dense_class, folder, tmp_path, **changes):
     result = compress(dense, PLANS[dense.config.model_type])
     perturb(result.model, seed=7)
     tokenizer = (bert_tokenizer if dense.config.model_type == "bert" else gpt2_tokenizer)(tmp_path)
-    save_folder(folder, result.model, tokenizer, result.report)
+    save_folder(folder, result.model, tokenizer, result.report.to_dict())
     return result.model
 
 
@@ -376,4 +376,8 @@ def test_older_versions_are_told_what_is_needed(found, family, tmp_path):
     assert process.stdout.strip() == "done", process.stderr[-3000:]
     # older versions of transformers copy only the files that the one named in auto_map imports itself
     code = (tmp_path / "model" / f"configuration_kronecker_{family}.py").read_text()
-    assert set(re.findall(r"from \.(\w+) import", code)) == {"configuration_kronecker", "factor_plan"}
+    assert set(re.findall(r"from \.(\w+) import", code)) == {
+        "configuration_kronecker",
+        "factor_plan",
+        "kronecker_family",
+    }

@@ -15,9 +15,9 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 from transformers.pipelines import SUPPORTED_TASKS
 
 from kronecker_transformers import compress
-from kronecker_transformers.checkpoint import save_folder
-from kronecker_transformers.compress import to_dense
-from kronecker_transformers.model_card import model_card
+from kronecker_transformers.checkpoint.load import save_folder
+from kronecker_transformers.export.dense import to_dense
+from kronecker_transformers.hub.card import model_card
 from kronecker_transformers.models import DENSE_CLASSES
 
 PLANS = {"bert": "7.7x", "gpt2": "kngpt2"}
@@ -42,7 +42,7 @@ def student_folder(dense_class, tmp_path):
     dense = teacher(dense_class)
     result = compress(dense, PLANS[dense.config.model_type])
     tokenizer = (bert_tokenizer if dense.config.model_type == "bert" else gpt2_tokenizer)(tmp_path)
-    return save_folder(tmp_path / "model", result.model, tokenizer, result.report), result.model
+    return save_folder(tmp_path / "model", result.model, tokenizer, result.report.to_dict()), result.model
 
 
 def write(folder, name, content):
@@ -151,7 +151,7 @@ def test_licence_and_language_come_from_the_teacher_in_a_folder(tmp_path):
     teacher(GPT2LMHeadModel).save_pretrained(bert)
     (bert / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: fr\nbase_model: org/grand\n---\n# Bert\n")
     result = compress(bert, "kngpt2")
-    result.save(tmp_path / "student")
+    result.save_pretrained(tmp_path / "student")
     data = model_card(tmp_path / "student", "org/tiny").data
     assert (data.license, data.language, data.base_model) == ("apache-2.0", "fr", "org/grand")
     assert str(tmp_path) not in str(model_card(tmp_path / "student", "org/tiny"))

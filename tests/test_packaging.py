@@ -41,7 +41,7 @@ def test_wheel_works_outside_the_source_tree(wheel, tmp_path):
         sizes = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64, num_hidden_layers=1)
         config = transformers.BertConfig(**sizes)
         result = kt.compress(transformers.BertModel(config), "7.7x")
-        result.save("student")
+        result.save_pretrained("student")
         assert type(transformers.AutoModel.from_pretrained("student")) is kt.KroneckerBertModel
         print(kt.__file__)
     """

@@ -6,9 +6,9 @@ import tiny
 from transformers import BertModel
 
 from kronecker_transformers import compress
+from kronecker_transformers.compression.plan_file import read_plan
 from kronecker_transformers.distillation import DistillationArguments
-from kronecker_transformers.models import PRESETS
-from kronecker_transformers.plan_file import read_plan
+from kronecker_transformers.models.kronecker_family import FAMILIES
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 
 
@@ -24,7 +24,7 @@ class Options:
 @pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, stages in RECIPES.items() for stage in stages])
 def test_every_recipe_is_one_of_known_arguments(name, stage, tmp_path):
     recipe = RECIPES[name][stage]
-    assert any(recipe.plan in presets for presets in PRESETS.values())
+    assert any(recipe.plan in config.family.presets for config in FAMILIES.values())
     for task in (None, *recipe.by_task):
         arguments = DistillationArguments(str(tmp_path), **recipe.for_task(task))
         assert arguments.weights()
@@ -81,7 +81,7 @@ def test_what_a_student_cannot_start_from(options, error, message, tmp_path, mon
     teacher, tokenizer, recipe = tiny.teacher(BertModel), tiny.bert_tokenizer(tmp_path), RECIPES["kngpt2"]["glue"]
     plan = tmp_path / "plan.json"
     plan.write_text('{"pooler.dense": {"m1": 8, "n1": 8}}')
-    compress(teacher, read_plan(plan)).save("earlier")
+    compress(teacher, read_plan(plan)).save_pretrained("earlier")
     given = StudentOptions(**{"plan": str(plan), **options})
     for refused in (given.check, given.student):
         with pytest.raises(error, match=message):

@@ -21,6 +21,7 @@ from kronecker_transformers import (
     compress,
     describe,
 )
+from kronecker_transformers.display import layers_table, totals_table
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_mode_and_hooks_are_restored():
 def test_tables_show_shapes_errors_and_totals():
     report = compress(teacher(BertModel), {"encoder.layer.1.output.dense": (8, 12, 2)}).report
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(report.table(), report.totals())
+    console.print(layers_table(report), totals_table(report))
     text = console.export_text()
     row = next(line for line in text.splitlines() if "encoder.layer.1.output.dense" in line).split()
     assert row == [

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from students import factorable_modules
 from test_calibration import texts
 from tiny import bert_tokenizer, gpt2_tokenizer, teacher
 from transformers import (
@@ -10,19 +11,21 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from kronecker_transformers import KroneckerBertConfig, compress, describe, latency, search
-from kronecker_transformers.activations import calibration_batches
-from kronecker_transformers.candidates import EMBEDDINGS, Candidate, MeasuredLayer, influences
+from kronecker_transformers import KroneckerBertConfig, compress, describe
 from kronecker_transformers.cli import main
-from kronecker_transformers.factorization import nearest_kronecker
-from kronecker_transformers.latency import LatencyTable, Runtime
+from kronecker_transformers.compression import latency, search
+from kronecker_transformers.compression.activations import calibration_batches
+from kronecker_transformers.compression.candidates import Candidate, MeasuredLayer, influences
+from kronecker_transformers.compression.latency import LatencyTable, Runtime
+from kronecker_transformers.compression.plan_file import read_plan
+from kronecker_transformers.compression.search import search_plan
+from kronecker_transformers.display import plan_picture
+from kronecker_transformers.evaluation.cost import REPORT_LENGTH
+from kronecker_transformers.models import FACTORED_CLASSES
 from kronecker_transformers.models.factor_plan import FactorEntry
 from kronecker_transformers.models.kronecker_contraction import multiplications
 from kronecker_transformers.models.kronecker_layers import kronecker_linear
-from kronecker_transformers.plan_file import read_plan
-from kronecker_transformers.report import REPORT_LENGTH
-from kronecker_transformers.search import search_plan
-from kronecker_transformers.teachers import STUDENT_CLASSES
+from kronecker_transformers.models.kronecker_nearest import nearest_kronecker
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def test_the_budget_is_used_and_the_counts_are_true(family, request):
 
 def test_every_layer_is_there(bert, gpt2):
     config = KroneckerBertConfig.from_dense(bert[0].config, {})
-    names = [name for name in config.factorable_modules() if "token_type" not in name]
+    names = [name for name in factorable_modules(config) if "token_type" not in name]
     assert [layer.name for layer in bert[2].layers] == names
     assert [layer.name for layer in gpt2[2].layers[:4]] == ["wte", "wpe", "h.0.attn.c_attn", "h.0.attn.c_proj"]
     assert len(gpt2[2].layers) == 2 + 3 * 4
@@ -97,7 +100,7 @@ def test_influences_follow_what_the_head_uses(bert, tmp_path):
         assert influence.get("pooler.dense", 0) == 0, dense_class  # the last hidden states are what counts
 
 
-@pytest.mark.parametrize("dense_class", STUDENT_CLASSES, ids=lambda dense_class: dense_class.__name__)
+@pytest.mark.parametrize("dense_class", FACTORED_CLASSES, ids=lambda dense_class: dense_class.__name__)
 def test_influences_are_measured_with_any_head(dense_class, tmp_path):
     dense = teacher(dense_class)
     bert = dense.config.model_type == "bert"
@@ -105,7 +108,9 @@ def test_influences_are_measured_with_any_head(dense_class, tmp_path):
     W = dense.get_input_embeddings().weight
     A, B, _ = nearest_kronecker(W, len(W), 1, 4)
     errors = 0.1**0.5, 0.5**0.5
-    layers = [MeasuredLayer(EMBEDDINGS[0] if bert else "wte", W, [], (A, B, None), error) for error in errors]
+    layers = [
+        MeasuredLayer("embeddings.word_embeddings" if bert else "wte", W, [], (A, B, None), error) for error in errors
+    ]
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     one, two = influences(dense, layers, calibration_batches(texts(), tokenizer, dense), progress=False)
     assert 0 < one < float("inf")
@@ -191,7 +196,12 @@ def test_times_are_those_of_the_blocks_that_a_batch_goes_through_in(monkeypatch)
     monkeypatch.setattr(latency, "_milliseconds", milliseconds)
     entries = [FactorEntry(32, 1, terms) for terms in (1, 2, 3, 4, 5, 6)]
     choices = [Candidate(entry, 64 * entry.terms, 0, 0.5) for entry in entries]
-    names = ("encoder.layer.0.output.dense", "pooler.dense", *EMBEDDINGS[:2])
+    names = (
+        "encoder.layer.0.output.dense",
+        "pooler.dense",
+        "embeddings.word_embeddings",
+        "embeddings.position_embeddings",
+    )
     layers = [MeasuredLayer(name, torch.ones(32, 32), [Candidate(None, 1024, 0, 0.0), *choices], (None,) * 3, 0.1)
               for name in names]  # fmt: skip
     found = dict(zip(names, LatencyTable(dense, Runtime(12, 16)).timed(layers), strict=True))
@@ -222,7 +232,7 @@ def test_times_are_measured(family, request):
     assert not found.plan  # all may stay dense
     assert found.latency.predicted > 0
     for layer in found.layers:
-        embedding = layer.name in EMBEDDINGS
+        embedding = layer.name.startswith("embeddings.")
         assert all(c.milliseconds >= 0 if embedding else c.milliseconds > 0 for c in layer.candidates)
 
 
@@ -242,7 +252,7 @@ def test_file_and_picture(bert, tmp_path, name):
     _, _, found = bert
     found.save(tmp_path / name)
     assert read_plan(tmp_path / name) == found.plan
-    found.picture(tmp_path / "search.png")
+    plan_picture(found, tmp_path / "search.png")
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {name, "search.png"}
     with pytest.raises(ValueError, match=r"must end in \.yaml, \.yml or \.json"):

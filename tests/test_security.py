@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 import kronecker_transformers as kt
 from kronecker_transformers import KroneckerBertConfig, KroneckerGPT2Config, compress
-from kronecker_transformers.checkpoint import load_student, save_folder
+from kronecker_transformers.checkpoint.load import load_student, save_folder
 
 HUB_SET = sorted((Path(kt.__file__).parent / "models").glob("*.py"))
 REFUSED = (ValueError, TypeError, OSError)
@@ -29,7 +29,7 @@ REFUSED = (ValueError, TypeError, OSError)
 @pytest.fixture
 def folder(tmp_path):
     result = compress(teacher(BertForSequenceClassification), "7.7x")
-    return save_folder(tmp_path / "model", result.model, bert_tokenizer(tmp_path), result.report)
+    return save_folder(tmp_path / "model", result.model, bert_tokenizer(tmp_path), result.report.to_dict())
 
 
 def change_config(folder, **changes):

@@ -16,12 +16,12 @@ from test_load_anywhere import run
 from transformers import AutoModel, BertForMaskedLM, BertModel, GPT2Model
 
 from kronecker_transformers import compress, to_dense
-from kronecker_transformers.checkpoint import load_student, load_teacher, save_folder
+from kronecker_transformers.checkpoint.load import load_student, load_teacher, save_folder
+from kronecker_transformers.checkpoint.pooling import MODES
+from kronecker_transformers.checkpoint.pooling import Pooling as OurPooling
+from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of
 from kronecker_transformers.cli import main
-from kronecker_transformers.pooling import MODES
-from kronecker_transformers.pooling import Pooling as OurPooling
-from kronecker_transformers.published import published_files
-from kronecker_transformers.sentence_modules import encoder_settings, modules_of
+from kronecker_transformers.hub.files import published_files
 from kronecker_transformers.tasks.sentences import encode
 
 SENTENCES = ["the quick brown fox", "a lazy dog jumps over a small model what a large model knows", "dog", "jumps over"]
@@ -69,7 +69,7 @@ TEACHERS = {
 def test_student_and_twin_encode_as_the_teacher(name, tmp_path):
     teacher = encoder(tmp_path / "teacher", **TEACHERS[name])
     dense, _ = load_teacher(teacher)
-    compress(teacher, exact(dense)).save(tmp_path / "student")
+    compress(teacher, exact(dense)).save_pretrained(tmp_path / "student")
     assert main(["expand", str(tmp_path / "student"), "--output", str(tmp_path / "twin")]) == 0
     wanted = SentenceTransformer(str(teacher), device="cpu")
     for folder in ("student", "twin"):
@@ -110,7 +110,7 @@ def test_unknown_pooling():
 
 def test_gpt2_with_its_last_token(tmp_path):
     teacher = encoder(tmp_path / "teacher", GPT2Model, mode="lasttoken")
-    compress(teacher, exact(load_teacher(teacher)[0])).save(tmp_path / "student")
+    compress(teacher, exact(load_teacher(teacher)[0])).save_pretrained(tmp_path / "student")
     torch.testing.assert_close(embeddings(tmp_path / "student"), embeddings(teacher), rtol=1e-4, atol=1e-4)
 
 
@@ -151,14 +151,14 @@ def test_old_layout_with_the_encoder_in_a_folder_of_its_own_and_pickled_weights(
     torch.save(load_file(dense / "model.safetensors"), dense / "pytorch_model.bin")
     (dense / "model.safetensors").unlink()
     torch.testing.assert_close(embeddings(teacher), wanted)
-    compress(teacher, exact(load_teacher(teacher)[0])).save(tmp_path / "student")
+    compress(teacher, exact(load_teacher(teacher)[0])).save_pretrained(tmp_path / "student")
     assert not list((tmp_path / "student").rglob("*.bin"))
     torch.testing.assert_close(embeddings(tmp_path / "student"), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_without_the_package(tmp_path):
     teacher = encoder(tmp_path / "teacher", mode="cls", modules=[Normalize()])
-    compress(teacher, exact(load_teacher(teacher)[0])).save(tmp_path / "student")
+    compress(teacher, exact(load_teacher(teacher)[0])).save_pretrained(tmp_path / "student")
     code = """
         import sys
         sys.modules["kronecker_transformers"] = None
@@ -229,7 +229,7 @@ def test_what_a_student_could_not_take_over_is_refused_at_once(case, tmp_path):
 
 def test_settings_that_name_code_are_refused(tmp_path):
     teacher = encoder(tmp_path / "teacher", modules=[Dense(32, 5)])
-    compress(teacher, "7.7x").save(tmp_path / "student")
+    compress(teacher, "7.7x").save_pretrained(tmp_path / "student")
     for folder in (teacher, tmp_path / "student"):
         edit(folder / "2_Dense" / "config.json", lambda c: c.update(activation_function="platform.node"))
     message = r"activation_function='platform.node' in 2_Dense/config.json of the teacher must begin with torch.nn."

@@ -9,7 +9,7 @@ from tiny import bert_tokenizer, gpt2_tokenizer, perturb, teacher
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel, pipeline
 
 from kronecker_transformers import compress
-from kronecker_transformers.checkpoint import save_folder
+from kronecker_transformers.checkpoint.load import save_folder
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""What the heads of BERT and GPT-2 put out, and how it is compared with a teacher's output and with labels."""
+"""What the heads of a model put out, and how it is compared with a teacher's output and with labels."""
 
 from __future__ import annotations
 
@@ -7,23 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    GPT2ForQuestionAnswering,
-    GPT2ForSequenceClassification,
-    GPT2ForTokenClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from ..models import DENSE_CLASSES
+from ..models.kronecker_family import Head, heads_of
 from . import losses
 
 
@@ -34,21 +20,12 @@ def real_positions(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Head:
-    """One output of a model.
+class Output(Head):
+    """A head of one model, with the losses that its kind of labels has.
 
-    Attributes:
-        logits: its name in the model's output.
-        labels: its name in the model's input.
-        kind: "classes" (examples, classes); "values", a regression, and "binary", many labels, both (examples,
-            outputs); "tokens" and "next_token" (examples, length, classes); "span" (examples, length).
-        share: factor of its losses in the sum over all heads of the model, as in transformers.
+    `kind` is "classes" (examples, classes); "values", a regression, and "binary", many labels, both (examples,
+    outputs); "tokens" and "next_token" (examples, length, classes); or "span" (examples, length).
     """
-
-    logits: str
-    labels: str
-    kind: str
-    share: float = 1.0
 
     def targets(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The labels in the form in which the supervised loss counts and compares them."""
@@ -93,47 +70,27 @@ class Head:
         return losses.token_logit_kl(student, teacher, mask, temperature)
 
 
-_SPAN = (
-    Head("start_logits", "start_positions", "span", share=0.5),
-    Head("end_logits", "end_positions", "span", share=0.5),
-)
-_TOKENS = Head("logits", "labels", "tokens")
-_HEADS: dict[type[PreTrainedModel], tuple[Head, ...]] = {
-    BertModel: (),
-    BertForPreTraining: (
-        Head("prediction_logits", "labels", "tokens"),
-        Head("seq_relationship_logits", "next_sentence_label", "classes"),
-    ),
-    BertForMaskedLM: (_TOKENS,),
-    BertForMultipleChoice: (Head("logits", "labels", "classes"),),
-    BertForTokenClassification: (_TOKENS,),
-    BertForQuestionAnswering: _SPAN,
-    GPT2Model: (),
-    GPT2LMHeadModel: (Head("logits", "labels", "next_token"),),
-    GPT2ForTokenClassification: (_TOKENS,),
-    GPT2ForQuestionAnswering: _SPAN,
-}
-_SEQUENCE_KINDS = {
+_KINDS = {
     "regression": "values",
     "single_label_classification": "classes",
     "multi_label_classification": "binary",
+    "choices": "classes",
+    "next_sentence": "classes",
+    "words": "tokens",
 }
+"""Of outputs, by the kind of a head or by the `problem_type` of one for sequences; others have one of the same name."""
 
 
-def heads_of(model: PreTrainedModel) -> tuple[Head, ...]:
-    """The outputs of a dense or factored model; none for a base model.
+def outputs_of(model: PreTrainedModel) -> tuple[Output, ...]:
+    """What a dense or factored model gives beside hidden states; nothing for a base model.
 
     Raises:
         ValueError: not one of the classes that this package knows.
     """
-    stock = DENSE_CLASSES.get(type(model), type(model))
-    if stock in (BertForSequenceClassification, GPT2ForSequenceClassification):
-        default = "regression" if model.config.num_labels == 1 else "single_label_classification"
-        return (Head("logits", "labels", _SEQUENCE_KINDS[model.config.problem_type or default]),)
-    if stock not in _HEADS:
-        known = ", ".join(sorted(cls.__name__ for cls in DENSE_CLASSES.values()))
-        raise ValueError(
-            f"model of class {type(model).__name__} cannot be distilled; supported are {known}, "
-            "and their factored classes"
-        )
-    return _HEADS[stock]
+    default = "regression" if model.config.num_labels == 1 else "single_label_classification"
+    kinds = {"sequence": model.config.problem_type or default}
+    found = []
+    for head in heads_of(model):
+        kind = kinds.get(head.kind, head.kind)
+        found.append(Output(_KINDS.get(kind, kind), head.logits, head.labels, head.share))
+    return tuple(found)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pooling import MEAN, Pooling
+from ..checkpoint.pooling import MEAN, Pooling
 
 IGNORED = -100
 """Label of a position without a target, as everywhere in transformers."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..pooling import MEAN, Pooling
+from ..checkpoint.pooling import MEAN, Pooling
+from ..models.kronecker_family import FAMILIES, family_of
 from . import losses
-from .heads import Head, heads_of, real_positions
+from .heads import Output, outputs_of, real_positions
 from .tap import QueryKey, Reading, Tap
 
 Counts = dict[str, Tensor]
@@ -27,7 +28,7 @@ class Objective:
     """The terms of a distillation for one teacher and one student; see `losses` for the terms themselves.
 
     Args:
-        student, teacher: dense or factored BERT or GPT-2 models of one family.
+        student, teacher: dense or factored models of one family.
         weights: weight above 0 of each term that is wanted (see `arguments.TERMS`).
         temperature: of the logits, above 0.
         layer_map: the teacher's layer, from 0, for each layer of the student; None for models of equal depth.
@@ -54,8 +55,8 @@ class Objective:
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.pooling = pooling
-        self.heads = heads_of(student)
-        self.causal = student.config.model_type.removeprefix("kronecker_") == "gpt2"
+        self.heads = outputs_of(student)
+        self.causal = family_of(student).causal
         _check_family(student, teacher)
         depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
         self.layer_map = _checked_layer_map(*depths, layer_map)
@@ -97,7 +98,7 @@ class Objective:
 
         Raises:
             ValueError: the batch lacks its input ids, or labels that the supervised term needs; a sequence is empty; or
-                it is padded on the left for GPT-2, which counts positions from there.
+                it is padded on the left for a causal model, which counts positions from there.
         """
         if "input_ids" not in inputs:
             raise ValueError(f"batch with {sorted(inputs)} must hold 'input_ids'; tokenize it first")
@@ -107,8 +108,8 @@ class Objective:
             raise ValueError("attention_mask of a sequence is all 0: its text gives no token; leave such texts out")
         if self.causal and not real[..., 0].all():
             raise ValueError(
-                "attention_mask has padding on the left, where GPT-2 begins to count positions; set the tokenizer's "
-                "padding_side='right'"
+                "attention_mask has padding on the left, where a causal model begins to count positions; set the "
+                "tokenizer's padding_side='right'"
             )
         counts = {"sequences": ids.numel() // ids.shape[-1], "examples": len(ids)}
         if "supervised" in self.weights:
@@ -181,7 +182,7 @@ class Objective:
             values["embedding_mse"] = losses.hidden_state_mse(student.embeddings, teacher.embeddings, mask)
         if "hidden_mse" in self.weights:
             ends = len(student.layers) - 1, len(teacher.layers) - 1
-            values["hidden_mse"] = _total(  # GPT-2's last states are compared after its last norm, others before it
+            values["hidden_mse"] = _total(  # the last states are compared after a last norm, others before it
                 losses.hidden_state_mse(student.last, teacher.last, mask)
                 if pair == ends
                 else losses.hidden_state_mse(student.layers[pair[0]], teacher.layers[pair[1]], mask)
@@ -201,7 +202,7 @@ class Objective:
                 layers.append(getattr(losses, term)(*scores, mask, self.causal))
         return {term: _total(layers) for term, layers in totals.items()}
 
-    def _logit_term(self, head: Head, student: Any, teacher: Any, mask: Tensor) -> Tensor:
+    def _logit_term(self, head: Output, student: Any, teacher: Any, mask: Tensor) -> Tensor:
         distance = head.distance(student[head.logits], teacher[head.logits], mask, self.temperature)
         return head.share * distance.sum()
 
@@ -229,7 +230,7 @@ class Objective:
             )
         if "logits" not in self.weights:
             return
-        if heads_of(teacher) != self.heads:
+        if outputs_of(teacher) != self.heads:
             raise ValueError(
                 f"logits_weight={self.weights['logits']} needs a teacher with the head of the student, "
                 f"{type(student).__name__}, not {type(teacher).__name__}; load it with that head or set logits_weight=0"
@@ -248,13 +249,13 @@ class Objective:
 
 
 def _check_family(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    heads_of(teacher)  # refuses what is not known
+    outputs_of(teacher)  # refuses what is not known
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
             "student has no parameter that requires a gradient, as it is when its teacher was frozen first; "
             "call student.requires_grad_(True)"
         )
-    families = [model.config.model_type.removeprefix("kronecker_") for model in (student, teacher)]
+    families = [FAMILIES[model.config.model_type].dense_config_class.model_type for model in (student, teacher)]
     if families[0] != families[1]:
         raise ValueError(
             f"teacher of the family {families[1]!r} must be of the student's, {families[0]!r}; take another"

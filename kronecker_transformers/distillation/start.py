@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import load_model
-from ..compress import compress
-from ..teachers import STUDENT_CLASSES
+from ..checkpoint.load import load_model
+from ..compression.compress import compress
+from ..models.kronecker_family import FACTORED_CLASSES, family_of
 
 
 def start_student(
@@ -53,7 +53,7 @@ def start_student(
             f"start={os.fspath(start)!r} has factors of its own, and calibration would replace them; give one of both"
         )
     earlier, _ = load_model(start)
-    if type(earlier) in STUDENT_CLASSES:
+    if type(earlier) in FACTORED_CLASSES:
         student = keep_layers(teacher, range(earlier.config.num_hidden_layers))
     else:
         student = compress(teacher, earlier.config.factor_plan).model
@@ -76,7 +76,7 @@ def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
     It is distilled with ``layer_map=layers``.
 
     Args:
-        teacher: a dense BERT or GPT-2 with any head; it is not changed.
+        teacher: a dense model with any head; it is not changed.
         layers: which of its layers, from 0, in ascending order.
 
     Returns:
@@ -92,9 +92,9 @@ def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
         )
     student = copy.deepcopy(teacher)
     base: Any = student.base_model
-    owner, name = (base.encoder, "layer") if hasattr(base, "encoder") else (base, "h")
-    stack = nn.ModuleList(getattr(owner, name)[layer] for layer in layers)
-    setattr(owner, name, stack)
+    owner, _, name = family_of(student).layers.rpartition(".")
+    stack = nn.ModuleList(base.get_submodule(family_of(student).layers)[layer] for layer in layers)
+    setattr(base.get_submodule(owner), name, stack)
     for index, layer in enumerate(stack):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):  # its place in the cache of generation

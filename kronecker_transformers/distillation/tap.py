@@ -1,4 +1,4 @@
-"""Hidden states, queries and keys of a BERT or GPT-2, read by forward hooks while the model computes as it likes.
+"""Hidden states, queries and keys of a model, read by forward hooks while the model computes as it likes.
 
 SDPA and other fused attentions go on computing the attention: scores before softmax are a product of query and key. A
 model that is asked for its attentions by `output_attentions` under SDPA gives none.
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..models.kronecker_family import family_of
+
 
 class QueryKey(NamedTuple):
     """Query and key of one layer, both (batch, length, heads * d), and what turns them into scores."""
@@ -31,8 +33,8 @@ class Reading:
     """What one forward pass showed; what was not asked for is empty.
 
     Attributes:
-        states: the output of the embedding layer, then of each layer, then, for GPT-2, of its final norm,
-            (batch, length, hidden) each.
+        states: the output of the embedding layer, then of each layer, then of the norm after the last layer if there is
+            one, (batch, length, hidden) each.
         depth: number of layers.
         attention: query and key of each layer.
     """
@@ -72,6 +74,7 @@ class Tap:
         self._wants_attention = attention
         self._reading = False
         self._found: dict[str, Tensor] = {}
+        self._heads = 0
         self._layers: list[Any] = []
         self._states: list[Any] = []
         self._handles: list[RemovableHandle] = []
@@ -79,27 +82,25 @@ class Tap:
     def attach(self, model: PreTrainedModel) -> None:
         """Put the hooks on `model`."""
         self.detach()
-        base: Any = model.base_model
-        if hasattr(base, "encoder"):  # BERT
-            blocks = list(base.encoder.layer)
-            self._layers = [block.attention.self for block in blocks]
-            self._states = [base.embeddings, *blocks]
-        else:
-            self._layers = [block.attn for block in base.h]
-            self._states = [base.drop, *base.h, base.ln_f]
+        base, family = model.base_model, family_of(model)
+        layers: Any = base.get_submodule(family.layers)
+        norms = [base.get_submodule(family.norm)] if family.norm else []
+        self._heads = model.config.num_attention_heads
+        self._layers = [layer.get_submodule(family.attention) for layer in layers]
+        self._states = [base.get_submodule(family.embedded), *layers, *norms]
         if self._wants_hidden:
             for i, module in enumerate(self._states):
                 self._hook(module, f"hidden {i}")
         if self._wants_attention:
             for i, layer in enumerate(self._layers):
-                if hasattr(layer, "c_attn"):
-                    self._hook(layer.c_attn, f"query {i}", f"key {i}")
+                if family.query == family.key:
+                    self._hook(layer.get_submodule(family.query), f"query {i}", f"key {i}")
                 else:
-                    self._hook(layer.query, f"query {i}")
-                    self._hook(layer.key, f"key {i}")
+                    self._hook(layer.get_submodule(family.query), f"query {i}")
+                    self._hook(layer.get_submodule(family.key), f"key {i}")
 
     def _hook(self, module: nn.Module, *names: str) -> None:
-        """Keep the output of a module under a name, or the first thirds of GPT-2's joint output under two."""
+        """Keep the output of a module under a name, or the first thirds of a joint output under two."""
 
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             if self._reading:
@@ -136,8 +137,7 @@ class Tap:
                             f"query of layer {i} carries no gradient, so its term would not train anything; "
                             "checkpoint with use_reentrant=False"
                         )
-                    heads = layer.num_heads if hasattr(layer, "num_heads") else layer.num_attention_heads
-                    result.attention.append(QueryKey(query, key, heads, layer.scaling))
+                    result.attention.append(QueryKey(query, key, self._heads, layer.scaling))
         finally:
             self._reading = False
             self._found.clear()

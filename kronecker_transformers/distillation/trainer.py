@@ -17,14 +17,15 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from ..checkpoint import source_name
-from ..pooling import MEAN, Pooling
-from ..sentence_modules import modules_of
+from ..checkpoint.load import source_name
+from ..checkpoint.pooling import MEAN, Pooling
+from ..checkpoint.sentence_modules import modules_of
+from ..hub.trainer import STATE_FILE, PublishingTrainer
 from .arguments import DistillationArguments
 from .objective import Objective, check_tokenizers
 from .optimizer import scale_learning_rates
 from .progress import Progress, follow_time
-from .publishing import STATE_FILE, PublishingTrainer
+from .sampling import SamplingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ _SHORT = 128
 """Tokens; with twice as many flash attention is the faster one (benchmarks/attention.py)."""
 
 
-class DistillationTrainer(PublishingTrainer):
+class DistillationTrainer(PublishingTrainer, SamplingTrainer):
     """Trains a student on a teacher's hidden states, attention and outputs, and on labels where there are any.
 
     The objective is that of `args`; its terms are means over all sequences of a step, or over all its labels, so it

@@ -3,14 +3,11 @@
 Importing this package registers every class with its Auto class.
 """
 
-import transformers
-from transformers import PreTrainedModel
-
 from .configuration_kronecker_bert import KroneckerBertConfig
 from .configuration_kronecker_gpt2 import KroneckerGPT2Config
-from .factor_plan import PRESETS, FactorEntry, FactorPlan
+from .factor_plan import FactorEntry, FactorPlan
+from .kronecker_family import DENSE_CLASSES, FACTORED_CLASSES, Family, Head, register_family
 from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
-from .modeling_kronecker import KroneckerPreTrainedModel
 from .modeling_kronecker_bert import (
     KroneckerBertForMaskedLM,
     KroneckerBertForMultipleChoice,
@@ -29,9 +26,12 @@ from .modeling_kronecker_gpt2 import (
 )
 
 __all__ = [
-    "PRESETS",
+    "DENSE_CLASSES",
+    "FACTORED_CLASSES",
     "FactorEntry",
     "FactorPlan",
+    "Family",
+    "Head",
     "KroneckerBertConfig",
     "KroneckerBertForMaskedLM",
     "KroneckerBertForMultipleChoice",
@@ -48,17 +48,5 @@ __all__ = [
     "KroneckerGPT2LMHeadModel",
     "KroneckerGPT2Model",
     "KroneckerLinear",
+    "register_family",
 ]
-
-DENSE_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
-    value: getattr(transformers, name.removeprefix("Kronecker"))
-    for name, value in list(globals().items())
-    if name in __all__ and isinstance(value, type) and issubclass(value, KroneckerPreTrainedModel)
-}
-"""Stock class by its factored class."""
-
-for _config in (KroneckerBertConfig, KroneckerGPT2Config):
-    transformers.AutoConfig.register(_config.model_type, _config)
-    for _auto_class, _reference in _config.auto_classes.items():
-        if _auto_class != "AutoConfig":
-            getattr(transformers, _auto_class).register(_config, globals()[_reference.split(".")[1]])

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import GPT2Config
 
 from .configuration_kronecker import KroneckerConfigMixin
-from .factor_plan import FactorPlan as FactorPlan  # older transformers copy only what this file itself imports
+from .factor_plan import FactorPlan, preset_entry
+from .kronecker_family import Family
+
+
+def kngpt2_plan(config: Any) -> FactorPlan:
+    """KnGPT2: the embedding and layers 1, 3, 5, ... by a factor of 2, one product each; the head stays tied."""
+    hidden, inner = config.hidden_size, config.n_inner or 4 * config.hidden_size
+    plan = {"wte": preset_entry("kngpt2", "word embedding", config.vocab_size, hidden, b=(1, 2))}
+    for name, m, n in (
+        ("attn.c_attn", 3 * hidden, hidden),
+        ("attn.c_proj", hidden, hidden),
+        ("mlp.c_fc", inner, hidden),
+        ("mlp.c_proj", hidden, inner),
+    ):
+        if config.num_hidden_layers > 1:
+            plan[f"h.*[13579].{name}"] = preset_entry("kngpt2", name, m, n, b=(2, 1))
+    return FactorPlan(plan)
 
 
 class KroneckerGPT2Config(KroneckerConfigMixin, GPT2Config):
@@ -19,37 +35,23 @@ class KroneckerGPT2Config(KroneckerConfigMixin, GPT2Config):
         **kwargs: as for `GPT2Config`.
 
     Raises:
-        ValueError: the plan does not fit this model; see `FactorPlan.match`.
+        TypeError, ValueError: the plan is malformed, or a preset does not divide the sizes.
     """
 
     model_type = "kronecker_gpt2"
     dense_config_class = GPT2Config
-    auto_classes: ClassVar[dict[str, str]] = {
-        "AutoConfig": "configuration_kronecker_gpt2.KroneckerGPT2Config",
-        "AutoModel": "modeling_kronecker_gpt2.KroneckerGPT2Model",
-        "AutoModelForPreTraining": "modeling_kronecker_gpt2.KroneckerGPT2LMHeadModel",
-        "AutoModelForCausalLM": "modeling_kronecker_gpt2.KroneckerGPT2LMHeadModel",
-        "AutoModelForSequenceClassification": "modeling_kronecker_gpt2.KroneckerGPT2ForSequenceClassification",
-        "AutoModelForTokenClassification": "modeling_kronecker_gpt2.KroneckerGPT2ForTokenClassification",
-        "AutoModelForQuestionAnswering": "modeling_kronecker_gpt2.KroneckerGPT2ForQuestionAnswering",
-    }
+    family = Family(
+        layers="h",
+        words="wte",
+        positions="wpe",
+        embedded="drop",
+        attention="attn",
+        query="c_attn",
+        key="c_attn",
+        norm="ln_f",
+        causal=True,
+        default_ratio=1.48,
+        presets={"kngpt2": kngpt2_plan},
+    )
 
     factor_plan: Any = None
-
-    def factorable_modules(self) -> dict[str, tuple[int, int]]:
-        """Weight shape (m outputs, n inputs) of every module that a plan may name; m counts outputs for Conv1D too."""
-        hidden, inner = self.hidden_size, self.n_inner or 4 * self.hidden_size
-        modules = {"wte": (self.vocab_size, hidden), "wpe": (self.max_position_embeddings, hidden)}
-        for i in range(self.num_hidden_layers):
-            modules[f"h.{i}.attn.c_attn"] = (3 * hidden, hidden)
-            modules[f"h.{i}.attn.c_proj"] = (hidden, hidden)
-            if self.add_cross_attention:
-                modules[f"h.{i}.crossattention.c_attn"] = (2 * hidden, hidden)
-                modules[f"h.{i}.crossattention.q_attn"] = (hidden, hidden)
-                modules[f"h.{i}.crossattention.c_proj"] = (hidden, hidden)
-            modules[f"h.{i}.mlp.c_fc"] = (inner, hidden)
-            modules[f"h.{i}.mlp.c_proj"] = (hidden, inner)
-        return modules
-
-
-KroneckerGPT2Config.register_for_auto_class()

@@ -8,13 +8,12 @@ example ``encoder.layer.*.intermediate.dense``) to the shape of the factors. A w
 
 An entry holds m1, n1 and terms; m and n come from the model. What no pattern matches stays dense.
 (m1, n1) = (m, 1) is the plain low-rank product of rank `terms`. An embedding counts as a matrix of
-shape (vocabulary, hidden). Presets are plans too: KroneckerBERT (Tahaei et al., NAACL 2022, Table 1)
-and KnGPT2 (Edalati et al., ACL 2022).
+shape (vocabulary, hidden). The presets of a family are plans too; its configuration file has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -192,10 +191,14 @@ def _examples(pattern: str, modules: Mapping[str, tuple[int, int]]) -> list[str]
     return get_close_matches(pattern, modules, n=2) or list(kinds.values())[:4]
 
 
-def _entry(
+def preset_entry(
     preset: str, part: str, m: int, n: int, *, a: tuple[int, int] | None = None, b: tuple[int, int] | None = None
 ) -> FactorEntry:
-    """The entry of a preset for a weight (m, n), of which one factor, A or B, keeps its size."""
+    """The entry of a preset for a weight (m, n), of which one factor, A or B, keeps its size.
+
+    Raises:
+        ValueError: that size does not divide the weight's; the message names preset and part.
+    """
     fixed = a or b
     assert fixed is not None
     if m % fixed[0] or n % fixed[1]:
@@ -204,63 +207,6 @@ def _entry(
             f"which must divide by ({fixed[0]}, {fixed[1]}); use another model or a FactorPlan of your own"
         )
     return FactorEntry(*(a or (m // fixed[0], n // fixed[1])))
-
-
-def _kronecker_bert(
-    preset: str,
-    config: Any,
-    *,
-    attention_b: tuple[int, int],
-    up_a: tuple[int, int],
-    embedding_n2: int,
-    factor_pooler: bool,
-) -> FactorPlan:
-    """KroneckerBERT, Table 1; other hidden sizes keep the attention's B, the FFN's A and the embedding's n2."""
-    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    attention = _entry(preset, "attention", hidden, hidden, b=attention_b)
-    plan = {
-        "embeddings.word_embeddings": _entry(preset, "word embedding", vocab, hidden, b=(1, embedding_n2)),
-        "encoder.layer.*.attention.self.*": attention,
-        "encoder.layer.*.attention.output.dense": attention,
-        "encoder.layer.*.intermediate.dense": _entry(preset, "FFN (up)", inner, hidden, a=up_a),
-        # [0-9] keeps the pattern away from attention.output.dense
-        "encoder.layer.*[0-9].output.dense": _entry(preset, "FFN (down)", hidden, inner, a=up_a[::-1]),
-    }
-    if factor_pooler:
-        plan["pooler.dense"] = attention
-    return FactorPlan(plan)
-
-
-def _kronecker_bert_8(config: Any) -> FactorPlan:
-    # The paper does not say what happens to the pooler: factoring it gives its 7.7x.
-    return _kronecker_bert("7.7x", config, attention_b=(2, 2), up_a=(8, 2), embedding_n2=8, factor_pooler=True)
-
-
-def _kronecker_bert_21(config: Any) -> FactorPlan:
-    # Here leaving the pooler dense gives the paper's 5.2 M parameters.
-    return _kronecker_bert("21x", config, attention_b=(2, 16), up_a=(16, 2), embedding_n2=16, factor_pooler=False)
-
-
-def _kngpt2(config: Any) -> FactorPlan:
-    """KnGPT2: the embedding and layers 1, 3, 5, ... by a factor of 2, one product each; the head stays tied."""
-    hidden, inner = config.hidden_size, config.n_inner or 4 * config.hidden_size
-    plan = {"wte": _entry("kngpt2", "word embedding", config.vocab_size, hidden, b=(1, 2))}
-    for name, m, n in (
-        ("attn.c_attn", 3 * hidden, hidden),
-        ("attn.c_proj", hidden, hidden),
-        ("mlp.c_fc", inner, hidden),
-        ("mlp.c_proj", hidden, inner),
-    ):
-        if config.num_hidden_layers > 1:
-            plan[f"h.*[13579].{name}"] = _entry("kngpt2", name, m, n, b=(2, 1))
-    return FactorPlan(plan)
-
-
-PRESETS: dict[str, dict[str, Callable[[Any], FactorPlan]]] = {
-    "kronecker_bert": {"7.7x": _kronecker_bert_8, "21x": _kronecker_bert_21},
-    "kronecker_gpt2": {"kngpt2": _kngpt2},
-}
-"""Preset plans by family (`model_type`) and name; each takes the config and scales to its sizes."""
 
 
 def resolve_plan(plan: str | Mapping[str, Any] | None, config: Any) -> FactorPlan:
@@ -274,7 +220,7 @@ def resolve_plan(plan: str | Mapping[str, Any] | None, config: Any) -> FactorPla
     if isinstance(plan, FactorPlan):
         return plan
     if isinstance(plan, str):
-        presets = PRESETS[config.model_type]
+        presets = config.family.presets
         if plan not in presets:
             raise ValueError(
                 f"plan={plan!r} is not a preset for {config.dense_config_class.model_type}; "

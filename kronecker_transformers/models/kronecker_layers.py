@@ -18,7 +18,6 @@ contiguous row of A for each word.
 
 from __future__ import annotations
 
-import importlib
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -30,6 +29,7 @@ from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
 from .kronecker_contraction import contract
+from .kronecker_nearest import nearest_kronecker
 
 
 def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -140,13 +140,7 @@ class _KroneckerLayer(nn.Module):
 
     def _set_nearest(self, weight: Tensor, dense: Any) -> None:
         """Set the factors to the nearest products of `weight` (m, n), that of `dense`; keep what `dense` trains."""
-        try:
-            nearest = importlib.import_module("kronecker_transformers.factorization.nearest")
-        except ImportError as error:
-            raise ImportError(
-                "factoring a dense layer needs the package; pip install kronecker-transformers"
-            ) from error
-        result = nearest.nearest_kronecker(weight, self.m1, self.n1, self.terms)
+        result = nearest_kronecker(weight, self.m1, self.n1, self.terms)
         with torch.no_grad():
             self.A.copy_(result.A)
             self.B.copy_(result.B)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import nullcontext
-from types import NoneType
 from typing import Any
 
 import torch
@@ -14,6 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .factor_plan import FactorEntry, resolve_plan
+from .kronecker_family import family_of
+from .kronecker_internals import RefusesHollowCheckpoints
 from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
 
 logger = logging.get_logger(__name__)
@@ -32,75 +34,55 @@ def factor_module(module: nn.Module, m1: int, n1: int, terms: int) -> KroneckerL
     )
 
 
-BLOCK = 512 * 768
-"""Entries of the hidden states that go through an encoder at a time: 512 tokens of BERT-base (benchmarks/blocks.py)."""
+MOST_PARAMETERS = 10**11
+"""Bound on what a plan may ask for; see `configuration_kronecker.LARGEST_SIZE`."""
 
 
-LARGEST_LACK = 2**26
-"""Values that a checkpoint may lack whatever its size, to be drawn anew: a config may ask for more than there is."""
+def weight_shape(module: Any) -> tuple[int, int] | None:
+    """Shape (m outputs, n inputs) of the weight of a module that a plan may name, dense or factored; None for others.
 
-
-def in_blocks(model: PreTrainedModel, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-    """Outputs of an encoder for a batch, computed for some sequences at a time where that is faster.
-
-    That is without gradients on a CPU. The batch stays whole for a compiled model, for a decoder or whatever else has
-    a cache, for forward hooks, and for masks that are no tensors.
-
-    Args:
-        model: the encoder.
-        forward: the method of its stock class.
-        inputs: the arguments of this method, by name.
+    An embedding counts as (vocabulary, hidden).
     """
-    source = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch.is_grad_enabled()
-        or not isinstance(source, torch.Tensor)
-        or source.device.type != "cpu"
-        or source.ndim < 2
-        or source.shape[0] * source.shape[1] * model.config.hidden_size <= BLOCK
-        or model.config.is_decoder
-        or inputs.get("past_key_values") is not None
-        or not isinstance(inputs.get("attention_mask"), (torch.Tensor, NoneType))
-        or _is_watched(model)
-    ):
-        return forward(**inputs)
-    batch = source.shape[0]
-    rows = max(1, BLOCK // (source.shape[1] * model.config.hidden_size))
-    parts = {
-        name: value.split(rows)
-        for name, value in inputs.items()
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch
-    }
-    blocks = [dict(zip(parts, block, strict=True)) for block in zip(*parts.values(), strict=True)]
-    return _joined([forward(**{**inputs, **block}) for block in blocks])
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    if isinstance(module, (nn.Linear, KroneckerLinear)):
+        return module.out_features, module.in_features
+    if isinstance(module, (nn.Embedding, KroneckerEmbedding)):
+        return module.num_embeddings, module.embedding_dim
+    return None
 
 
-def _is_watched(model: nn.Module) -> bool:
-    """Whether a forward hook looks into the model, apart from those by which transformers collects hidden states."""
-    hooks = (
-        hook
-        for module in model.modules()
-        if module is not model
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
-    return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)
+def factorable_modules(base: Any) -> dict[str, tuple[int, int]]:
+    """Weight shape (m, n) of every module of a base model that a plan may name, by its name.
+
+    The pooler is among them also in a model that was built without one: both share plans and checkpoints.
+    """
+    shapes = {name: shape for name, module in base.named_modules() if (shape := weight_shape(module))}
+    pooler = family_of(base).pooler
+    if pooler is not None:
+        shapes.setdefault(pooler, (base.config.hidden_size, base.config.hidden_size))
+    return shapes
 
 
-def _joined(outputs: list[Any]) -> Any:
-    """Outputs of blocks as one: tensors are joined along the batch, in tuples and model outputs too."""
-    first = outputs[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(outputs)
-    if isinstance(first, dict):
-        return type(first)(**{name: _joined([output[name] for output in outputs]) for name in first})
-    if isinstance(first, tuple):
-        return tuple(map(_joined, map(list, zip(*outputs, strict=True))))
-    return first
+def matched_plan(base: Any, plan: str | Mapping[str, Any]) -> dict[str, FactorEntry]:
+    """The entry of every module of a base model that a plan factors, by its name.
+
+    Raises:
+        ValueError: the plan does not fit, see `FactorPlan.match`; or asks for too much.
+    """
+    modules = factorable_modules(base)
+    if not isinstance(plan, str) and len(plan) > len(modules):
+        raise ValueError(
+            f"factor_plan has {len(plan):,} entries for {len(modules):,} modules; each module may match one only"
+        )
+    matched = resolve_plan(plan, base.config).match(modules)
+    parameters = sum(matched[name].parameters(m, n) if name in matched else m * n for name, (m, n) in modules.items())
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(f"config asks for {parameters:,} parameters, more than {MOST_PARAMETERS:,}; check its sizes")
+    return matched
 
 
-class KroneckerPreTrainedModel(PreTrainedModel):
+class KroneckerPreTrainedModel(RefusesHollowCheckpoints, PreTrainedModel):
     """To stand before a stock class: builds its model with factored layers in the places of `config.factor_plan`."""
 
     config_class: Any
@@ -125,11 +107,12 @@ class KroneckerPreTrainedModel(PreTrainedModel):
 
     def _make_base_model(self) -> PreTrainedModel:
         """The factored base model that takes the place of the stock one, `self.base_model`."""
-        raise NotImplementedError
+        poolers = {"add_pooling_layer": getattr(self.base_model, "pooler", None) is not None}
+        return type(self).config_class.base_class(self.config, **(poolers if self.config.family.pooler else {}))
 
     def _factor_layers(self) -> None:
         modules = dict(self.named_modules())
-        for name, entry in self.config.factored_modules().items():
+        for name, entry in matched_plan(self, self.config.factor_plan).items():
             parent, _, leaf = name.rpartition(".")
             if name in modules:  # a model may have been built without its pooler
                 setattr(modules[parent], leaf, factor_module(modules[name], entry.m1, entry.n1, entry.terms))
@@ -188,7 +171,9 @@ class KroneckerPreTrainedModel(PreTrainedModel):
         name = next(name for name, module in self.named_modules() if module is old)
         super().set_input_embeddings(value)
         factored = isinstance(value, KroneckerEmbedding)
-        self.config.replace_entry(name, (value.m1, value.n1, value.terms) if factored else None)
+        entry = (value.m1, value.n1, value.terms) if factored else None
+        plan = resolve_plan(self.config.factor_plan, self.config).with_entry(name, entry, factorable_modules(self))
+        self.config.factor_plan = plan.to_dict()
 
     def set_output_embeddings(self, value: Any) -> None:
         """As the stock method; a dense head beside a factored embedding is one of its own, and the config says so."""
@@ -218,21 +203,6 @@ class KroneckerPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method, which makes what a checkpoint lacks; but not a model that is hardly there.
-
-        Raises:
-            ValueError: the checkpoint lacks most of a large model: its config belongs to another one.
-        """
-        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
-        lacking = sum(sizes.get(key, 0) for key in missing_keys)
-        if lacking > max(LARGEST_LACK, sum(sizes.values()) / 2):
-            raise ValueError(
-                f"the weights lack {lacking:,} of the {sum(sizes.values()):,} values that the config asks for, "
-                f"{min(missing_keys)!r} first; restore the config.json that was saved with them"
-            )
-        return super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
-
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> Any:
@@ -261,7 +231,11 @@ class KroneckerPreTrainedModel(PreTrainedModel):
 
         name = next(name for name, module in self.base_model.named_modules() if module is embedding)
         old_rows, new_rows = embedding.m1, size // m2
-        self.config.resize_embedding(name, size, new_rows)  # refuses before anything has changed
+        modules = factorable_modules(self.base_model)
+        entry = (new_rows, embedding.n1, embedding.terms)
+        plan = resolve_plan(self.config.factor_plan, self.config).with_entry(name, entry, modules)
+        plan.match({**modules, name: (size, embedding.embedding_dim)})  # refuses before anything has changed
+        self.config.factor_plan, self.config.vocab_size = plan.to_dict(), size
         rows = self._get_resized_embeddings(_rows_of_a(embedding), new_rows, None, mean_resizing).weight.detach()
         if not mean_resizing:  # drawn with the standard deviation of a word; turn it into that of a row of A
             rows[old_rows:] *= (m2 * embedding.n2) ** 0.5 / torch.linalg.vector_norm(embedding.B.detach())
@@ -294,7 +268,9 @@ class KroneckerPreTrainedModel(PreTrainedModel):
 
     def _check_config(self) -> None:
         modules = dict(self.base_model.named_modules())
-        planned = {name: (e.m1, e.n1, e.terms) for name, e in self.config.factored_modules().items()}
+        planned = {
+            name: (e.m1, e.n1, e.terms) for name, e in matched_plan(self.base_model, self.config.factor_plan).items()
+        }
         for name, module in modules.items():
             is_factored = isinstance(module, (KroneckerLinear, KroneckerEmbedding))
             built = (module.m1, module.n1, module.terms) if is_factored else None

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from typing import Any
-
 from transformers import (
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -18,7 +14,9 @@ from transformers import (
 )
 
 from .configuration_kronecker_bert import KroneckerBertConfig
-from .modeling_kronecker import KroneckerPreTrainedModel, in_blocks
+from .kronecker_blocks import in_blocks
+from .kronecker_family import SPAN, Head, register_family
+from .modeling_kronecker import KroneckerPreTrainedModel
 
 
 class KroneckerBertPreTrainedModel(KroneckerPreTrainedModel, BertPreTrainedModel):
@@ -27,23 +25,11 @@ class KroneckerBertPreTrainedModel(KroneckerPreTrainedModel, BertPreTrainedModel
     config: KroneckerBertConfig
     config_class = KroneckerBertConfig
 
-    def _make_base_model(self) -> KroneckerBertModel:
-        return KroneckerBertModel(self.config, add_pooling_layer=getattr(self.bert, "pooler", None) is not None)
-
 
 class KroneckerBertModel(KroneckerBertPreTrainedModel, BertModel):
     """`BertModel` with the factored layers of its plan; for inference on a CPU a large batch goes through in blocks."""
 
-    @functools.wraps(BertModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As the stock method; see `modeling_kronecker.in_blocks`."""
-        named = dict(zip(_FORWARD_ARGUMENTS, args, strict=False))
-        if len(named) < len(args) or named.keys() & kwargs.keys():
-            return super().forward(*args, **kwargs)  # which refuses them
-        return in_blocks(self, super().forward, named | kwargs)
-
-
-_FORWARD_ARGUMENTS = tuple(inspect.signature(BertModel.forward).parameters)[1:]
+    forward = in_blocks(BertModel.forward)
 
 
 class KroneckerBertForPreTraining(KroneckerBertPreTrainedModel, BertForPreTraining):
@@ -70,10 +56,19 @@ class KroneckerBertForMultipleChoice(KroneckerBertPreTrainedModel, BertForMultip
     """`BertForMultipleChoice` on a factored BERT."""
 
 
-KroneckerBertModel.register_for_auto_class("AutoModel")
-KroneckerBertForPreTraining.register_for_auto_class("AutoModelForPreTraining")
-KroneckerBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
-KroneckerBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-KroneckerBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-KroneckerBertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
-KroneckerBertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")
+PRE_TRAINING = (
+    Head("words", "prediction_logits"),
+    Head("next_sentence", "seq_relationship_logits", "next_sentence_label"),
+)
+register_family(
+    KroneckerBertConfig,
+    {
+        "AutoModel": (KroneckerBertModel, ()),
+        "AutoModelForPreTraining": (KroneckerBertForPreTraining, PRE_TRAINING),
+        "AutoModelForMaskedLM": (KroneckerBertForMaskedLM, (Head("words"),)),
+        "AutoModelForSequenceClassification": (KroneckerBertForSequenceClassification, (Head("sequence"),)),
+        "AutoModelForTokenClassification": (KroneckerBertForTokenClassification, (Head("tokens"),)),
+        "AutoModelForQuestionAnswering": (KroneckerBertForQuestionAnswering, SPAN),
+        "AutoModelForMultipleChoice": (KroneckerBertForMultipleChoice, (Head("choices"),)),
+    },
+)

@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_kronecker_gpt2 import KroneckerGPT2Config
+from .kronecker_family import SPAN, Head, register_family
 from .kronecker_layers import KroneckerLinear
 from .modeling_kronecker import KroneckerPreTrainedModel
 
@@ -27,9 +28,6 @@ class KroneckerGPT2PreTrainedModel(KroneckerPreTrainedModel, GPT2PreTrainedModel
 
     config: KroneckerGPT2Config
     config_class = KroneckerGPT2Config
-
-    def _make_base_model(self) -> KroneckerGPT2Model:
-        return KroneckerGPT2Model(self.config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -66,8 +64,15 @@ class KroneckerGPT2ForQuestionAnswering(KroneckerGPT2PreTrainedModel, GPT2ForQue
     """`GPT2ForQuestionAnswering` on a factored GPT-2."""
 
 
-KroneckerGPT2Model.register_for_auto_class("AutoModel")
-KroneckerGPT2LMHeadModel.register_for_auto_class("AutoModelForCausalLM")
-KroneckerGPT2ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-KroneckerGPT2ForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-KroneckerGPT2ForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+NEXT_TOKEN = (Head("next_token"),)
+register_family(
+    KroneckerGPT2Config,
+    {
+        "AutoModel": (KroneckerGPT2Model, ()),
+        "AutoModelForCausalLM": (KroneckerGPT2LMHeadModel, NEXT_TOKEN),
+        "AutoModelForPreTraining": (KroneckerGPT2LMHeadModel, NEXT_TOKEN),
+        "AutoModelForSequenceClassification": (KroneckerGPT2ForSequenceClassification, (Head("sequence"),)),
+        "AutoModelForTokenClassification": (KroneckerGPT2ForTokenClassification, (Head("tokens"),)),
+        "AutoModelForQuestionAnswering": (KroneckerGPT2ForQuestionAnswering, SPAN),
+    },
+)

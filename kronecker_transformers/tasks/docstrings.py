@@ -16,39 +16,24 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 PACKAGES = ("numpy", "pandas", "scipy", "sklearn", "torch", "transformers")
 """Packages with much documentation in their source, read beside Python's own library where they are installed."""
 
-_HELD_OUT_SHARE = 10  # one sentence in ten
 _MARKUP = re.compile(r":[a-z:+]+:`~?([^`<]+)[^`]*`|`+~?([^`]+)`+|\[([^\]]+)\]\([^)]*\)|\*\*?([^*\s][^*]*)\*\*?")
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)][.!?])\s+(?=[A-Z])")
 # No colon and no double dash: these stand in lists of arguments and under headings.
 _PROSE = re.compile(r"(?!.*--)[A-Z][A-Za-z0-9 ,;'\"()/%-]*[.!?]")
 
 
-class Sentences(NamedTuple):
-    """Two disjoint lists of sentences, each in the order of its hashes."""
-
-    train: list[str]
-    held_out: list[str]
-
-
-def docstring_sentences(packages: Iterable[str] = PACKAGES) -> Sentences:
-    """Distinct English sentences of 5 to 40 words from docstrings, split by a hash of the sentence.
-
-    The split does not depend on which other sentences were found: a sentence that is held out on one machine is held
-    out on every machine.
+def docstring_sentences(packages: Iterable[str] = PACKAGES) -> list[str]:
+    """Distinct English sentences of 5 to 40 words from docstrings, in the order of their hashes.
 
     The files are parsed by processes of their own, so a script that calls this must guard its entry point with
     `if __name__ == "__main__":`.
 
     Args:
         packages: names of packages to read beside Python's standard library; those not installed are passed over.
-
-    Returns:
-        About nine tenths for training and one tenth held out.
     """
     files = sorted(path for root in _roots(packages) for path in _python_files(root))
     found: dict[bytes, str] = {}
@@ -56,10 +41,7 @@ def docstring_sentences(packages: Iterable[str] = PACKAGES) -> Sentences:
         for sentences in pool.map(sentences_of_file, files, chunksize=64):
             for sentence in sentences:
                 found[hashlib.sha256(sentence.lower().encode()).digest()] = sentence
-    ordered = sorted(found.items())
-    held_out = [sentence for digest, sentence in ordered if digest[-1] % _HELD_OUT_SHARE == 0]
-    train = [sentence for digest, sentence in ordered if digest[-1] % _HELD_OUT_SHARE]
-    return Sentences(train, held_out)
+    return [found[digest] for digest in sorted(found)]
 
 
 def _roots(packages: Iterable[str]) -> Iterator[Path]:

@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, count, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,6 +49,7 @@ class TextSource:
         fraction: share of the documents that is read, 0 < fraction <= 1; the same ones every time.
         column: name of the column of a table or dataset.
         split: of a dataset of the Hub.
+        skipped: share of the documents that comes before that fraction, in an order that the documents themselves give.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -59,6 +60,7 @@ class TextSource:
     fraction: float = 1.0
     column: str = "text"
     split: str = "train"
+    skipped: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -107,7 +109,12 @@ class TextSource:
 
     def _is_sampled(self, document: Document) -> bool:
         digest = hashlib.sha256("\n".join(document).encode()).digest()
-        return int.from_bytes(digest[:8]) < self.fraction * 2**64
+        return self.skipped <= int.from_bytes(digest[:8]) / 2**64 < self.skipped + self.fraction
+
+    def part(self, begin: float, end: float) -> TextSource:
+        """The documents between two shares of this one, 0 <= begin < end <= 1; parts that meet have none in common."""
+        share = end - begin
+        return replace(self, fraction=share * self.fraction, skipped=self.skipped + begin * self.fraction)
 
     def _read(self, name: str) -> Iterator[Document]:
         if _is_plain(name):

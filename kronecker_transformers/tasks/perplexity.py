@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.kronecker_family import longest_sequence
+
 
 def _detokenized(text: str) -> str:
     """Undo the tokenisation of WikiText: hyphens, punctuation, quotes and brackets close up with their words."""
@@ -95,7 +97,7 @@ def perplexity(
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"normalisation={normalisation!r} is not known; choose one of {', '.join(NORMALISATIONS)}")
-    longest = model.config.max_position_embeddings
+    longest = longest_sequence(model)
     if not 2 <= window <= longest:
         raise ValueError(f"window={window} must be from 2 to the model's maximum of {longest} tokens; choose another")
     if not 1 <= stride < window:

@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..sentence_modules import DEFAULT, EncoderSettings
+from ..checkpoint.sentence_modules import DEFAULT, EncoderSettings
 
 
 @torch.no_grad()

@@ -283,7 +283,9 @@ def test_a_teacher_without_names_that_is_below_chance_is_a_loud_warning(workplac
 
 
 def test_what_cannot_be_trained_is_refused_before_long_work(workplace, monkeypatch):
-    monkeypatch.setattr("kronecker_transformers.experiment.train_plainly", lambda *_, **__: pytest.fail("is trained"))
+    monkeypatch.setattr(
+        "kronecker_transformers.distillation.experiment.train_plainly", lambda *_, **__: pytest.fail("is trained")
+    )
     teacher = save_teacher(workplace / "teacher", BertModel)
     glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
     with pytest.raises(ValueError, match="max_length=41 must be from 2 to the teacher's 40 tokens"):
@@ -315,7 +317,7 @@ def test_a_failing_evaluation_loses_no_result(workplace, monkeypatch):
 
 def test_a_table_that_cannot_be_shown_loses_no_figure(workplace, monkeypatch):
     teacher = save_teacher(workplace / "teacher", BertModel)
-    monkeypatch.setattr("kronecker_transformers.experiment.Console", lambda **_: 1 / 0)
+    monkeypatch.setattr("kronecker_transformers.distillation.experiment.Console", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_example(
             "run_glue_kd", workplace / "out", teacher=teacher, task_name="sst2", data_dir=workplace / "glue",
@@ -342,7 +344,9 @@ def test_a_teacher_in_half_precision_is_fine_tuned_in_full(workplace):
 def test_what_does_not_fit_is_refused_before_the_teacher_is_trained(workplace, monkeypatch):
     teacher = save_teacher(workplace / "teacher", BertModel)
     glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
-    monkeypatch.setattr("kronecker_transformers.experiment.train_plainly", lambda *_, **__: pytest.fail("is trained"))
+    monkeypatch.setattr(
+        "kronecker_transformers.distillation.experiment.train_plainly", lambda *_, **__: pytest.fail("is trained")
+    )
     with pytest.raises(ValueError, match=r"wte"):
         run_example("run_glue_kd", workplace / "out", **glue, plan=workplace / "gpt2.yaml")
     (workplace / "few.txt").write_text("the dog\n" * 9)

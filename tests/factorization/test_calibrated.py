@@ -5,14 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import kronecker_sum
 
-from kronecker_transformers.factorization import calibrated, nearest_kronecker
-from kronecker_transformers.factorization.calibrated import (
+from kronecker_transformers.compression import calibrated
+from kronecker_transformers.compression.calibrated import (
     Moments,
     MomentSums,
     calibrated_kronecker,
     kronecker_product,
     weighted_kronecker,
 )
+from kronecker_transformers.models.kronecker_nearest import nearest_kronecker
 
 
 @pytest.fixture(params=[calibrated._LARGEST, 0], ids=["direct", "gradients"], scope="module", autouse=True)

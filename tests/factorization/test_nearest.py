@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracles import kronecker_sum
 
 from kronecker_transformers import nearest_kronecker
-from kronecker_transformers.factorization import nearest
+from kronecker_transformers.models import kronecker_nearest as nearest
 
 SHAPES = [(7, 5, 2, 3), (3, 2, 11, 5), (2, 3, 5, 11), (14, 3, 1, 4), (12, 1, 1, 10), (1, 10, 12, 1), (6, 10, 2, 1)]
 

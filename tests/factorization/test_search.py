@@ -6,15 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronecker_transformers.factorization import nearest_kronecker
-from kronecker_transformers.factorization.calibrated import MomentSums, calibrated_kronecker, weighted_kronecker
-from kronecker_transformers.factorization.search import (
+from kronecker_transformers.compression.calibrated import MomentSums, calibrated_kronecker, weighted_kronecker
+from kronecker_transformers.compression.estimates import (
     UNITS,
     best_choice,
     error_curves,
     factor_shapes,
     weighted_error_curve,
 )
+from kronecker_transformers.models.kronecker_nearest import nearest_kronecker
 
 
 def covariance(n, seed=0):

@@ -2,12 +2,13 @@ import json
 
 import pytest
 import torch
+from students import factorable_modules, factored_modules
 from tiny import bert_config, gpt2_config
 from torch import nn
 from transformers import AutoConfig, BertConfig, BertModel, GPT2Config, GPT2Model, RobertaConfig
 from transformers.pytorch_utils import Conv1D
 
-from kronecker_transformers import KroneckerBertConfig, KroneckerGPT2Config
+from kronecker_transformers import KroneckerBertConfig, KroneckerBertModel, KroneckerGPT2Config
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_factorable_modules_are_those_of_the_stock_model(config_class, dense_cla
             actual[name] = tuple(module.weight.shape)
         elif isinstance(module, Conv1D):
             actual[name] = tuple(module.weight.shape[::-1])
-    assert config_class.from_dense(dense_config, {}).factorable_modules() == actual
+    assert factorable_modules(config_class.from_dense(dense_config, {})) == actual
 
 
 def test_everything_else_of_the_teacher_comes_along():
@@ -45,7 +46,7 @@ def test_config_file_round_trip(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is KroneckerGPT2Config
-    assert loaded.factored_modules() == config.factored_modules()
+    assert factored_modules(loaded) == factored_modules(config)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["factor_plan"]["wte"] == {"m1": 72, "n1": 16, "terms": 1}
     assert stored["auto_map"] == KroneckerGPT2Config.auto_classes
@@ -63,7 +64,7 @@ def test_auto_map_drops_the_repository_but_keeps_foreign_classes():
 
 
 def test_default_is_all_dense():
-    assert KroneckerBertConfig().factored_modules() == {}
+    assert factored_modules(KroneckerBertConfig()) == {}
     assert KroneckerGPT2Config().factor_plan == {}
 
 
@@ -71,9 +72,12 @@ def test_default_is_all_dense():
     ("make", "message"),
     [
         (lambda: KroneckerBertConfig.from_dense(GPT2Config(), "7.7x"), "model_type='gpt2' must be 'bert'"),
-        (lambda: KroneckerBertConfig.from_dense(RobertaConfig(), "7.7x"), "supported teachers are BERT and GPT-2"),
+        (lambda: KroneckerBertConfig.from_dense(RobertaConfig(), "7.7x"), "supported families are bert and gpt2"),
         (lambda: KroneckerGPT2Config.from_dense(BertConfig(), "kngpt2"), "model_type='bert' must be 'gpt2'"),
-        (lambda: KroneckerBertConfig(factor_plan={"nowhere": (1, 1)}), "'nowhere' matches no module"),
+        (
+            lambda: KroneckerBertModel(KroneckerBertConfig(factor_plan={"nowhere": (1, 1)})),
+            "'nowhere' matches no module",
+        ),
     ],
 )
 def test_bad_input(make, message):

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from students import factorable_modules, factored_modules
 from transformers import BertConfig, GPT2Config
 
 from kronecker_transformers import FactorEntry, FactorPlan, KroneckerBertConfig, KroneckerGPT2Config
@@ -58,8 +59,8 @@ def test_bad_plans(plan, error, message):
 
 
 def b_shapes(config):
-    modules = config.factorable_modules()
-    return {name: entry.b_shape(*modules[name]) for name, entry in config.factored_modules().items()}
+    modules = factorable_modules(config)
+    return {name: entry.b_shape(*modules[name]) for name, entry in factored_modules(config).items()}
 
 
 # The shapes of KroneckerBERT's Table 1, written out: (m1, n1), (m2, n2)
@@ -96,9 +97,9 @@ def test_kronecker_bert_presets_are_the_papers(preset):
         else:
             expected.update({f"encoder.layer.{i}.{name}": shapes for i in range(12)})
     shapes_of_b = b_shapes(config)
-    actual = {name: ((e.m1, e.n1), shapes_of_b[name]) for name, e in config.factored_modules().items()}
+    actual = {name: ((e.m1, e.n1), shapes_of_b[name]) for name, e in factored_modules(config).items()}
     assert actual == expected
-    assert all(entry.terms == 1 for entry in config.factored_modules().values())
+    assert all(entry.terms == 1 for entry in factored_modules(config).values())
 
 
 def test_kngpt2_halves_the_rows_of_the_odd_layers():
@@ -110,12 +111,12 @@ def test_kngpt2_halves_the_rows_of_the_odd_layers():
         expected[f"h.{i}.mlp.c_fc"] = ((1536, 768), (2, 1))
         expected[f"h.{i}.mlp.c_proj"] = ((384, 3072), (2, 1))
     shapes_of_b = b_shapes(config)
-    assert {name: ((e.m1, e.n1), shapes_of_b[name]) for name, e in config.factored_modules().items()} == expected
+    assert {name: ((e.m1, e.n1), shapes_of_b[name]) for name, e in factored_modules(config).items()} == expected
 
 
 def test_presets_scale_to_other_hidden_sizes():
     dense = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
-    factored = KroneckerBertConfig.from_dense(dense, "7.7x").factored_modules()
+    factored = factored_modules(KroneckerBertConfig.from_dense(dense, "7.7x"))
     assert factored["embeddings.word_embeddings"] == FactorEntry(30522, 48)
     assert factored["encoder.layer.5.attention.self.key"] == FactorEntry(192, 192)
     assert factored["encoder.layer.5.intermediate.dense"] == FactorEntry(8, 2)

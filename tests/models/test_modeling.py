@@ -3,13 +3,13 @@ import copy
 import pytest
 import torch
 import transformers
-from students import ALL_MODELS, BERT_PLAN, MODELS, first_output, student
+from students import ALL_MODELS, BERT_PLAN, MODELS, factored_modules, first_output, student
 from tiny import BERT_SIZES, bert_config, gpt2_config, inputs
 from transformers import AutoModel, BertConfig, GPT2Config, GPT2LMHeadModel
 
 import kronecker_transformers as kt
 from kronecker_transformers import to_dense
-from kronecker_transformers.models import DENSE_CLASSES, modeling_kronecker
+from kronecker_transformers.models import DENSE_CLASSES, kronecker_blocks
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_is_what_it_says(model_class):
     model = student(model_class)
     assert isinstance(model.base_model, (kt.KroneckerBertModel, kt.KroneckerGPT2Model))
     assert isinstance(model, DENSE_CLASSES[model_class])
-    planned = set(model.config.factored_modules())
+    planned = set(factored_modules(model.config))
     built = {
         n for n, m in model.base_model.named_modules() if isinstance(m, (kt.KroneckerLinear, kt.KroneckerEmbedding))
     }
@@ -338,7 +338,7 @@ def test_every_class_is_registered():
 @pytest.fixture
 def blocks(monkeypatch):
     """Blocks of two sequences of 12 tokens; the batch sizes that pass through an encoder are counted."""
-    monkeypatch.setattr(modeling_kronecker, "BLOCK", 30 * 32)
+    monkeypatch.setattr(kronecker_blocks, "BLOCK", 30 * 32)
     sizes, forward = [], transformers.models.bert.modeling_bert.BertEncoder.forward
 
     def counted(self, hidden_states, *args, **kwargs):
@@ -360,7 +360,7 @@ def test_blocks_of_a_large_batch_give_the_outputs_of_the_whole(model_class, bloc
         assert max(blocks) == 2
         assert sum(blocks) == len(batch["input_ids"].flatten(0, -2))
         assert len(found.attentions) == len(found.hidden_states) - 1 == 3
-        monkeypatch.setattr(modeling_kronecker, "BLOCK", 10**9)
+        monkeypatch.setattr(kronecker_blocks, "BLOCK", 10**9)
         whole = model(**batch)
     assert found.keys() == whole.keys()
     torch.testing.assert_close(dict(found), dict(whole), rtol=1e-12, atol=1e-12)
@@ -380,10 +380,10 @@ def test_blocks_take_the_arguments_of_the_stock_model(blocks, monkeypatch):
     with torch.no_grad():
         for args, kwargs in arguments:
             blocks.clear()
-            monkeypatch.setattr(modeling_kronecker, "BLOCK", 30 * 32)
+            monkeypatch.setattr(kronecker_blocks, "BLOCK", 30 * 32)
             found = model(*args, **kwargs)
             assert blocks == [2, 2, 1]
-            monkeypatch.setattr(modeling_kronecker, "BLOCK", 10**9)
+            monkeypatch.setattr(kronecker_blocks, "BLOCK", 10**9)
             whole = model(*args, **kwargs)
             assert type(found) is type(whole)
             for mine, other in zip(tuple(found), tuple(whole), strict=True):

@@ -66,7 +66,7 @@ def test_unreadable_files_are_passed_over(tmp_path, content):
     assert sentences_of_file(file) == []
 
 
-def test_split_is_disjoint_and_stable(tmp_path, monkeypatch):
+def test_every_sentence_once_in_an_order_of_its_own(tmp_path, monkeypatch):
     for package, count in (("first", 400), ("second", 100)):
         folder = tmp_path / package
         folder.mkdir()
@@ -78,10 +78,8 @@ def test_split_is_disjoint_and_stable(tmp_path, monkeypatch):
     monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda name: str(tmp_path / "second"))
 
     both = docstring_sentences(["first", "second", "not_installed_anywhere"])
-    assert len(both.train) + len(both.held_out) == 400  # every sentence once, none of the tests
-    assert not set(both.train) & set(both.held_out)
-    assert 20 <= len(both.held_out) <= 60
+    assert len(both) == len(set(both)) == 400  # every sentence once, none of the tests
     fewer = docstring_sentences([])
-    assert len(fewer.train) + len(fewer.held_out) == 100
-    assert set(fewer.held_out) <= set(both.held_out)
+    assert len(fewer) == 100
+    assert fewer == [sentence for sentence in both if sentence in set(fewer)]
     assert "first" not in sys.modules

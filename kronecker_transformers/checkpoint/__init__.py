@@ -1,0 +1,1 @@
+"""Reading teachers and students, and writing checkpoint folders."""

@@ -1,0 +1,187 @@
+"""Text on its way through a model, layer after layer, for what looks at its layers.
+
+Hidden states of all text are kept between two layers, so nothing is computed from the start again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from ..models.kronecker_family import family_of, longest_sequence
+
+LENGTH = 128
+"""Tokens of a calibration sequence, at most."""
+BATCH_TOKENS = 4096
+"""Tokens that go through a model at a time, at most, padding included."""
+HELD_OUT = 10
+"""One sequence in so many is held out."""
+
+
+class CalibrationBatch(NamedTuple):
+    """Sequences of similar length, padded on the right."""
+
+    input_ids: Tensor
+    """(batch, length)"""
+    attention_mask: Tensor
+    """(batch, length), 1 for what is not padding."""
+    held_out: bool
+
+    @property
+    def real(self) -> Tensor:
+        """Positions that are not padding, (batch, length), bool."""
+        return self.attention_mask.bool()
+
+
+def calibration_batches(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int = LENGTH
+) -> list[CalibrationBatch]:
+    """Encode calibration text: text by text, or in blocks for a causal model; longer texts are cut into pieces.
+
+    Args:
+        texts: sentences or documents.
+        tokenizer: of the teacher.
+        model: the teacher, or its student.
+        length: tokens of a sequence, at most; cut to what the model can take.
+
+    Returns:
+        Batches of sequences of similar length, some of them held out.
+
+    Raises:
+        TypeError: a text is not a string, or all is one string.
+        ValueError: too few texts.
+    """
+    if isinstance(texts, str):
+        raise TypeError("calibration text is one string; give a list of strings")
+    texts = list(texts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"calibration text {index} is of type {type(text).__name__}; give strings")
+    texts = [text for text in texts if text.strip()]
+    length = min(length, longest_sequence(model))
+    if family_of(model).causal:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = list(chain.from_iterable([*row, *end] for row in tokenizer(texts)["input_ids"])) if texts else []
+        rows = [ids[start : start + length] for start in range(0, len(ids), length)]
+    else:
+        cut = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
+        rows = tokenizer(texts, **cut)["input_ids"] if texts else []
+    if len(rows) < HELD_OUT:
+        raise ValueError(
+            f"calibration text of {len(texts)} texts gives {len(rows)} sequences of at most {length} tokens; at least "
+            f"{HELD_OUT} are needed, and some hundred sentences do well"
+        )
+    rows.sort(key=len)
+    held_out = rows[HELD_OUT // 2 :: HELD_OUT]
+    del rows[HELD_OUT // 2 :: HELD_OUT]
+    return [*_batches(rows, False), *_batches(held_out, True)]
+
+
+def _batches(rows: list[list[int]], held_out: bool) -> Iterator[CalibrationBatch]:
+    """Batches of sorted rows; padded with 0, since the mask hides what stands there."""
+    while rows:
+        size = next((n for n in range(1, len(rows)) if (n + 1) * len(rows[n]) > BATCH_TOKENS), len(rows))
+        batch, rows = rows[:size], rows[size:]
+        ids, mask = torch.zeros(2, size, len(batch[-1]), dtype=torch.long)
+        for i, row in enumerate(batch):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        yield CalibrationBatch(ids, mask, held_out)
+
+
+@dataclass
+class Stream:
+    """A batch on its way through one model: what its next layer is called with."""
+
+    real: Tensor
+    """Positions that are not padding, (batch, length), bool."""
+    held_out: bool
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def through(self, layer: nn.Module) -> Tensor:
+        """What a layer makes of it, (batch, length, hidden)."""
+        output = layer(self.hidden, *self.args, **self.kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def advance(self, layer: nn.Module) -> None:
+        """Go through a layer."""
+        self.hidden = self.through(layer)
+
+
+class _Seen(Exception):  # noqa: N818 - not an error
+    """All that was wanted has been seen; the rest of the forward pass is not needed."""
+
+
+@contextmanager
+def seeing(modules: Mapping[str, nn.Module], outputs: bool = False) -> Iterator[dict[str, Any]]:
+    """Run something in this block until all modules were called: their (args, kwargs), or their outputs, by name."""
+    found: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+            found[name] = output if outputs else (args, kwargs)
+            if len(found) == len(modules):
+                raise _Seen
+
+        return hook
+
+    register = nn.Module.register_forward_hook if outputs else nn.Module.register_forward_pre_hook
+    handles = [register(module, keep(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        with suppress(_Seen):
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def weight_of(module: Any) -> Tensor:
+    """The weight of a dense linear layer or embedding as (m outputs, n inputs), or (rows, n)."""
+    weight: Tensor = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    return weight
+
+
+def layers_of(base: Any) -> tuple[str, nn.ModuleList]:
+    """Name and modules of the stack of layers of a base model."""
+    place = family_of(base).layers
+    return place, base.get_submodule(place)
+
+
+def enter(base: Any, batches: Iterable[CalibrationBatch]) -> list[Stream]:
+    """All batches before the first layer of a base model."""
+    streams = []
+    for batch in batches:
+        ids, mask = batch.input_ids.to(base.device), batch.attention_mask.to(base.device)
+        with seeing({"first": layers_of(base)[1][0]}) as seen:
+            base(ids, attention_mask=mask, use_cache=False)
+        (hidden, *args), kwargs = seen["first"]
+        streams.append(Stream(mask.bool(), batch.held_out, hidden, tuple(args), kwargs))
+    return streams
+
+
+def groups_of(layer: nn.Module, names: Sequence[str], stream: Stream) -> list[list[str]]:
+    """Modules of a layer in the order in which they compute; those that share their input together."""
+    if not names:
+        return []
+    with seeing({name: layer.get_submodule(name) for name in names}) as seen:
+        stream.through(layer)
+    groups: list[list[str]] = []
+    last = None
+    for name, ((x, *_), _) in seen.items():
+        if x is last:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        last = x
+    return groups

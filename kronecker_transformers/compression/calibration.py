@@ -1,0 +1,223 @@
+"""Calibration text, carried through teacher and student layer after layer, gives the student better factors.
+
+Each factored layer is fitted to what the teacher's computes for the same text, given the inputs that the student's
+earlier layers, fitted already, pass on (`factorization.calibrated`). The hidden states of both models are carried from
+layer to layer, so nothing is computed from the start again; within a layer, modules are fitted in the order in which
+they compute. A part of the text is held out: a layer whose nearest factors do better there keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..models.kronecker_family import family_of
+from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, seeing, weight_of
+from .calibrated import Moments, MomentSums, calibrated_kronecker, kronecker_product, weighted_kronecker
+
+UNSEEN = 1.0
+"""Occurrences that every row of an embedding is taken to have beside those in the text (Laplace smoothing)."""
+
+
+class LayerErrors(NamedTuple):
+    """Relative errors of a layer's outputs on held-out text, given the student's own inputs.
+
+    E || y - y' ||^2 / E || y - E y ||^2, its root; for an embedding, relative to E || y ||^2.
+    """
+
+    nearest: float
+    """Of the nearest factors."""
+    calibrated: float
+    """Of the factors that the student has now."""
+
+
+@torch.no_grad()
+def calibrate(
+    teacher: PreTrainedModel, student: PreTrainedModel, batches: Sequence[CalibrationBatch], progress: bool = False
+) -> dict[str, LayerErrors]:
+    """Give a student, in place, the factors and biases that suit calibration text. Deterministic.
+
+    Modules that text alone does not reach, those of cross-attention, keep their nearest factors.
+
+    Args:
+        teacher: a dense model; it is not changed.
+        student: factored from it, with nearest factors; it is left in evaluation mode.
+        batches: from `calibration_batches`.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        Errors of the factored layers, by their names in `student`.
+
+    Raises:
+        ValueError: less text than the largest layer needs, a feed-forward layer that computes in chunks, or activations
+            that are not finite; the student is then not fit for use.
+    """
+    if chunk := getattr(teacher.config, "chunk_size_feed_forward", 0):
+        raise ValueError(
+            f"chunk_size_feed_forward={chunk} must be 0 for calibration; set it so in the teacher's config"
+        )
+    training = teacher.training
+    try:
+        errors = _calibrate(teacher.eval().base_model, student.eval().base_model, batches, progress)
+    finally:
+        teacher.train(training)
+    prefix = "" if student.base_model is student else f"{student.base_model_prefix}."
+    return {prefix + name: found for name, found in errors.items()}
+
+
+def _calibrate(
+    dense: Any, factored: Any, batches: Sequence[CalibrationBatch], progress: bool
+) -> dict[str, LayerErrors]:
+    """The same for base models."""
+    names = [name for name, module in factored.named_modules() if _is_factored(module)]
+    _check_amount(batches, factored)
+    errors: dict[str, LayerErrors] = {}
+    with tqdm(desc="calibrating", total=len(names), unit="layer", disable=not progress) as bar:
+
+        def note(name: str, found: LayerErrors) -> None:
+            errors[name] = found
+            bar.update()
+
+        for name, weights in row_weights(dense, names, batches).items():
+            note(name, _fit_embedding(factored.get_submodule(name), dense.get_submodule(name), *weights))
+        streams, student_streams = enter(dense, batches), enter(factored, batches)
+        place, layers = layers_of(dense)
+        for index, (layer, student_layer) in enumerate(zip(layers, layers_of(factored)[1], strict=True)):
+            inner = [name for name, module in student_layer.named_modules() if _is_factored(module)]
+            for group in groups_of(student_layer, inner, student_streams[0]):
+                for name, found in _fit_group(layer, student_layer, group, streams, student_streams):
+                    note(f"{place}.{index}.{name}", found)
+            for stream, student_stream in zip(streams, student_streams, strict=True):
+                stream.advance(layer)
+                student_stream.advance(student_layer)
+        pooler = family_of(factored).pooler
+        if pooler and pooler in names:
+            fit, held_out = pooler_moments(dense, streams, student_streams)
+            note(pooler, _fit(factored.get_submodule(pooler), dense.get_submodule(pooler), fit, held_out))
+    return {name: errors[name] for name in names if name in errors}
+
+
+def _is_factored(module: nn.Module) -> bool:
+    return isinstance(module, (KroneckerLinear, KroneckerEmbedding))
+
+
+def _check_amount(batches: Sequence[CalibrationBatch], student: nn.Module) -> None:
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    needed = max((m.A.shape[2] * m.B.shape[2] for m in student.modules() if isinstance(m, KroneckerLinear)), default=1)
+    if tokens < needed:
+        raise ValueError(
+            f"calibration text of {tokens:,} tokens is too little: the largest layer has {needed:,} inputs, and at "
+            f"least as many tokens are needed; give at least {-(-needed // tokens)} times as much, better more"
+        )
+
+
+def _fit_group(
+    layer: nn.Module, student_layer: nn.Module, group: list[str], streams: list[Stream], student_streams: list[Stream]
+) -> Iterator[tuple[str, LayerErrors]]:
+    """Fit modules of one layer that share their input."""
+    fit, held_out = group_moments(layer, student_layer, group, streams, student_streams)
+    start = 0
+    for name in group:
+        module: Any = student_layer.get_submodule(name)
+        rows = slice(start, start := start + module.out_features)
+        yield name, _fit(module, layer.get_submodule(name), fit.rows(rows), held_out.rows(rows))
+
+
+def group_moments(
+    layer: nn.Module, student_layer: nn.Module, group: list[str], streams: list[Stream], student_streams: list[Stream]
+) -> tuple[Moments, Moments]:
+    """Moments of modules of one layer that share their input, their outputs one after the other: to fit, and held out.
+
+    Raises:
+        ValueError: activations that are not finite.
+    """
+    sums = {held_out: MomentSums() for held_out in (False, True)}
+    for stream, student_stream in zip(streams, student_streams, strict=True):
+        with seeing({name: layer.get_submodule(name) for name in group}, outputs=True) as outputs:
+            stream.through(layer)
+        with seeing({"x": student_layer.get_submodule(group[0])}) as inputs:
+            student_stream.through(student_layer)
+        y = torch.cat([outputs[name][stream.real] for name in group], -1)
+        sums[stream.held_out].add(inputs["x"][0][0][stream.real], y)
+    try:
+        return sums[False].finish(), sums[True].finish()
+    except ValueError as error:
+        raise ValueError(f"layer {group[0]!r}: {error}") from error
+
+
+def pooler_moments(dense: Any, streams: list[Stream], student_streams: list[Stream]) -> tuple[Moments, Moments]:
+    """The same for the pooler, which sees the first token only; streams are at the end of the last layer."""
+    sums = {held_out: MomentSums() for held_out in (False, True)}
+    pooler = dense.get_submodule(family_of(dense).pooler)
+    for stream, student_stream in zip(streams, student_streams, strict=True):
+        sums[stream.held_out].add(student_stream.hidden[:, 0], pooler(stream.hidden[:, 0]))
+    return sums[False].finish(), sums[True].finish()
+
+
+def _fit(module: KroneckerLinear, dense: nn.Module, fit: Moments, held_out: Moments) -> LayerErrors:
+    """Calibrated factors and bias for one module, if they are better than those it has on text that is held out."""
+    bias: Any = module.bias  # all layers of BERT and GPT-2 that a plan may name have one
+    m1, terms, n1 = module.A.shape
+    found = calibrated_kronecker(weight_of(dense), fit, m1, n1, terms)
+    nearest = held_out.relative_error(module.A, module.B, bias)
+    calibrated = held_out.relative_error(found.A, found.B, found.bias)
+    if calibrated >= nearest:
+        return LayerErrors(nearest, nearest)
+    module.A.copy_(found.A)
+    module.B.copy_(found.B)
+    bias.copy_(found.bias)
+    return LayerErrors(nearest, calibrated)
+
+
+def row_weights(
+    dense: Any, names: Sequence[str], batches: Sequence[CalibrationBatch]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """How much each row of the embeddings among these modules counts: to fit, and to judge on held-out text; (m,) each.
+
+    Words count as often as the text has them, positions all the same, for later text may be longer.
+    """
+    modules = {name: dense.get_submodule(name) for name in names}
+    modules = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
+    counts = {
+        held_out: {name: torch.zeros(len(m.weight), dtype=torch.float64) for name, m in modules.items()}
+        for held_out in (False, True)
+    }
+    for batch in batches if modules else ():
+        with seeing(modules) as seen:
+            ids, mask = batch.input_ids.to(dense.device), batch.attention_mask.to(dense.device)
+            dense(ids, attention_mask=mask, use_cache=False)
+        for name, ((rows, *_), _) in seen.items():
+            found = counts[batch.held_out][name]
+            found += torch.bincount(rows.expand(mask.shape)[mask.bool()], minlength=len(found)).cpu()
+    weights, positions = {}, family_of(dense).positions
+    for name, module in modules.items():
+        fit, held_out = counts[False][name] + UNSEEN, counts[True][name]
+        if name == positions:
+            fit = held_out = torch.ones_like(fit)
+        weights[name] = fit.to(module.weight.device), held_out.to(module.weight.device)
+    return weights
+
+
+def _fit_embedding(module: KroneckerEmbedding, dense: nn.Module, fit: Tensor, held_out: Tensor) -> LayerErrors:
+    """Factors that suit the rows by their weights, if they are better than those it has on text that is held out."""
+    W: Any = dense.weight
+    m1, terms, n1 = module.A.shape
+    A, B = weighted_kronecker(W, fit, m1, n1, terms)
+    nearest, calibrated = row_error(W, module.A, module.B, held_out), row_error(W, A, B, held_out)
+    if calibrated >= nearest:
+        return LayerErrors(nearest, nearest)
+    module.A.copy_(A)
+    module.B.copy_(B)
+    return LayerErrors(nearest, calibrated)
+
+
+def row_error(W: Tensor, A: Tensor, B: Tensor, weights: Tensor) -> float:
+    """Relative error of the rows of an embedding (m, n), weighted (m,)."""
+    squared = (W - kronecker_product(A, B)).square().sum(1) @ weights
+    return float((squared / (W.double().square().sum(1) @ weights)).sqrt())

@@ -1,0 +1,312 @@
+"""What each layer of a teacher may become in a plan, how near it then comes, and how much that matters.
+
+The error of every shape has an estimate (`factorization.search.error_curves`). Shapes compete in the middle layer:
+those with the best estimates are tried by a few sweeps of alternating least squares, judged on held-out text, and
+the best are candidates in all layers. There the estimates are scaled by what a try at one size reaches. The influence
+of a layer is measured by giving this layer alone an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..evaluation.cost import REPORT_LENGTH
+from ..models.factor_plan import FactorEntry
+from ..models.kronecker_contraction import multiplications
+from ..models.kronecker_family import family_of, heads_of
+from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, weight_of
+from .calibrated import (
+    RIDGE,
+    CalibratedFactors,
+    Moments,
+    calibrated_kronecker,
+    kronecker_product,
+    weighted_kronecker,
+)
+from .calibration import group_moments, pooler_moments, row_error, row_weights
+from .estimates import error_curves, factor_shapes, weighted_error_curve
+
+SIZES = tuple(2 ** (-k / 8) for k in range(8, 57))
+"""Sizes of candidates, as shares of the dense weight: from 1/2 to 1/128."""
+SIZES_TRIED = SIZES[::4]
+"""At which shapes compete."""
+TRIED = 3
+"""Shapes that are tried in the middle layer for each size; the best one of each is kept."""
+PROBE = 1 / 8
+"""Size at which shapes are tried, and at which influences are measured."""
+SWEEPS = 2
+"""Of a try."""
+PROBE_TOKENS = 1024
+"""Tokens on which influences are measured."""
+Shape = tuple[int, int]
+"""(m1, n1)"""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a layer may become."""
+
+    entry: FactorEntry | None
+    """None for the dense layer."""
+    parameters: int
+    flops: int
+    """Of one sequence of `REPORT_LENGTH` tokens."""
+    error: float
+    """Relative error of its outputs."""
+    milliseconds: float = 0.0
+    """In a forward pass on this machine, if that is budgeted."""
+
+
+@dataclass
+class MeasuredLayer:
+    """What is known of a layer before the choice."""
+
+    name: str
+    weight: Tensor
+    """(m, n)"""
+    candidates: list[Candidate]
+    probe: tuple[Tensor, Tensor, Tensor | None]
+    """Factors and bias, of a layer with an error."""
+    probe_error: float
+
+
+def measured_layers(
+    base: Any, batches: Sequence[CalibrationBatch], presets: Mapping[str, Mapping[str, FactorEntry]]
+) -> Iterator[MeasuredLayer]:
+    """All layers that are searched, in the order in which they compute, with their candidates.
+
+    Args:
+        base: the base model of a teacher.
+        batches: calibration text.
+        presets: plans of which every entry shall be a candidate: name of a module to entry.
+    """
+    wanted: dict[str, list[FactorEntry]] = defaultdict(list)  # by the kind of the layer: a preset may factor some only
+    for entries in presets.values():
+        for name, entry in entries.items():
+            wanted[_kind(name)].append(entry)
+    family = family_of(base)
+    for name, weights in row_weights(base, [family.words, family.positions], batches).items():
+        yield _embedding(name, base.get_submodule(name).weight, *weights, wanted[name])
+    place, layers = layers_of(base)
+    shortlists: dict[str, list[Shape]] = {}
+    streams = enter(base, batches)
+    for layer in layers[: len(layers) // 2]:
+        for stream in streams:
+            stream.advance(layer)
+    middle = len(layers) // 2
+    for name, module, fit, held_out in linear_modules(layers[middle], streams):
+        shortlists[name] = _shortlist(weight_of(module), fit, held_out, wanted[_kind(f"{place}.{middle}.{name}")])
+    streams = enter(base, batches)
+    for index, layer in enumerate(layers):
+        for name, module, fit, held_out in linear_modules(layer, streams):
+            full = f"{place}.{index}.{name}"
+            presets_here = wanted[_kind(full)]
+            yield _linear(full, weight_of(module), REPORT_LENGTH, fit, held_out, shortlists[name], presets_here)
+        for stream in streams:
+            stream.advance(layer)
+    if family.pooler and getattr(base, family.pooler.partition(".")[0], None) is not None:
+        name, weight = family.pooler, base.get_submodule(family.pooler).weight
+        fit, held_out = pooler_moments(base, streams, streams)
+        yield _linear(name, weight, 1, fit, held_out, _shortlist(weight, fit, held_out, wanted[name]), wanted[name])
+
+
+def linear_modules(layer: nn.Module, streams: list[Stream]) -> Iterator[tuple[str, nn.Module, Moments, Moments]]:
+    """The linear modules of a layer that text reaches, with the moments of their inputs and outputs."""
+    names = [name for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    for group in groups_of(layer, names, streams[0]):
+        fit, held_out = group_moments(layer, layer, group, streams, streams)
+        start = 0
+        for name in group:
+            module = layer.get_submodule(name)
+            rows = slice(start, start := start + weight_of(module).shape[0])
+            yield name, module, fit.rows(rows), held_out.rows(rows)
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _estimates(W: Tensor, fit: Moments, shapes: Iterable[Shape]) -> dict[Shape, Tensor]:
+    C = fit.inputs.clone()
+    C.diagonal().add_(RIDGE * C.diagonal().mean() or RIDGE)
+    return error_curves(W, C, shapes)
+
+
+def _unit(W: Tensor, m1: int, n1: int) -> int:
+    """Parameters of one term."""
+    return m1 * n1 + W.numel() // (m1 * n1)
+
+
+def _terms(W: Tensor, m1: int, n1: int, share: float) -> int:
+    """Terms of a shape that have at most this share of the parameters of W."""
+    return int(share * W.numel() / _unit(W, m1, n1))
+
+
+def _shortlist(W: Tensor, fit: Moments, held_out: Moments, presets: Iterable[FactorEntry]) -> list[Shape]:
+    """Low rank, the shapes of the presets, and those that are the best at some size."""
+    always = {(len(W), 1), *((entry.m1, entry.n1) for entry in presets)}
+    worth = {shape for shape in factor_shapes(*W.shape) if _terms(W, *shape, SIZES[0])}
+    curves = _estimates(W, fit, worth | always)
+    tried = always | _best(W, curves, TRIED)
+    return sorted(always | _best(W, {shape: _try(W, fit, held_out, shape, curves[shape])[0] for shape in tried}, 1))
+
+
+def _best(W: Tensor, curves: Mapping[Shape, Tensor], number: int) -> set[Shape]:
+    """So many shapes at each size."""
+    found: set[Shape] = set()
+    for share in SIZES_TRIED:
+        errors = []
+        for shape, curve in curves.items():
+            if 1 <= (terms := _terms(W, *shape, share)) <= len(curve):
+                errors.append((float(curve[terms - 1]), shape))
+        found.update(shape for _, shape in sorted(errors)[:number])
+    return found
+
+
+def _try(
+    W: Tensor, fit: Moments, held_out: Moments, shape: Shape, estimates: Tensor
+) -> tuple[Tensor, CalibratedFactors, float]:
+    """Estimates scaled by what is reached at one size; the factors with which it was reached, and their error."""
+    terms = min(max(1, _terms(W, *shape, PROBE)), len(estimates))
+    found = calibrated_kronecker(W, fit, *shape, terms, sweeps=SWEEPS)
+    error = held_out.relative_error(found.A, found.B, found.bias)
+    return estimates * (error / max(float(estimates[terms - 1]), 1e-9)), found, error
+
+
+def _linear(
+    name: str,
+    W: Tensor,
+    tokens: int,
+    fit: Moments,
+    held_out: Moments,
+    shapes: Iterable[Shape],
+    presets: list[FactorEntry],
+) -> MeasuredLayer:
+    """A linear layer with its candidates."""
+    candidates = [_candidate(W, tokens, None, 0.0)]
+    tries = {shape: _try(W, fit, held_out, shape, curve) for shape, curve in _estimates(W, fit, shapes).items()}
+    for shape, (curve, _, _) in tries.items():
+        counts = {_terms(W, *shape, share) for share in SIZES}
+        counts |= {entry.terms for entry in presets if (entry.m1, entry.n1) == shape}
+        for terms in sorted(counts):
+            if 1 <= terms < len(curve):
+                candidates.append(_candidate(W, tokens, FactorEntry(*shape, terms), float(curve[terms - 1])))
+    _, probe, error = tries[len(W), 1]
+    return MeasuredLayer(name, W, candidates, probe[:3], error)
+
+
+def _embedding(name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry]) -> MeasuredLayer:
+    """An embedding with its candidates."""
+    m, n = W.shape
+    candidates = [_candidate(W, 0, None, 0.0)]
+    for n1 in [d for d in range(1, n) if n % d == 0]:
+        curve = weighted_error_curve(W, fit, n1)
+        terms = {_terms(W, m, n1, share) for share in SIZES}
+        terms |= {entry.terms for entry in presets if (entry.m1, entry.n1) == (m, n1)}
+        for count in sorted(terms):
+            if 1 <= count < len(curve):
+                candidates.append(_candidate(W, 0, FactorEntry(m, n1, count), float(curve[count - 1])))
+    A, B = weighted_kronecker(W, fit, m, 1, max(1, _terms(W, m, 1, PROBE)))
+    return MeasuredLayer(name, W, candidates, (A, B, None), row_error(W, A, B, held_out))
+
+
+def _candidate(W: Tensor, tokens: int, entry: FactorEntry | None, error: float) -> Candidate:
+    m, n = W.shape
+    if entry is None:
+        return Candidate(None, m * n, 2 * tokens * m * n, 0.0)
+    flops = 2 * tokens * min(multiplications(entry.m1, entry.n1, *entry.b_shape(m, n), entry.terms))
+    return Candidate(entry, entry.parameters(m, n), flops, error)
+
+
+@torch.no_grad()
+def influences(
+    teacher: PreTrainedModel, layers: Sequence[MeasuredLayer], batches: Sequence[CalibrationBatch], progress: bool
+) -> list[float]:
+    """How much noise over signal the outputs that count get from that of each layer.
+
+    Measured on held-out text, with one layer at a time as its probe: that of the outputs comes from their correlation
+    with the teacher's; several kinds of outputs, as those of a teacher for pre-training, are averaged.
+    """
+    judged, tokens = [], 0
+    for batch in batches:
+        if batch.held_out and tokens < PROBE_TOKENS:
+            judged.append(batch)
+            tokens += int(batch.attention_mask.sum())
+
+    def outputs() -> list[Tensor]:
+        rows = zip(*(_outputs_that_count(teacher, batch) for batch in judged), strict=True)
+        return [torch.cat(kind) - torch.cat(kind).mean(0) for kind in rows]
+
+    wanted = outputs()
+    found = []
+    for layer in tqdm(layers, desc="influences", unit="layer", disable=not progress):
+        with _replaced(teacher.base_model.get_submodule(layer.name), *layer.probe):
+            lost = [_lost(want, got) for want, got in zip(wanted, outputs(), strict=True)]
+        found.append(sum(map(noise_to_signal, lost)) / len(lost) / noise_to_signal(max(layer.probe_error, 1e-3)))
+    return found
+
+
+def _lost(wanted: Tensor, got: Tensor) -> float:
+    """Relative error of the best multiple of what was got, both centred: root of 1 - their correlation squared."""
+    product = float((wanted * got).sum())
+    norms = float(wanted.square().sum()) * float(got.square().sum())
+    return math.sqrt(max(0.0, 1 - product * abs(product) / norms)) if norms > 0 else 0.0
+
+
+def noise_to_signal(error: float) -> float:
+    """Variance that is lost over variance that is kept, for a relative error; at most 1,000."""
+    return error**2 / max(1 - error**2, error**2 / 1000, 1e-12)
+
+
+@contextmanager
+def _replaced(module: Any, A: Tensor, B: Tensor, bias: Tensor | None) -> Iterator[None]:
+    """A dense layer with another weight and bias; a head that is tied to it too."""
+    weight = module.weight.data
+    product = kronecker_product(A, B).to(weight.dtype)
+    module.weight.data = product.t() if isinstance(module, Conv1D) else product
+    if bias is not None:
+        old_bias = module.bias.data
+        module.bias.data = bias.to(weight.dtype)
+    try:
+        yield
+    finally:
+        module.weight.data = weight
+        if bias is not None:
+            module.bias.data = old_bias
+
+
+def _outputs_that_count(teacher: Any, batch: CalibrationBatch) -> list[Tensor]:
+    """What a teacher is used for, a row for each token or sequence: see `search.search_plan`."""
+    ids, mask = batch.input_ids.to(teacher.device), batch.attention_mask.to(teacher.device)
+    inputs, real, heads = {"input_ids": ids, "attention_mask": mask}, mask.bool(), heads_of(teacher)
+    if any(head.kind == "choices" for head in heads):
+        return [teacher.base_model(**inputs).pooler_output.float()]
+    output = teacher(**inputs, **({"use_cache": False} if family_of(teacher).causal else {}))
+    if not heads:
+        hidden = output.last_hidden_state.float()
+        return [hidden[real], torch.stack([row[kept].mean(0) for row, kept in zip(hidden, real, strict=True)])]
+    if heads[0].kind == "span":
+        return [torch.stack([output[head.logits] for head in heads], -1).float()[real]]
+    found = []
+    for head in heads:
+        logits = output[head.logits]
+        rows = logits if head.kind in ("sequence", "next_sentence") else logits[real]
+        found.append(rows.float() if head.kind in ("sequence", "tokens") else _distributions(rows))
+    return found
+
+
+def _distributions(logits: Tensor) -> Tensor:
+    """Roots of probabilities, the distance of which is that of Hellinger."""
+    return logits.float().softmax(-1).sqrt()

@@ -1,0 +1,192 @@
+"""From a dense teacher to a factored student.
+
+The student is the teacher with the layers of a plan replaced by their nearest sums of Kronecker products
+(KroneckerBERT, section 3.4; KnGPT2, section 2), or, with calibration text, by sums that are near on that text;
+everything else is copied bit by bit.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoint.convert import copy_rest, is_tied, model_like, set_parameter
+from ..checkpoint.load import save_folder
+from ..checkpoint.sentence_modules import modules_of, refuse_code, share_modules
+from ..checkpoint.teachers import check_teacher
+from ..evaluation.cost import Report, describe
+from ..models import FACTORED_CLASSES
+from ..models.kronecker_family import family_of
+from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from ..models.kronecker_nearest import nearest_kronecker
+from .activations import CalibrationBatch, calibration_batches, weight_of
+from .calibration import calibrate
+from .search import PlanSearch, search_batches
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """A student, its tokenizer (None where the teacher came without one) and what was lost."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    report: Report
+    search: PlanSearch | None = None
+    """How the plan was found, if it was searched."""
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write a checkpoint that loads anywhere; `folder` must not exist yet or be empty.
+
+        Raises:
+            FileExistsError: the folder holds something.
+            OSError: it cannot be written; nothing is left behind.
+        """
+        return save_folder(folder, self.model, self.tokenizer, self.report.to_dict())
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Publish the checkpoint with its code and a card, in one commit.
+
+        Args:
+            repo_id: name of the repository; made if it does not exist.
+            **options: of `hub.push.push`, such as `private`, `revision` and `token`.
+
+        Returns:
+            The commit, `hub.push.Pushed`.
+
+        Raises:
+            OSError: as `hub.push.push`.
+        """
+        from ..hub.push import push
+
+        with tempfile.TemporaryDirectory() as scratch:
+            return push(self.save_pretrained(Path(scratch) / "model"), repo_id, **options)
+
+
+def compress(
+    teacher: str | os.PathLike[str] | PreTrainedModel,
+    plan: str | Mapping[str, Any] | None = None,
+    *,
+    ratio: float | None = None,
+    calibration: Iterable[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: bool = False,
+) -> CompressionResult:
+    """Factor a dense model.
+
+    Args:
+        teacher: a name on the Hub, a folder, or a loaded model, with any head that is supported.
+        plan: name of a preset, a `FactorPlan`, a mapping from pattern to ``(m1, n1, terms)``, or "search": the best
+            plan of the `ratio` that `search_plan` finds for the calibration text. Default: "search" where there is
+            calibration text, else the first preset of the family (7.7x for BERT, kngpt2 for GPT-2).
+        ratio: of a search, how many times smaller the base model becomes; default: that of the first preset, 7.7 or
+            1.48.
+        calibration: texts on which the factors are fitted to the teacher's layers; some hundred sentences like those
+            that the student will meet. A tenth of them is held out and decides, layer by layer, whether the nearest
+            factors are kept. Without any, all layers get their nearest factors.
+        tokenizer: of a teacher that is a loaded model; needed with `calibration`, and returned.
+        progress: show progress bars on standard error.
+
+    Returns:
+        The student in evaluation mode, in the teacher's dtype and on its device; the teacher is not changed.
+
+    Raises:
+        TypeError: the teacher is neither a name, a folder nor a model; or a text is not a string.
+        ValueError: unsupported teacher, a plan that does not fit, or weights that are not finite; with `calibration`,
+            too little text, no tokenizer, or activations that are not finite; with `ratio`, a plan too, no calibration
+            text, or a ratio that cannot be met.
+        OSError: the teacher cannot be read.
+    """
+    teacher, tokenizer = check_teacher(teacher, tokenizer)
+    modules = modules_of(teacher)
+    refuse_code(teacher.config.to_dict(), "config.json")
+    student_class: Any = FACTORED_CLASSES[type(teacher)]
+    family = family_of(teacher)
+    if ratio is not None and plan not in (None, "search"):
+        raise ValueError(f"ratio={ratio} was given beside a plan, which has its own; leave one of them out")
+    if plan is None:
+        plan = next(iter(family.presets)) if ratio is None and calibration is None else "search"
+    searched = isinstance(plan, str) and plan == "search"
+    if searched and calibration is None:
+        asked = 'plan="search"' if ratio is None else f"ratio={ratio}"
+        raise ValueError(f"{asked} needs calibration text, for which the best plan is searched; give some")
+    student = None if searched else _empty_student(teacher, student_class, plan)  # refuses a plan that does not fit
+    batches: list[CalibrationBatch] = []
+    if calibration is not None:
+        if tokenizer is None:
+            raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
+        batches = calibration_batches(calibration, tokenizer, teacher)
+    found = None
+    if student is None:
+        budget = {"ratio": family.default_ratio if ratio is None else ratio}
+        found = search_batches(teacher, batches, budget, progress=progress)
+        student = _empty_student(teacher, student_class, found.plan)
+
+    errors: dict[str, dict[str, float]] = {}
+    dense_modules = dict(teacher.named_modules())
+    factored = [
+        (name, m)
+        for name, m in student.named_modules()
+        if isinstance(m, (KroneckerLinear, KroneckerEmbedding)) and f"{name}.A" not in student.all_tied_weights_keys
+    ]
+    for name, module in tqdm(factored, desc="factoring", unit="layer", disable=not progress):
+        dense = _plain_weight(name, dense_modules[name])
+        weight = weight_of(dense_modules[name]).detach()  # (m, n)
+        (m1, terms, n1), (m2, _, n2) = module.A.shape, module.B.shape
+        if weight.shape != (m1 * m2, n1 * n2):
+            raise ValueError(
+                f"weight of {name!r} has shape {tuple(weight.shape)}, not {(m1 * m2, n1 * n2)} as in the teacher's "
+                "config; make both agree first, for an embedding with resize_token_embeddings"
+            )
+        result = nearest_kronecker(weight, m1, n1, terms)
+        set_parameter(module, "A", result.A, dense)
+        set_parameter(module, "B", result.B, dense)
+        errors[name] = {"relative_error": result.relative_error}
+    copy_rest(teacher, student)
+    share_modules(modules, student)
+    if batches:
+        for name, fitted in calibrate(teacher, student, batches, progress).items():
+            errors[name] = {
+                "relative_error": _relative_error(student.get_submodule(name), dense_modules[name]),
+                "output_error": fitted.calibrated,
+                "nearest_output_error": fitted.nearest,
+            }
+    return CompressionResult(student, tokenizer, describe(student).with_errors(errors), found)
+
+
+def _empty_student(teacher: PreTrainedModel, student_class: Any, plan: Any) -> PreTrainedModel:
+    """On the meta device.
+
+    Raises:
+        TypeError, ValueError: the plan does not fit.
+    """
+    config = student_class.config_class.from_dense(teacher.config, plan)
+    config.name_or_path = teacher.config.name_or_path
+    if not is_tied(teacher):
+        config.tie_word_embeddings = False
+    with torch.device("meta"):
+        return model_like(teacher, student_class, config)
+
+
+@torch.no_grad()
+def _relative_error(module: Any, dense: nn.Module) -> float:
+    product, weight = module.to_dense(), weight_of(dense)
+    return float((product - weight).double().norm() / weight.double().norm().clamp_min(1e-300))
+
+
+def _plain_weight(name: str, module: nn.Module) -> nn.Parameter:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"weight of {name!r} in the teacher is not a plain parameter; "
+            "remove parametrizations, adapters and quantization first"
+        )
+    return weight

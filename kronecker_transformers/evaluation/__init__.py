@@ -1,0 +1,1 @@
+"""What a model costs: parameters, bytes, FLOPs, and time on this machine."""

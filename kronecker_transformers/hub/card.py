@@ -1,0 +1,304 @@
+"""A model card from what is known of a checkpoint. Nothing is typed by hand, and what was not measured says so.
+
+Sizes and costs are counted in the model itself. Its training, quality and time come from the files that the examples
+and the command `benchmark --json` write: ``results.json`` and ``benchmark.json`` beside the weights.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..checkpoint.load import REPORT_FILE, load_model
+from ..checkpoint.sentence_modules import read_modules
+from ..evaluation.cost import describe
+from .files import BENCHMARK_FILE, CARD, RESULTS_FILE, published_files, read_object
+
+TEMPLATE = Path(__file__).parent / "card.md"
+MADE = "<!-- Made by kronecker_transformers: a push makes it anew. Remove this line to keep what you write here. -->"
+"""In every card."""
+_SENTENCE = "The students were proud of what their teacher had taught them."
+
+
+_SIMILARITY = {
+    "source_sentence": _SENTENCE,
+    "sentences": ["What they had learned made their teacher proud of them.", "The weather was fine that day."],
+}
+
+
+class _Use(NamedTuple):
+    """How a head is used."""
+
+    auto_class: str
+    pipeline_tag: str
+    widget: list[dict[str, Any]]
+    inference: dict[str, Any] | None = None
+
+
+USES = {
+    "Model": _Use("AutoModel", "feature-extraction", [{"text": _SENTENCE}]),
+    "ForPreTraining": _Use("AutoModelForPreTraining", "fill-mask", [{"text": "Paris is the [MASK] of France."}]),
+    "ForMaskedLM": _Use("AutoModelForMaskedLM", "fill-mask", [{"text": "Paris is the [MASK] of France."}]),
+    "LMHeadModel": _Use(
+        "AutoModelForCausalLM", "text-generation", [{"text": "A small model learns what"}],
+        {"parameters": {"max_new_tokens": 40}},
+    ),
+    "ForSequenceClassification": _Use(
+        "AutoModelForSequenceClassification", "text-classification", [{"text": "A film of rare warmth and wit."}]
+    ),
+    "ForTokenClassification": _Use(
+        "AutoModelForTokenClassification", "token-classification", [{"text": "Ada Lovelace lived in London."}]
+    ),
+    "ForQuestionAnswering": _Use(
+        "AutoModelForQuestionAnswering", "question-answering",
+        [{"text": "Where did Ada Lovelace live?", "context": "Ada Lovelace lived in London."}],
+    ),
+    "ForMultipleChoice": _Use("AutoModelForMultipleChoice", "multiple-choice", [{"text": _SENTENCE}]),
+}  # fmt: skip
+"""By the end of the name of a class."""
+
+
+def model_card(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    language: str | None = None,
+    twin_of: str | None = None,
+    has_twin: bool = False,
+    records: str | os.PathLike[str] | None = None,
+    note: str | None = None,
+    look_up: Callable[[str], Mapping[str, Any]] | None = None,
+) -> ModelCard:
+    """The card of a factored model, or of a dense twin.
+
+    Args:
+        folder: of the checkpoint.
+        repo_id: name of the repository it is for.
+        base_model: name of the teacher on the Hub; default: the recorded one if it is such a name.
+        license: default: that of the teacher's card, if there is one in its folder or `look_up` finds it.
+        language: the same.
+        twin_of: for a dense twin, the name of the factored model.
+        has_twin: whether the dense twin is published beside it, as ``<repo_id>-dense``.
+        records: folder of the records; for a dense twin that of the factored model; default: the same folder.
+        note: a paragraph to stand below the title.
+        look_up: from the name of a teacher on the Hub to the metadata of its card, such as `hub.card_metadata`; without
+            it nothing is asked on the Hub.
+
+    Raises:
+        ValueError, OSError: the folder holds no model, or records that are not readable.
+    """
+    folder = Path(folder)
+    records = Path(records or folder)
+    model, _ = load_model(folder)
+    record = _read(records / RESULTS_FILE)
+    options, training = record.get("options", {}), record.get("training", {})
+    source = options.get("teacher") or _read(records / REPORT_FILE).get("teacher")
+    given = {"base_model": base_model, "license": license, "language": language}
+    known = {**folder_metadata(records), **folder_metadata(source), **{key: v for key, v in given.items() if v}}
+    base_model = known.get("base_model") or (source if _is_hub_name(source) else None)
+    if look_up and isinstance(base_model, str) and not {"license", "language"} <= known.keys():
+        known = {**look_up(base_model), **known}
+    architecture = type(model).__name__.removeprefix("Kronecker")
+    use = USES[max((ending for ending in USES if architecture.endswith(ending)), key=len)]
+    modules = read_modules(folder)
+    is_sentence_encoder = modules is not None and "Pooling" in modules.kinds
+    quality, models = _quality(record)
+    results = _eval_results(record, options)
+    data = ModelCardData(
+        model_name=repo_id.rpartition("/")[2],
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        library_name="sentence-transformers" if is_sentence_encoder else "transformers",
+        pipeline_tag="sentence-similarity" if is_sentence_encoder else use.pipeline_tag,
+        license=known.get("license"),
+        language=known.get("language"),
+        tags=[
+            "kronecker",
+            "compression",
+            "distillation",
+            *(["sentence-transformers"] if is_sentence_encoder else []),
+            *(["dense-twin"] if twin_of else ["custom_code"]),
+        ],
+        datasets=_datasets(options) or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        eval_results=results or None,
+        widget=[_SIMILARITY] if is_sentence_encoder else use.widget,
+        inference=use.inference,
+    )
+    code = [file for file in published_files(folder) if file.is_code]
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        made=MADE,
+        note=note,
+        name=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        twin_of=twin_of,
+        has_twin=has_twin,
+        teacher=base_model or (Path(source).name if source else None),
+        architecture=architecture,
+        auto_class=use.auto_class,
+        is_sentence_encoder=is_sentence_encoder,
+        trust="" if twin_of else ", trust_remote_code=True",
+        **_costs(model, twin_of is not None),
+        speed=_speed(folder),
+        quality=quality,
+        quality_models=models,
+        protocol=record.get("protocol"),
+        figures=[file.name for file in published_files(folder) if file.name.endswith(".png")],
+        data=_data(options),
+        training=_training(training),
+        environment=record.get("environment"),
+        command=_command(options.get("command")),
+        code=[(file.name, _first_line(file.content()), file.sha256()) for file in code],
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_object(path, "write it again or remove it") if path.is_file() else {}
+
+
+def _is_hub_name(source: str | None) -> bool:
+    return bool(source and source.count("/") <= 1 and source[0] not in "./" and not os.path.exists(source))
+
+
+def has_own_card(folder: str | os.PathLike[str]) -> bool:
+    """Whether a README.md lies there that this package has not made; a push leaves it as it is."""
+    path = Path(folder) / CARD
+    return path.is_file() and MADE not in path.read_text(encoding="utf-8")
+
+
+def folder_metadata(source: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """What the card in a folder says of base model, licence and language; empty where there is none."""
+    path = Path(source or "") / CARD
+    if not source or not path.is_file():
+        return {}
+    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    return {key: data[key] for key in ("base_model", "license", "language") if data.get(key)}
+
+
+def _costs(model: Any, is_twin: bool) -> dict[str, Any]:
+    """Rows of the table of numbers, and what the text says of the plan."""
+    report = describe(model)
+    rows: list[tuple[str, float, float, str]] = [
+        ("parameters", report.dense.parameters, report.factored.parameters, "{:,.0f}"),
+        ("megabytes of weights", report.dense.bytes / 1e6, report.factored.bytes / 1e6, "{:,.1f}"),
+        (
+            f"GFLOPs for {report.length} tokens, linear layers",
+            report.dense.linear_flops / 1e9, report.factored.linear_flops / 1e9, "{:,.2f}",
+        ),
+        (
+            f"GFLOPs for {report.length} tokens, with the products of attention",
+            report.dense.total_flops / 1e9, report.factored.total_flops / 1e9, "{:,.2f}",
+        ),
+    ]  # fmt: skip
+    costs = [
+        (label, [form.format(small)] if is_twin else [form.format(dense), form.format(small), f"{dense / small:.2f}x"])
+        for label, dense, small, form in rows
+    ]
+    base = describe(model.base_model)
+    entries = getattr(model.config, "factor_plan", None) or {}
+    shapes = {(entry["m1"], entry["n1"], entry["terms"]) for entry in entries.values()}
+    return {
+        "costs": costs,
+        "ratio": report.dense.parameters / report.factored.parameters,
+        "layers": len(base.layers),
+        "plan": f"{len(entries)} entries, {len(shapes)} shapes (m1, n1, terms)",
+    }
+
+
+def _speed(folder: Path) -> str | None:
+    found = _read(folder / BENCHMARK_FILE)
+    if not found:
+        return None
+    model, against = found["model"], found["against"]
+    return (
+        f"{model['milliseconds']:.1f} ms for {found['batch']} x {found['length']} tokens in {found['dtype']} on "
+        f"{found['device']}, {found['speedup']:.2f} times as fast as {Path(against['name']).name} with "
+        f"{against['milliseconds']:.1f} ms ({found['environment']})."
+    )
+
+
+def _quality(record: Mapping[str, Any]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """Rows of the table of quality, and the models it compares."""
+    rows, models = record.get("rows", {}), record.get("models", [])
+    shown = [
+        (label, ["-" if value is None else f"{value:.4g}" for value in values[: len(models)]])
+        for label, values in rows.items() if label != "parameters"
+    ]  # fmt: skip
+    return shown, models
+
+
+def _benchmark(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The public task that an example was run on, as `EvalResult` wants it; empty where the data were others."""
+    if options.get("train_file") or options.get("validation_file"):
+        return {}
+    if task := options.get("task_name"):
+        return {"task_type": "text-classification", "dataset_type": "nyu-mll/glue", "dataset_name": f"GLUE {task}",
+                "dataset_config": task}  # fmt: skip
+    if version := options.get("version"):
+        name = "rajpurkar/squad_v2" if version == "v2.0" else "rajpurkar/squad"
+        return {"task_type": "question-answering", "dataset_type": name, "dataset_name": f"SQuAD {version}"}
+    return {}
+
+
+def _eval_results(record: Mapping[str, Any], options: Mapping[str, Any]) -> list[EvalResult]:
+    """The student's scores on GLUE or SQuAD, as the Hub wants them; none of a part of the dev set."""
+    where = _benchmark(options)
+    if not where or options.get("max_eval_samples"):
+        return []
+    scores = record.get("metrics", {}).get("student", {})
+    return [
+        EvalResult(metric_type=name, metric_value=value, dataset_split="validation", **where)
+        for name, value in scores.items() if "total" not in name
+    ]  # fmt: skip
+
+
+def _texts(options: Mapping[str, Any]) -> list[str]:
+    """What an example was trained on: files, or names of datasets on the Hub."""
+    return [*(options.get("train_text") or []), *filter(None, [options.get("train_file")])]
+
+
+def _datasets(options: Mapping[str, Any]) -> list[str]:
+    """Those on the Hub."""
+    task = _benchmark(options).get("dataset_type")
+    return sorted({*filter(_is_hub_name, _texts(options)), *([task] if task else [])})
+
+
+def _data(options: Mapping[str, Any]) -> str | None:
+    """What it was trained on."""
+    names = [name if _is_hub_name(name) else Path(name).name for name in _texts(options)]
+    known = options.get("data") or ", ".join(names) or _benchmark(options).get("dataset_name")
+    parts = [(options.get("fraction"), "{:.0%} of it"), (options.get("max_train_samples"), "{:,} examples of it")]
+    return known and ", ".join([known, *(form.format(part) for part, form in parts if part and part != 1)])
+
+
+def _training(training: Mapping[str, Any]) -> str | None:
+    """One sentence."""
+    if not training:
+        return None
+    terms = ", ".join(f"{weight:g} {name}" for name, weight in training["objective"].items())
+    return (
+        f"{training['steps']:,} steps of {training['batch']} samples ({training['samples']:,} samples, "
+        f"{training['tokens']:,} tokens, {training['seconds'] / 60:.1f} minutes), learning rate "
+        f"{training['learning_rate']:g}, {training['precision']}, seed {training['seed']}; objective: {terms}"
+    )
+
+
+def _command(command: list[str] | None) -> str | None:
+    """For a shell; of local paths only the last part."""
+    if not command:
+        return None
+    return f"`{shlex.join(Path(part).name if part.startswith('/') else part for part in command)}`"
+
+
+def _first_line(code: bytes) -> str:
+    return (ast.get_docstring(ast.parse(code)) or "").partition("\n")[0]

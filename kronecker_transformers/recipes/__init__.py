@@ -1,0 +1,240 @@
+"""The papers' hyper-parameters by name, and the command lines of the examples that use them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..checkpoint.load import source_name
+from ..compression.activations import calibration_batches
+from ..compression.plan_file import read_plan
+from ..distillation import DistillationArguments, start_student
+from ..tasks.language_modeling import TextSource
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one paper does in one stage.
+
+    Attributes:
+        plan: how the teacher is factored.
+        length: longest sequence, in tokens.
+        arguments: what it sets of `DistillationArguments`.
+        by_task: the same for single tasks.
+        note: where the numbers come from, and which the paper leaves open.
+    """
+
+    plan: str
+    length: int
+    arguments: Mapping[str, Any]
+    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    note: str = ""
+
+    def for_task(self, task: str | None) -> dict[str, Any]:
+        """The arguments for one task."""
+        return {**self.arguments, **self.by_task.get(task or "", {})}
+
+
+@dataclass(kw_only=True)
+class StudentOptions:
+    """Options that all examples share: how the student starts."""
+
+    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
+    start: str | None = field(
+        default=None, metadata={"help": "Student of an earlier stage to go on from, with its own plan."}
+    )
+    calibration: str | None = field(
+        default=None,
+        metadata={"help": "Text, as for training, on which the first factors shall be near the teacher's layers."},
+    )
+    calibration_texts: int = field(default=512, metadata={"help": "Sentences of it that are read."})
+    command: list[str] = field(init=False, default_factory=list)
+    """The command line, for the record."""
+
+    def student(
+        self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, progress: bool = False
+    ) -> PreTrainedModel:
+        """The student at its start.
+
+        Raises:
+            ValueError, OSError: as `check`.
+        """
+        if self.start is None:
+            self.plan = self.plan or recipe.plan  # for the record
+        plan, texts = read_plan(self.plan or recipe.plan), self._texts()
+        return start_student(teacher, plan, self.start, calibration=texts, tokenizer=tokenizer, progress=progress)
+
+    def check(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+        """Refuse what would be refused only after the training of the teacher.
+
+        Raises:
+            ValueError, OSError: a plan or a student of an earlier stage that does not fit; or calibration text that is
+                missing, too little, or given beside such a student.
+        """
+        start_student(teacher, read_plan(self.plan or recipe.plan), self.start)
+        if (texts := self._texts()) is not None:
+            calibration_batches(texts, tokenizer, teacher)
+
+    def _texts(self) -> list[str] | None:
+        if self.calibration is None:
+            return None
+        if self.start is not None:
+            raise ValueError(
+                f"--start {self.start} has factors of its own, and --calibration would replace them; give one of both"
+            )
+        if self.calibration_texts < 1:
+            raise ValueError(f"--calibration_texts {self.calibration_texts} must be at least 1; some hundred do well")
+        return TextSource((self.calibration,)).lines(self.calibration_texts)
+
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the Trainer's checkpoints within the output folder of an example."""
+
+_BERT_GLUE = {
+    "objective": "kronecker_bert",
+    "per_device_train_batch_size": 32,
+    "num_train_epochs": 10.0,
+    "weight_decay": 0.01,
+    "warmup_steps": 0.1,
+    "factor_learning_rates": False,
+}
+_BERT_MLM = {
+    "objective": "kronecker_bert",
+    "logits_weight": 0.0,
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 64,
+    "num_train_epochs": 3.0,
+    "weight_decay": 0.01,
+    "warmup_steps": 0.1,
+    "factor_learning_rates": False,
+}
+_BERT_SQUAD = {**_BERT_GLUE, "learning_rate": 1e-4, "per_device_train_batch_size": 64, "num_train_epochs": 7.0}
+_BERT_NOTE = (
+    "KroneckerBERT, sections 4 and A: plan, batch, length, learning rate, objective; 5 to 15 epochs (CoLA 15 to 30, "
+    "SQuAD 1 to 14), of which this takes a middle; one learning rate for all parameters. Warm-up and weight decay are "
+    "not in the paper."
+)
+_GPT2 = {"objective": "kngpt2", "weight_decay": 0.01, "warmup_steps": 0.1, "per_device_train_batch_size": 16}
+_GPT2_NOTE = (
+    "KnGPT2, sections 3 and 4: plan, objective, one epoch of pre-training. Learning rate, batch, warm-up and the "
+    "weights of the terms (all 1) are ours: the paper does not print them."
+)
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "kroneckerbert-7.7x": {
+        "mlm": Recipe("7.7x", 512, _BERT_MLM, note=_BERT_NOTE),
+        "glue": Recipe(
+            "7.7x",
+            128,
+            {**_BERT_GLUE, "learning_rate": 1e-4},
+            {"cola": {"learning_rate": 5e-5, "num_train_epochs": 20.0}, "rte": {"learning_rate": 1e-5}},
+            note=_BERT_NOTE,
+        ),
+        "squad": Recipe("7.7x", 384, _BERT_SQUAD, note=_BERT_NOTE),
+    },
+    "kroneckerbert-21x": {
+        "mlm": Recipe("21x", 512, _BERT_MLM, note=_BERT_NOTE),
+        "glue": Recipe(
+            "21x",
+            128,
+            {**_BERT_GLUE, "learning_rate": 5e-4},
+            {
+                "cola": {"num_train_epochs": 20.0},
+                "qqp": {"learning_rate": 1e-4},
+                "rte": {"learning_rate": 5e-5},
+            },
+            note=_BERT_NOTE,
+        ),
+        "squad": Recipe("21x", 384, _BERT_SQUAD, note=_BERT_NOTE),
+    },
+    "kngpt2": {
+        "clm": Recipe("kngpt2", 512, {**_GPT2, "learning_rate": 2.5e-4, "num_train_epochs": 1.0}, note=_GPT2_NOTE),
+        "glue": Recipe("kngpt2", 128, {**_GPT2, "learning_rate": 5e-5, "num_train_epochs": 5.0}, note=_GPT2_NOTE),
+    },
+    "sentence-encoder-7.7x": {
+        "embedding": Recipe(
+            "7.7x",
+            128,
+            {
+                "objective": "sentence_encoder",
+                "learning_rate": 1e-3,
+                "per_device_train_batch_size": 64,
+                "num_train_epochs": 1.0,
+                "warmup_steps": 0.5,
+            },
+            note="Ours: the better of two learning rates for every factored student of benchmarks/plans.py.",
+        )
+    },
+}
+"""Recipes by name and stage: mlm (stage 1 of BERT), glue, squad, clm, embedding."""
+
+_Script = TypeVar("_Script")
+
+
+def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None = None) -> tuple[_Script, Any]:
+    """The command line of an example: its own options, and those of `DistillationArguments` with a recipe's defaults.
+
+    Random numbers begin at the seed of the arguments from here on.
+
+    Args:
+        script: dataclass of the example's own options, with the field `recipe` and perhaps `task_name`.
+        stage: which stage of the recipe it runs.
+        argv: the command line without the program; default: that of the process.
+
+    Returns:
+        The example's options, and the `DistillationArguments`.
+
+    Raises:
+        SystemExit: after a message, for an unknown option or a value that is refused.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    names = [name for name, stages in RECIPES.items() if stage in stages]
+    own: Any = script
+    arguments_class: Any = DistillationArguments
+    training: Any = HfArgumentParser(
+        arguments_class, add_help=False, allow_abbrev=False, usage="--help and --help_training list all options"
+    )
+    parser: Any = HfArgumentParser(
+        own,
+        description=(sys.modules[script.__module__].__doc__ or "").split("\n")[0],
+        epilog=f"Recipes: {', '.join(names)}. Every option of DistillationArguments and TrainingArguments works too; "
+        "--help_training lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help_training", action="store_true", help="list the options of the training and exit")
+    options, rest = parser.parse_known_args(argv)
+    if options.help_training:
+        training.print_help()
+        parser.exit()
+    if options.recipe not in names:
+        parser.error(f"--recipe {options.recipe!r} is not known for this stage; choose one of {', '.join(names)}")
+    recipe = RECIPES[options.recipe][stage]
+    training.set_defaults(
+        output_dir=str(Path(options.output_dir) / CHECKPOINTS),
+        **recipe.for_task(getattr(options, "task_name", None)),
+    )
+    namespace, unknown = training.parse_known_args(rest)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]!r}; --help and --help_training list the known ones")
+    try:
+        chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(own) if f.init}
+        if "teacher" in chosen:
+            chosen["teacher"] = source_name(chosen["teacher"])
+        inits = {f.name for f in dataclasses.fields(DistillationArguments) if f.init}
+        wanted = {key: value for key, value in vars(namespace).items() if key in inits}
+        if wanted["include_num_input_tokens_seen"] in ("no", False):
+            wanted["include_num_input_tokens_seen"] = "non_padding"  # the results tell how much the student has seen
+        arguments = DistillationArguments(**wanted)
+        set_seed(arguments.seed)  # a new head of a teacher is drawn before the Trainer sets it
+        found: Any = script(**chosen)
+        found.command = ["python", f"examples/{Path(sys.modules[script.__module__].__file__ or '').name}", *argv]
+        return found, arguments
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+        raise  # parser.error does not return

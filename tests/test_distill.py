@@ -1,0 +1,135 @@
+"""The main job in one go, for every head, on tiny teachers."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from distilling_text import saved_teacher, text_file
+from safetensors.torch import load_file
+
+from kronecker_transformers.cli import main
+from kronecker_transformers.distill import distill
+from kronecker_transformers.models import DENSE_CLASSES
+
+QUALITY = {
+    "Model": ["similarity fidelity (Spearman)", "nearest 10 neighbours in common"],
+    "ForPreTraining": ["perplexity at masked words", "masked words as the teacher's"],
+    "ForMaskedLM": ["perplexity at masked words", "masked words as the teacher's"],
+    "ForSequenceClassification": ["labels as the teacher's"],
+    "ForTokenClassification": ["labels of tokens as the teacher's"],
+    "ForQuestionAnswering": ["answers as the teacher's"],
+    "ForMultipleChoice": ["choices as the teacher's"],
+    "LMHeadModel": ["perplexity"],
+}
+
+
+@pytest.mark.parametrize("dense_class", DENSE_CLASSES.values(), ids=lambda cls: cls.__name__)
+def test_every_head(dense_class, tmp_path):
+    teacher = saved_teacher(dense_class, tmp_path / "teacher")
+    lines = []
+    found = distill(
+        teacher, text_file(tmp_path), tmp_path / "student", ratio=2.5, steps=24, learning_rate=5e-3, show=lines.append
+    )
+    ending = max((key for key in QUALITY if dense_class.__name__.endswith(key)), key=len)
+    assert list(found.rows)[3:] == QUALITY[ending]
+    assert found.training["steps"] == 24
+    parameters = found.rows["parameters"]
+    assert 2 < parameters[0] / parameters[2] < 3
+    weights = load_file(tmp_path / "student" / "model.safetensors")
+    assert sum(value.numel() for value in weights.values()) == parameters[2]
+    assert (
+        type(found.model) is type(transformers.AutoModel.from_pretrained(tmp_path / "student"))
+        or "For" in ending
+        or (ending == "LMHeadModel")
+    )
+    assert "searched for a ratio of 2.5" in lines[0]
+    assert "step     0 of 24" in lines[2]
+    for name in ("plan.yaml", "results.json", "training.png", "README.md"):
+        assert (tmp_path / "student" / name).stat().st_size > 0
+    record = json.loads((tmp_path / "student" / "results.json").read_text())
+    assert record["options"]["teacher"] == str(teacher)
+    first, _, last = found.rows[QUALITY[ending][0]]
+    if "perplexity" in QUALITY[ending][0]:
+        assert last < 10 * first
+    else:
+        assert first == pytest.approx(1, abs=1e-4)
+
+
+def test_a_student_learns(tmp_path):
+    teacher = saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher")
+    few = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=6, steps=60, learning_rate=1e-2)
+    assert few.training["objective"]["logits"] == 0.05
+    log = json.loads((tmp_path / "student" / "results.json").read_text())
+    assert log["models"] == ["teacher", "not distilled", "student"]
+    _, before, after = few.rows["labels as the teacher's"]
+    assert after >= before
+
+
+def test_what_is_held_out_is_not_learnt_from(tmp_path):
+    from kronecker_transformers.tasks.language_modeling import TextSource
+
+    source = TextSource((str(text_file(tmp_path)),))
+    held_out, train = source.part(0, 0.1).lines(), source.part(0.1, 1).lines()
+    assert not set(held_out) & set(train)
+    assert sorted(held_out + train) == sorted(source.lines())
+    assert 5 < len(held_out) < 60
+
+
+def test_the_command(tmp_path, capsys):
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    command = ["distill", teacher, "--text", text_file(tmp_path), "--output", tmp_path / "student", "--steps", "12"]
+    assert main([*map(str, command), "--ratio", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "plan searched for a ratio of 3" in shown
+    assert "similarity fidelity" in shown
+    assert "Saved in" in shown
+    assert main([*map(str, command)]) == 1
+    assert "already holds something" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"minutes": 1, "steps": 2}, "give one of both"),
+        ({"minutes": -1}, "minutes=-1 must be a finite number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"ratio": 3, "plan": "7.7x"}, "leave one of them out"),
+        ({"plan": {"nowhere": (1, 1)}}, "matches no module"),
+        ({"text": "little.txt"}, "some thousand do well"),
+        ({"text": "nothing.txt"}, "does not exist"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    (tmp_path / "little.txt").write_text("one line\nanother line\n")
+    text_file(tmp_path)
+    before = set(tmp_path.iterdir())
+    arguments = {"text": "text.txt", "steps": 1, **changes}
+    if "minutes" in changes and "steps" not in changes:
+        del arguments["steps"]
+    with pytest.raises((ValueError, OSError), match=message):
+        distill(teacher, arguments.pop("text"), tmp_path / "student", **arguments)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_more_minutes_are_more_steps(monkeypatch):
+    """The number of steps follows from the pace of a step, on a clock that goes 1/128 s at each look at it."""
+    import itertools
+    from types import SimpleNamespace
+
+    from distilling import collate, examples, pair
+
+    from kronecker_transformers import distill as module
+
+    ticks = itertools.count()
+    monkeypatch.setattr("kronecker_transformers.distill.time", SimpleNamespace(perf_counter=lambda: next(ticks) / 128))
+    teacher, student = pair(transformers.BertModel)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    batches = [dict(collate(examples(student)))] * 6
+    arguments = SimpleNamespace(device=torch.device("cpu"), weights=lambda: {"hidden_mse": 1.0})
+    few, many = (module.affordable_steps(student, teacher, arguments, batches, minutes) for minutes in (0.5, 2.0))
+    assert (few, many) == (0.5 * 60 * 128, 2 * 60 * 128)
+    assert module.affordable_steps(student, teacher, arguments, batches, 0) == module.LOOKS
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

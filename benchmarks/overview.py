@@ -2,9 +2,9 @@
 
     python benchmarks/overview.py
 
-Quality is that of students of all-MiniLM-L6-v2 after 800 steps of distillation, Spearman correlation on STS-B's dev set,
-mean and standard deviation over seeds; speed is that of one forward pass of 8 x 128 tokens in fp32 on two CPU cores,
-each model in the quicker of its two ways, eager and compiled. It runs nothing.
+Quality is that of students of all-MiniLM-L6-v2 after 800 steps of distillation, Spearman correlation on STS-B's dev
+set, mean and standard deviation over seeds; speed is that of one forward pass of 8 x 128 tokens in fp32 on two CPU
+cores, each model in the quicker of its two ways, eager and compiled. It runs nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ ROOT = Path(__file__).parent
 TARGET = ROOT.parent / "docs" / "overview.png"
 STEPS, TEACHER = "800", (22.57, 86.7)
 """Of the curves that are drawn, and the teacher without its pooler: millions of parameters, STS-B."""
-STUDENTS = {"searched plan, calibrated": "searched plan, calibrated", "paper shapes, nearest": "papers' shapes and start"}
+STUDENTS = {
+    "searched plan, calibrated": "searched plan, calibrated",
+    "paper shapes, nearest": "papers' shapes and start",
+}
 
 
 def quality() -> dict[str, list[tuple[float, float, float]]]:
@@ -73,7 +76,9 @@ def main() -> None:
         place = {"xytext": (-6, 8), "ha": "right"} if name == "BERT-base" else {"xytext": (6, -14), "ha": "left"}
         right.annotate(label, (sizes[-1], speeds[-1]), textcoords="offset points", color=color, **place)
     right.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    right.set(xlabel="times smaller", ylabel="times as fast", title="Speed, 8 x 128 tokens, two CPU cores", ylim=(0, 6.2))
+    right.set(
+        xlabel="times smaller", ylabel="times as fast", title="Speed, 8 x 128 tokens, two CPU cores", ylim=(0, 6.2)
+    )
     right.set_xticks([1, 7.7, 15.8, 20.9], ["1", "7.7", "15.8", "20.9"])
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -28,7 +28,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers.display import distillation_table
-from kronecker_transformers.distill import distill
+from kronecker_transformers.distillation.distill import distill
 from kronecker_transformers.evaluation.timing import environment
 from kronecker_transformers.tasks.docstrings import docstring_sentences
 

@@ -109,14 +109,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="DIR", help="folder of the factored model")
     command.set_defaults(run=_inspect)
 
-    command = commands.add_parser(
-        "expand",
-        help="multiply the factors out: a stock dense model",
-        description="Multiply the factors out: a stock dense model with the same outputs.",
-    )
-    command.add_argument("model", metavar="DIR", help="folder of the factored model")
-    command.add_argument("--output", required=True, metavar="DIR", help="new folder for the dense model")
-    command.set_defaults(run=_expand)
+    for name in ("export", "expand"):
+        command = commands.add_parser(
+            name,
+            help="write another form of a factored model: a stock dense model" if name == "export" else "as export",
+            description="Write another form of a factored model. Dense: the factors multiplied out, a stock model with "
+            "the same outputs.",
+        )
+        command.add_argument("model", metavar="DIR", help="folder of the factored model")
+        command.add_argument("--format", choices=("dense",), default="dense", help="(default: %(default)s)")
+        command.add_argument("--output", required=True, metavar="DIR", help="new folder for the result")
+        command.set_defaults(run=_export)
 
     command = commands.add_parser(
         "benchmark",
@@ -185,7 +188,7 @@ def _add_calibration(command: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _distill(arguments: argparse.Namespace, console: Console) -> None:
-    from .distill import distill
+    from .distillation.distill import distill
 
     found = distill(
         arguments.teacher,
@@ -261,7 +264,7 @@ def _inspect(arguments: argparse.Namespace, console: Console) -> None:
         )
 
 
-def _expand(arguments: argparse.Namespace, console: Console) -> None:
+def _export(arguments: argparse.Namespace, console: Console) -> None:
     check_new_folder(arguments.output)
     model, tokenizer = load_student(arguments.model)
     save_folder(arguments.output, to_dense(model), tokenizer)

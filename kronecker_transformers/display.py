@@ -12,7 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .compression.search import PlanSearch
-    from .distill import Distilled
+    from .distillation.distill import Distilled
     from .evaluation.cost import Report
     from .evaluation.timing import Comparison
     from .hub.files import PublishedFile

@@ -12,9 +12,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from ..models import DENSE_CLASSES, FACTORED_CLASSES
 from ..models.kronecker_family import FAMILIES, supported_families
+from ..models.kronecker_internals import WeightsError
 from .files import new_folder, to_json
 from .sentence_modules import encoder_folder, modules_of, read_modules, share_modules
 
@@ -163,36 +165,29 @@ def _load_weights(
 ) -> PreTrainedModel:
     """A model with every weight from its checkpoint; one that was saved without a pooler comes back without.
 
-    The library's load report, on weights that do not fit, is held back until that is clear.
+    What does not fit is an error here, so the library's own report on it is not shown.
     """
     load: Any = partial(
         model_class.from_pretrained, source, dtype="auto", use_safetensors=True, output_loading_info=True
     )
-    reports, held_back = logging.getLogger("transformers.modeling_utils"), list[logging.LogRecord]()
-
-    def hold_back(record: logging.LogRecord) -> bool:
-        if is_report := "LOAD REPORT" in record.getMessage():
-            held_back.append(record)
-        return not is_report
-
-    reports.addFilter(hold_back)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         model, info = load()
         if info["missing_keys"] and all(key.startswith("pooler.") for key in info["missing_keys"]):
-            held_back.clear()
             model, info = load(add_pooling_layer=False)
     except SafetensorError as error:
         raise OSError(
             f"the weights in {str(source)!r} are truncated or corrupted ({error}); copy or download them again"
         ) from error
+    except WeightsError:
+        raise
     except Exception as error:
-        if str(error).startswith("the weights in"):  # from our own models, and clear
+        if isinstance(error.__cause__, SafetensorError):  # our own models say it already
             raise
         raise OSError(f"the model in {str(source)!r} cannot be loaded ({error}); restore or replace it") from error
     finally:
-        reports.removeFilter(hold_back)
-        for record in held_back:
-            reports.handle(record)
+        transformers_logging.set_verbosity(verbosity)
     base = model.base_model
     parts = {name for name, _ in base.named_children()} - {"pooler"}
     for key in sorted(info["unexpected_keys"]):

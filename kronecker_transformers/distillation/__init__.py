@@ -1,15 +1,17 @@
 """Distillation of a dense teacher into a factored student (KroneckerBERT, section 3.5; KnGPT2, section 3)."""
 
-from .arguments import OBJECTIVES, TERMS, DistillationArguments
+from .arguments import OBJECTIVES, DistillationArguments
+from .losses import LOSSES, Loss
 from .objective import Objective
 from .start import keep_layers, start_student
 from .trainer import DistillationTrainer
 
 __all__ = [
+    "LOSSES",
     "OBJECTIVES",
-    "TERMS",
     "DistillationArguments",
     "DistillationTrainer",
+    "Loss",
     "Objective",
     "keep_layers",
     "start_student",

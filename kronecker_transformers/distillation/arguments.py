@@ -1,36 +1,38 @@
-"""What to distil: the terms of the objective and their weights."""
+"""What to distil: the objective, as weights of losses."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-TERMS = (
-    "embedding_mse", "attention_mse", "attention_kl", "hidden_mse", "pooled", "similarity_kl", "logits", "supervised",
-)  # fmt: skip
-"""Names of the terms, as they are logged; the weight of a term is the argument ``<term>_weight``."""
+from .losses import LOSSES, Loss
 
 OBJECTIVES: dict[str, dict[str, float]] = {
-    # NAACL 2022, section 3.5: all terms with weight 1
+    # NAACL 2022, section 3.5: all losses with weight 1
     "kronecker_bert": dict.fromkeys(("embedding_mse", "attention_mse", "hidden_mse", "logits", "supervised"), 1.0),
     # ACL 2022, section 3: a1 to a4; the paper does not print their values
     "kngpt2": dict.fromkeys(("embedding_mse", "attention_kl", "hidden_mse", "supervised"), 1.0),
     # not of the papers: what is left for a model without a head, and, with most of the weight, what it is used for
     "sentence_encoder": {"embedding_mse": 1.0, "hidden_mse": 1.0, "pooled": 20.0, "similarity_kl": 10.0},
 }
-"""Weights of the terms by objective; a term that is not listed has weight 0."""
+"""Weights of losses by objective; a loss that is not listed has weight 0."""
 
 
-def _weight(term: str) -> float | None:
-    return field(default=None, metadata={"help": f"Weight >= 0 of {term}; default: that of the objective."})
+def _weight(loss: Loss) -> Any:
+    return field(default=None, metadata={"help": f"Weight >= 0 of {loss.text}; default: that of the objective."})
+
+
+_Weights: Any = make_dataclass(
+    "_Weights", [(f"{name}_weight", float | None, _weight(loss)) for name, loss in LOSSES.items()]
+)
 
 
 @dataclass
-class DistillationArguments(TrainingArguments):
+class DistillationArguments(_Weights, TrainingArguments):
     """`TrainingArguments`, and the objective of a distillation.
 
     Raises:
@@ -42,14 +44,6 @@ class DistillationArguments(TrainingArguments):
         default="kronecker_bert",
         metadata={"help": f"Which weights to start from: {', '.join(OBJECTIVES)}.", "choices": list(OBJECTIVES)},
     )
-    embedding_mse_weight: float | None = _weight("the MSE between the outputs of the embedding layers")
-    attention_mse_weight: float | None = _weight("the MSE between attention scores before softmax, all layers")
-    attention_kl_weight: float | None = _weight("the KL divergence between attention distributions, all layers")
-    hidden_mse_weight: float | None = _weight("the MSE between the outputs of the layers, all layers")
-    pooled_weight: float | None = _weight("the cosine distance between mean-pooled sentence embeddings")
-    similarity_kl_weight: float | None = _weight("the KL divergence between nearness to the sentences of a micro-batch")
-    logits_weight: float | None = _weight("the KL divergence (regression: MSE) between the outputs of the heads")
-    supervised_weight: float | None = _weight("the loss on the labels")
     temperature: float = field(
         default=1.0, metadata={"help": "Temperature > 0 of the KL divergence between the outputs of the heads."}
     )
@@ -81,15 +75,15 @@ class DistillationArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn of it
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r} is not known; choose one of {', '.join(OBJECTIVES)}")
-        for term in TERMS:
-            name = f"{term}_weight"
+        for loss in LOSSES:
+            name = f"{loss}_weight"
             if getattr(self, name) is None:
-                setattr(self, name, OBJECTIVES[self.objective].get(term, 0.0))
+                setattr(self, name, OBJECTIVES[self.objective].get(loss, 0.0))
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} must be a finite number >= 0; use 0 to leave the term out")
+                raise ValueError(f"{name}={value} must be a finite number >= 0; use 0 to leave the loss out")
         if not self.weights():
-            raise ValueError("all weights are 0, so there is nothing to train on; give one term a weight above 0")
+            raise ValueError("all weights are 0, so there is nothing to train on; give one loss a weight above 0")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
                 f"temperature={self.temperature} must be a finite number > 0; 1 leaves the logits as they are"
@@ -107,5 +101,5 @@ class DistillationArguments(TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
     def weights(self) -> dict[str, float]:
-        """Weight of every term that has one above 0, by the term's name."""
-        return {term: weight for term in TERMS if (weight := getattr(self, f"{term}_weight"))}
+        """Weight of every loss that has one above 0, by the loss's name."""
+        return {name: weight for name in LOSSES if (weight := getattr(self, f"{name}_weight"))}

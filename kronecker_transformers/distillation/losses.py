@@ -1,9 +1,9 @@
-"""The terms of the distillation objectives, one pure function each.
+"""The losses of the distillation objectives, one pure function each, and the registry of them.
 
-A term of distillation has one value for each sequence: the mean over its real positions. What the trainer optimises is
+A loss of distillation has one value for each sequence: the mean over its real positions. What the trainer optimises is
 the mean of these values over all sequences of a step, so that neither padding nor the split into micro-batches and
-processes changes the objective; only `similarity_kl` compares the sequences of a micro-batch. A supervised term is a
-sum; the trainer divides it by the number of labels of a step.
+processes changes the objective; only `similarity_kl` compares the sequences of a micro-batch. A supervised loss is
+a sum; the trainer divides it by the number of labels of a step.
 
 KroneckerBERT (Tahaei et al., NAACL 2022, section 3.5) adds, for a teacher T and a student S of equal depth and width,
 
@@ -18,6 +18,9 @@ sequence has at least one real position. Everything is computed in float32 or wi
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -280,3 +283,38 @@ def _log_softmax(scores: Tensor, visible: Tensor) -> Tensor:
     scores = _wide(scores)
     lowest = torch.finfo(scores.dtype).min  # not -inf: a row without visible keys would turn to NaN
     return torch.log_softmax(scores.masked_fill(~visible, lowest), -1).masked_fill(~visible, 0)
+
+
+# ---- the registry ----
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as an objective uses it.
+
+    Attributes:
+        reads: "embeddings", "layers" and "attention", of which each layer has one value, "sentences", which are made of
+            the last hidden states, "logits" or "labels".
+        text: what it is, for the help of its weight.
+        function: of student, teacher, mask and, for attention, whether it is causal; for sentences, the pooling. None
+            for logits and labels, whose losses depend on the head (`heads`).
+    """
+
+    reads: str
+    text: str
+    function: Callable[..., Tensor] | None = None
+
+
+LOSSES = {
+    "embedding_mse": Loss("embeddings", "the MSE between the outputs of the embedding layers", hidden_state_mse),
+    "attention_mse": Loss("attention", "the MSE between attention scores before softmax, all layers", attention_mse),
+    "attention_kl": Loss("attention", "the KL divergence between attention distributions, all layers", attention_kl),
+    "hidden_mse": Loss("layers", "the MSE between the outputs of the layers, all layers", hidden_state_mse),
+    "pooled": Loss("sentences", "the cosine distance between sentence embeddings", pooled_distance),
+    "similarity_kl": Loss(
+        "sentences", "the KL divergence between nearness to the sentences of a micro-batch", similarity_kl
+    ),
+    "logits": Loss("logits", "the KL divergence (regression: MSE) between the outputs of the heads"),
+    "supervised": Loss("labels", "the loss on the labels"),
+}
+"""Every loss by its name, as it is logged; its weight is the argument ``<name>_weight``."""

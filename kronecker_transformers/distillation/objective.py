@@ -1,4 +1,4 @@
-"""The objective of a distillation: runs student and teacher on a batch and gives the value of every term."""
+"""The objective of a distillation: runs student and teacher on a batch and gives the value of every loss."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from .heads import Output, outputs_of, real_positions
 from .tap import QueryKey, Reading, Tap
 
 Counts = dict[str, Tensor]
-"""What the terms are averaged over in a whole step: "sequences", "examples" and, by its name, each kind of label."""
+"""What the losses are averaged over in a whole step: "sequences", "examples" and, by its name, each kind of label."""
 
-_HIDDEN_TERMS = ("embedding_mse", "hidden_mse", "pooled", "similarity_kl")
-_ATTENTION_TERMS = ("attention_mse", "attention_kl")
+_HIDDEN = ("embeddings", "layers", "sentences")
+"""What losses read that hidden states show."""
 _SMOOTHED_KINDS = ("classes", "tokens", "next_token")
 
 
 class Objective:
-    """The terms of a distillation for one teacher and one student; see `losses` for the terms themselves.
+    """The losses of a distillation for one teacher and one student; see `losses` for the losses themselves.
 
     Args:
         student, teacher: dense or factored models of one family.
-        weights: weight above 0 of each term that is wanted (see `arguments.TERMS`).
+        weights: weight above 0 of each loss that is wanted, by its name in `losses.LOSSES`.
         temperature: of the logits, above 0.
         layer_map: the teacher's layer, from 0, for each layer of the student; None for models of equal depth.
         label_smoothing: of the supervised loss on classes, 0 <= label_smoothing < 1.
         autocast: makes the context in which the teacher runs.
-        pooling: makes sentence embeddings of the last hidden states, for the terms that compare them.
+        pooling: makes sentence embeddings of the last hidden states, for the losses that compare them.
 
     Raises:
-        ValueError: the two do not fit together, or lack what a term needs.
+        ValueError: the two do not fit together, or lack what a loss needs.
     """
 
     def __init__(
@@ -68,11 +68,15 @@ class Objective:
 
     @property
     def _has_attention(self) -> bool:
-        return any(term in self.weights for term in _ATTENTION_TERMS)
+        return bool(self._losses("attention"))
 
     @property
     def _has_hidden(self) -> bool:
-        return any(term in self.weights for term in _HIDDEN_TERMS)
+        return bool(self._losses(*_HIDDEN))
+
+    def _losses(self, *reads: str) -> list[str]:
+        """Names of those that are wanted and read one of these."""
+        return [name for name in self.weights if losses.LOSSES[name].reads in reads]
 
     def attach(self, student: PreTrainedModel) -> None:
         """Get ready for training: both models are read from now on, until `detach`."""
@@ -85,7 +89,7 @@ class Objective:
         self._teacher_tap.detach()
 
     def idle_parameters(self, student: PreTrainedModel) -> list[nn.Parameter]:
-        """The student's parameters that no term reaches: its head, and the pooler, where nothing needs its logits."""
+        """The student's parameters that no loss reaches: its head, and the pooler, where nothing needs its logits."""
         if self.weights.keys() & {"logits", "supervised"}:
             return []
         base = student.base_model
@@ -97,7 +101,7 @@ class Objective:
         """What a batch adds to the counts of its step.
 
         Raises:
-            ValueError: the batch lacks its input ids, or labels that the supervised term needs; a sequence is empty; or
+            ValueError: the batch lacks its input ids, or labels that the supervised loss needs; a sequence is empty; or
                 it is padded on the left for a causal model, which counts positions from there.
         """
         if "input_ids" not in inputs:
@@ -116,14 +120,14 @@ class Objective:
             for head in self.heads:
                 if inputs.get(head.labels) is None:
                     raise ValueError(
-                        f"batch with {sorted(inputs)} must hold {head.labels!r} for the supervised term; "
+                        f"batch with {sorted(inputs)} must hold {head.labels!r} for the supervised loss; "
                         "add the labels, or set supervised_weight=0"
                     )
                 counts[head.labels] = head.count(inputs)
         return counts
 
-    def terms(self, student: nn.Module, inputs: Mapping[str, Tensor], counts: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What this batch adds to each term of the step: scalars with gradient, weights not applied.
+    def values(self, student: nn.Module, inputs: Mapping[str, Tensor], counts: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What this batch adds to each loss of the step: scalars with gradient, weights not applied.
 
         Args:
             student: the student, possibly wrapped, in training mode.
@@ -131,7 +135,7 @@ class Objective:
             counts: sums over all batches of the step.
 
         Raises:
-            RuntimeError: a model did not give what a term needs.
+            RuntimeError: a model did not give what a loss needs.
         """
         label_names = {head.labels for head in self.heads}
         features: dict[str, Any] = {key: value for key, value in inputs.items() if key not in label_names}
@@ -141,20 +145,20 @@ class Objective:
         teacher, theirs = self._read_teacher(features)
         with self._student_tap.reading() as mine:
             output = student(**features)
-        values: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         if self._has_hidden:
-            values |= self._hidden_terms(mine, theirs, mask)
+            found |= self._hidden_losses(mine, theirs, mask)
         if self._has_attention:
-            values |= self._attention_terms(mine.attention, theirs.attention, mask)
-        terms = {name: value.sum() / counts["sequences"] for name, value in values.items()}
+            found |= self._attention_losses(mine.attention, theirs.attention, mask)
+        values = {name: value.sum() / counts["sequences"] for name, value in found.items()}
         if "logits" in self.weights:
-            terms["logits"] = sum(self._logit_term(h, output, teacher, mask) for h in self.heads) / counts["examples"]
+            values["logits"] = sum(self._logit_loss(h, output, teacher, mask) for h in self.heads) / counts["examples"]
         if "supervised" in self.weights:
-            terms["supervised"] = self.supervised(output, inputs, counts)
-        return terms
+            values["supervised"] = self.supervised(output, inputs, counts)
+        return values
 
     def _read_teacher(self, features: Mapping[str, Any]) -> tuple[Any, Reading]:
-        """Output of the teacher, and what its layers showed; it runs only as far as the terms need it."""
+        """Output of the teacher, and what its layers showed; it runs only as far as the losses need it."""
         if not (self._has_hidden or self._has_attention or "logits" in self.weights):
             return None, Reading()
         self.teacher.eval()
@@ -176,33 +180,33 @@ class Objective:
         ]
         return torch.stack(shares).sum()
 
-    def _hidden_terms(self, student: Reading, teacher: Reading, mask: Tensor) -> dict[str, Tensor]:
+    def _hidden_losses(self, student: Reading, teacher: Reading, mask: Tensor) -> dict[str, Tensor]:
+        ends = len(student.layers) - 1, len(teacher.layers) - 1
+        layers = [  # the last states are compared after a last norm, others before it
+            (student.last, teacher.last) if pair == ends else (student.layers[pair[0]], teacher.layers[pair[1]])
+            for pair in enumerate(self.layer_map)
+        ]
         values = {}
-        if "embedding_mse" in self.weights:
-            values["embedding_mse"] = losses.hidden_state_mse(student.embeddings, teacher.embeddings, mask)
-        if "hidden_mse" in self.weights:
-            ends = len(student.layers) - 1, len(teacher.layers) - 1
-            values["hidden_mse"] = _total(  # the last states are compared after a last norm, others before it
-                losses.hidden_state_mse(student.last, teacher.last, mask)
-                if pair == ends
-                else losses.hidden_state_mse(student.layers[pair[0]], teacher.layers[pair[1]], mask)
-                for pair in enumerate(self.layer_map)
-            )
-        if "pooled" in self.weights:
-            values["pooled"] = losses.pooled_distance(student.last, teacher.last, mask, self.pooling)
-        if "similarity_kl" in self.weights:
-            values["similarity_kl"] = losses.similarity_kl(student.last, teacher.last, mask, self.pooling)
+        for name in self._losses(*_HIDDEN):
+            loss: Any = losses.LOSSES[name]
+            if loss.reads == "embeddings":
+                values[name] = loss.function(student.embeddings, teacher.embeddings, mask)
+            elif loss.reads == "layers":
+                values[name] = _total(loss.function(*pair, mask) for pair in layers)
+            else:
+                values[name] = loss.function(student.last, teacher.last, mask, self.pooling)
         return values
 
-    def _attention_terms(self, student: list[QueryKey], teacher: list[QueryKey], mask: Tensor) -> dict[str, Tensor]:
-        totals: dict[str, list[Tensor]] = {term: [] for term in _ATTENTION_TERMS if term in self.weights}
+    def _attention_losses(self, student: list[QueryKey], teacher: list[QueryKey], mask: Tensor) -> dict[str, Tensor]:
+        totals: dict[str, list[Tensor]] = {name: [] for name in self._losses("attention")}
         for mine, theirs in zip(student, (teacher[layer] for layer in self.layer_map), strict=True):
             scores = losses.attention_scores(*mine), losses.attention_scores(*theirs)
-            for term, layers in totals.items():
-                layers.append(getattr(losses, term)(*scores, mask, self.causal))
-        return {term: _total(layers) for term, layers in totals.items()}
+            for name, layers in totals.items():
+                loss: Any = losses.LOSSES[name]
+                layers.append(loss.function(*scores, mask, self.causal))
+        return {name: _total(layers) for name, layers in totals.items()}
 
-    def _logit_term(self, head: Output, student: Any, teacher: Any, mask: Tensor) -> Tensor:
+    def _logit_loss(self, head: Output, student: Any, teacher: Any, mask: Tensor) -> Tensor:
         distance = head.distance(student[head.logits], teacher[head.logits], mask, self.temperature)
         return head.share * distance.sum()
 
@@ -213,15 +217,15 @@ class Objective:
             if needed and mine != theirs:
                 raise ValueError(
                     f"{name}={mine} of the student must be that of the teacher, {theirs}; "
-                    "compress this teacher, or leave out the terms that compare them"
+                    "compress this teacher, or leave out the losses that compare them"
                 )
 
     def _check_heads(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        for term in ("logits", "supervised"):
-            if term in self.weights and not self.heads:
+        for name in ("logits", "supervised"):
+            if name in self.weights and not self.heads:
                 raise ValueError(
-                    f"{term}_weight={self.weights[term]} needs a student with a head, not {type(student).__name__}; "
-                    f"set {term}_weight=0 or give it a head"
+                    f"{name}_weight={self.weights[name]} needs a student with a head, not {type(student).__name__}; "
+                    f"set {name}_weight=0 or give it a head"
                 )
         if self.label_smoothing and (len(self.heads) != 1 or self.heads[0].kind not in _SMOOTHED_KINDS):
             raise ValueError(

@@ -28,7 +28,7 @@ def start_student(
 
     KroneckerBERT, section 3.5: for a task the student comes from the first stage and its prediction layer from the
     teacher. What the earlier student lacks comes from the teacher as well, and so does the pooler of one without a
-    head: no term of its stage has reached it, where the teacher's belongs to the prediction layer.
+    head: no loss of its stage has reached it, where the teacher's belongs to the prediction layer.
 
     Args:
         teacher: with the head that the student shall have.

@@ -134,7 +134,7 @@ class Tap:
                     trained = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
                     if trained and not query.requires_grad:
                         raise RuntimeError(
-                            f"query of layer {i} carries no gradient, so its term would not train anything; "
+                            f"query of layer {i} carries no gradient, so its loss would not train anything; "
                             "checkpoint with use_reentrant=False"
                         )
                     result.attention.append(QueryKey(query, key, self._heads, layer.scaling))
@@ -147,6 +147,6 @@ class Tap:
             what, layer = name.split()
             raise RuntimeError(
                 f"{what} of layer {layer} was not seen in the forward pass; use a model that runs every module of its "
-                "class, or set the weights of the terms that need it to 0"
+                "class, or set the weights of the losses that need it to 0"
             )
         return self._found[name]

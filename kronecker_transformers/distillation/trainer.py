@@ -36,8 +36,8 @@ _SHORT = 128
 class DistillationTrainer(PublishingTrainer, SamplingTrainer):
     """Trains a student on a teacher's hidden states, attention and outputs, and on labels where there are any.
 
-    The objective is that of `args`; its terms are means over all sequences of a step, or over all its labels, so it
-    does not depend on padding, on gradient accumulation or on the number of processes. Each term is logged beside the
+    The objective is that of `args`; its losses are means over all sequences of a step, or over all its labels, so it
+    does not depend on padding, on gradient accumulation or on the number of processes. Each loss is logged beside the
     loss, before its weight. Evaluation is that of the student alone: its supervised loss and what `compute_metrics`
     gives.
 
@@ -47,12 +47,12 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             never trained or saved.
         args: the arguments of the training and of its objective.
         teacher_processing_class: the teacher's tokenizer; if given it must agree with `processing_class`.
-        pooling: makes the embeddings that the terms `pooled` and `similarity_kl` compare; default: that of the
+        pooling: makes the embeddings that the losses `pooled` and `similarity_kl` compare; default: that of the
             teacher's own settings for sentence-transformers, without a prompt, else the mean.
         **trainer: anything else that `transformers.Trainer` takes, but no `model_init` and no `compute_loss_func`.
 
     Raises:
-        ValueError: teacher and student do not fit together, or lack what a term needs.
+        ValueError: teacher and student do not fit together, or lack what a loss needs.
     """
 
     args: DistillationArguments
@@ -107,7 +107,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the base class; `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end.
 
-        Parameters that no term reaches, such as a pooler that is not compared, are left as they are.
+        Parameters that no loss reaches, such as a pooler that is not compared, are left as they are.
 
         Raises:
             FloatingPointError: the loss is no longer finite.
@@ -175,7 +175,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
-        """The micro-batches of one step, and what its terms are averaged over, summed over all processes."""
+        """The micro-batches of one step, and what its losses are averaged over, summed over all processes."""
         try:
             samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         except ValueError as error:  # how accelerate says that a stream holds nothing at all
@@ -201,10 +201,10 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The weighted sum of the terms; in evaluation the supervised loss of the batch.
+        """The weighted sum of the losses; in evaluation the supervised loss of the batch.
 
         Raises:
-            FloatingPointError: a term is not finite.
+            FloatingPointError: a loss is not finite.
         """
         if not model.training:
             labels = {head.labels for head in self.objective.heads}
@@ -213,13 +213,13 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             loss = self.objective.supervised(output, inputs, counts)
             logits = {head.logits: output[head.logits] for head in self.objective.heads}  # no hidden states
             return (loss, logits) if return_outputs else loss
-        terms = self.objective.terms(model, inputs, num_items_in_batch)
-        self._check_finite(terms)
-        # the gradients of all processes will be averaged, where the terms are shares of one sum
-        terms = {name: value * self.accelerator.num_processes for name, value in terms.items()}
-        for name, value in terms.items():
+        values = self.objective.values(model, inputs, num_items_in_batch)
+        self._check_finite(values)
+        # the gradients of all processes will be averaged, where the losses are shares of one sum
+        values = {name: value * self.accelerator.num_processes for name, value in values.items()}
+        for name, value in values.items():
             self._window[name] = self._window.get(name, 0) + value.detach()
-        loss = torch.stack([self.objective.weights[name] * value for name, value in terms.items()]).sum()
+        loss = torch.stack([self.objective.weights[name] * value for name, value in values.items()]).sum()
         return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -233,12 +233,12 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             return sdpa_kernel(SDPBackend.MATH)
         return nullcontext()
 
-    def _check_finite(self, terms: dict[str, Tensor]) -> None:
-        if torch.stack([value.detach() for value in terms.values()]).isfinite().all():
+    def _check_finite(self, values: dict[str, Tensor]) -> None:
+        if torch.stack([value.detach() for value in values.values()]).isfinite().all():
             return
-        values = ", ".join(f"{name}={float(value.detach()):g}" for name, value in terms.items())
+        shown = ", ".join(f"{name}={float(value.detach()):g}" for name, value in values.items())
         raise FloatingPointError(
-            f"loss at step {self.state.global_step + 1} is not finite ({values}); lower the learning rate or use more "
+            f"loss at step {self.state.global_step + 1} is not finite ({shown}); lower the learning rate or use more "
             "warm-up steps, train in bf16 instead of fp16, and look at the data of this step"
         )
 
@@ -250,7 +250,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the base class; beside the training loss stand its terms, means over the window since the last log."""
+        """As the base class; beside the training loss stand its parts, means over the window since the last log."""
         steps = self.state.global_step - self._window_start
         if "loss" in logs and steps and self._window:
             means = self.accelerator.reduce(torch.stack(list(self._window.values())) / steps, "mean")

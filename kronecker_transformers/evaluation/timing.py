@@ -125,7 +125,7 @@ class Comparison:
             return f"{name} is {self.speedup:.2f} times as fast as {other} here, and {smaller}."
         how = "as fast as" if self.speedup >= 1 - noise else f"{1 / self.speedup:.2f} times as slow as"
         remedy = (
-            "Where time counts more, a factored model's dense twin (kronecker-transformers expand) takes the time of "
+            "Where time counts more, a factored model's dense twin (kronecker-transformers export) takes the time of "
             "the dense model, and a plan can be searched for a time (kronecker-transformers search --milliseconds)."
         )
         return f"{name} does not pay here: it is {how} {other}, and {smaller}. {remedy}"

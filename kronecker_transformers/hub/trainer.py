@@ -17,7 +17,6 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..checkpoint.files import to_json
-from ..checkpoint.sentence_modules import modules_of
 from ..evaluation.timing import environment
 from .card import model_card
 from .files import CARD, RESULTS_FILE, published_files, without_local_paths
@@ -42,13 +41,6 @@ class PublishingTrainer(Trainer):
     def record(self) -> dict[str, Any]:
         """What is known of the training so far, for the card: the content of ``results.json``."""
         raise NotImplementedError
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the base class, with the files of sentence-transformers that the student has from its teacher."""
-        super().save_model(output_dir, _internal_call)
-        modules = modules_of(self.accelerator.unwrap_model(self.model)) if self.args.should_save else None
-        if modules:
-            modules.write(output_dir or self.args.output_dir or "")
 
     def push_to_hub(
         self,

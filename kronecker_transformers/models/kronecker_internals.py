@@ -25,6 +25,10 @@ def is_watched(model: nn.Module) -> bool:
     return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)
 
 
+class WeightsError(ValueError):
+    """Weights that do not fit their config."""
+
+
 class RefusesHollowCheckpoints:
     """Mixin before a `PreTrainedModel`: does not make a model of which a checkpoint holds hardly anything.
 
@@ -35,13 +39,13 @@ class RefusesHollowCheckpoints:
         """As the stock method, which makes what a checkpoint lacks.
 
         Raises:
-            ValueError: the checkpoint lacks most of a large model: its config belongs to another one.
+            WeightsError: the checkpoint lacks most of a large model: its config belongs to another one.
         """
         model: Any = self
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         lacking = sum(sizes.get(key, 0) for key in missing_keys)
         if lacking > max(LARGEST_LACK, sum(sizes.values()) / 2):
-            raise ValueError(
+            raise WeightsError(
                 f"the weights lack {lacking:,} of the {sum(sizes.values()):,} values that the config asks for, "
                 f"{min(missing_keys)!r} first; restore the config.json that was saved with them"
             )

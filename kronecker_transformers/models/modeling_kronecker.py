@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .factor_plan import FactorEntry, resolve_plan
 from .kronecker_family import family_of
-from .kronecker_internals import RefusesHollowCheckpoints
+from .kronecker_internals import RefusesHollowCheckpoints, WeightsError
 from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
 
 logger = logging.get_logger(__name__)
@@ -265,6 +265,9 @@ class KroneckerPreTrainedModel(RefusesHollowCheckpoints, PreTrainedModel):
         if not getattr(self, "_hf_peft_config_loaded", False):  # then adapters alone are saved
             self._check_config()
         super().save_pretrained(save_directory, *args, **kwargs)
+        modules = getattr(self, "sentence_modules", None)  # what the package took over from a sentence encoder
+        if modules is not None and kwargs.get("is_main_process", True):
+            modules.write(save_directory)
 
     def _check_config(self) -> None:
         modules = dict(self.base_model.named_modules())
@@ -331,7 +334,7 @@ class KroneckerPreTrainedModel(RefusesHollowCheckpoints, PreTrainedModel):
                 ) from error
             raise
         if problem := _misfit(model, info):
-            raise ValueError(f"the weights in {source!r} do not fit the factor plan in its config: {problem}")
+            raise WeightsError(f"the weights in {source!r} do not fit the factor plan in its config: {problem}")
         for key, found, wanted in info["mismatched_keys"]:
             if not ignore_mismatched_sizes:
                 raise RuntimeError(

@@ -169,7 +169,7 @@ def test_supervised_values():
     assert float(losses.supervised_values(outputs, targets[:, 0])) == pytest.approx(expected)
 
 
-TERMS = {
+INPUTS = {
     "hidden_state_mse": (LENGTH, 4),
     "pooled_distance": (LENGTH, 4),
     "similarity_kl": (LENGTH, 4),
@@ -180,11 +180,11 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("rubbish", [1e4, float("inf"), float("nan")])
 def test_padding_does_not_count_whatever_it_holds(name, rubbish):
     term = getattr(losses, name)
-    s, t = pair(SEQUENCES, *TERMS[name], dtype=torch.float32)
+    s, t = pair(SEQUENCES, *INPUTS[name], dtype=torch.float32)
     expected = term(s, t, MASK)
     for b, n in enumerate(LENGTHS):
         for x in (s, t):
@@ -204,10 +204,10 @@ def test_padding_does_not_count_whatever_it_holds(name, rubbish):
     assert s.grad[~padded].isfinite().all()
 
 
-@pytest.mark.parametrize("name", [*TERMS, "logit_kl", "logit_binary_kl", "logit_mse"])
+@pytest.mark.parametrize("name", [*INPUTS, "logit_kl", "logit_binary_kl", "logit_mse"])
 def test_equal_inputs_give_0_and_half_precision_is_widened(name):
-    shape = TERMS.get(name, (CLASSES,))
-    mask = (MASK,) if name in TERMS else ()
+    shape = INPUTS.get(name, (CLASSES,))
+    mask = (MASK,) if name in INPUTS else ()
     term = getattr(losses, name)
     s, t = pair(SEQUENCES, *shape, dtype=torch.bfloat16)
     torch.testing.assert_close(term(s, s.clone(), *mask), torch.zeros(SEQUENCES), atol=1e-6, rtol=0)

@@ -10,7 +10,7 @@ from distilling import ALL_TERMS, assert_same_step, collate, examples, make_trai
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 from kronecker_transformers import compress
-from kronecker_transformers.distillation import OBJECTIVES, TERMS
+from kronecker_transformers.distillation import LOSSES, OBJECTIVES
 from kronecker_transformers.distillation.losses import attention_scores
 from kronecker_transformers.distillation.tap import Tap
 from kronecker_transformers.models import DENSE_CLASSES
@@ -182,7 +182,7 @@ def test_presets_use_their_terms_only(objective, tmp_path):
         objective, BertForSequenceClassification
     )
     log, _ = one_step(dense_class, tmp_path, objective=objective)
-    assert set(TERMS) & log.keys() == set(OBJECTIVES[objective])
+    assert set(LOSSES) & log.keys() == set(OBJECTIVES[objective])
     expected = sum(weight * log[term] for term, weight in OBJECTIVES[objective].items())
     assert log["loss"] == pytest.approx(expected, rel=1e-5)
 

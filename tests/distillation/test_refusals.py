@@ -8,7 +8,7 @@ from distilling import examples, make_trainer, pair
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from kronecker_transformers.distillation import TERMS, DistillationArguments, DistillationTrainer
+from kronecker_transformers.distillation import LOSSES, DistillationArguments, DistillationTrainer
 
 
 def refuse(match, tmp_path, classes=(BertForSequenceClassification,) * 2, teacher_changes=None, **arguments):
@@ -50,7 +50,7 @@ LABELS = {0: "neutral", 1: "negative", 2: "positive"}
         (r"objective='kd' is not known; choose one of kronecker_bert", {"objective": "kd"}),
         (r"hidden_mse_weight=-1.0 must be a finite number >= 0", {"hidden_mse_weight": -1.0}),
         (r"logits_weight=nan must be a finite number >= 0", {"logits_weight": float("nan")}),
-        (r"all weights are 0", {f"{term}_weight": 0.0 for term in TERMS}),
+        (r"all weights are 0", {f"{term}_weight": 0.0 for term in LOSSES}),
         (r"dropout=1.0 must be at least 0 and below 1", {"dropout": 1.0}),
         (r"temperature=0.0 must be a finite number > 0", {"temperature": 0.0}),
     ],

@@ -34,23 +34,21 @@ from transformers import (
     default_data_collator,
 )
 
-from .checkpoint.files import check_new_folder, new_folder, to_json, write_text
-from .checkpoint.load import source_name, write_checkpoint
-from .checkpoint.sentence_modules import encoder_settings
-from .checkpoint.teachers import check_teacher
-from .compression.compress import compress
-from .compression.plan_file import write_plan
-from .compression.search import PlanSearch
-from .display import has_pictures, plan_picture, training_picture
-from .distillation import DistillationArguments, DistillationTrainer, Objective
-from .distillation.experiment import check_special_tokens
-from .evaluation.cost import Report
-from .evaluation.timing import environment, in_turn
-from .hub.card import model_card
-from .models.factor_plan import FactorPlan
-from .models.kronecker_family import Head, family_of, heads_of, longest_sequence
-from .tasks.agreement import Judge, judge_for
-from .tasks.language_modeling import (
+from ..checkpoint.files import check_new_folder, new_folder, to_json, write_text
+from ..checkpoint.load import source_name, write_checkpoint
+from ..checkpoint.sentence_modules import encoder_settings
+from ..checkpoint.teachers import check_teacher
+from ..compression.compress import compress
+from ..compression.plan_file import write_plan
+from ..compression.search import PlanSearch
+from ..display import has_pictures, plan_picture, training_picture
+from ..evaluation.cost import Report
+from ..evaluation.timing import environment, in_turn
+from ..hub.card import model_card
+from ..models.factor_plan import FactorPlan
+from ..models.kronecker_family import Head, family_of, heads_of, longest_sequence
+from ..tasks.agreement import Judge, judge_for
+from ..tasks.language_modeling import (
     Example,
     TextSource,
     TextStream,
@@ -58,6 +56,10 @@ from .tasks.language_modeling import (
     masked_examples,
     sentence_examples,
 )
+from .arguments import DistillationArguments
+from .experiment import check_special_tokens
+from .objective import Objective
+from .trainer import DistillationTrainer
 
 HELD_OUT_SHARE, HELD_OUT, WATCHED = 0.1, 2000, 500
 """Share of the documents that is held out; examples of it for the end, and to watch meanwhile."""
@@ -366,7 +368,7 @@ def affordable_steps(
     for batch in [*batches, *batches]:  # the first time to warm up
         batch = {name: value.to(arguments.device) for name, value in batch.items() if isinstance(value, Tensor)}
         start = time.perf_counter()
-        losses = objective.terms(copied, batch, objective.count(batch))
+        losses = objective.values(copied, batch, objective.count(batch))
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -28,8 +28,8 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers.display import distillation_table
-from kronecker_transformers.distillation.distill import distill
 from kronecker_transformers.evaluation.timing import environment
+from kronecker_transformers.experiments.distill import distill
 from kronecker_transformers.tasks.docstrings import docstring_sentences
 
 RATIO = 7.7

@@ -22,7 +22,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, default_data_collator
 
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer, keep_layers
-from kronecker_transformers.distillation.experiment import (
+from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
     check_special_tokens,
@@ -70,7 +70,7 @@ class Options(StudentOptions):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Tell the story."""
+    """Distil a student and judge it beside its teacher."""
     options, arguments = parse_script(Options, "clm", argv)
     check_evaluation(arguments.eval_strategy)
     recipe = RECIPES[options.recipe]["clm"]

@@ -26,7 +26,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of, share_modules
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
-from kronecker_transformers.distillation.experiment import (
+from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
     check_special_tokens,
@@ -68,7 +68,7 @@ class Options(StudentOptions):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Tell the story."""
+    """Distil a student and judge it beside its teacher."""
     options, arguments = parse_script(Options, "embedding", argv)
     check_evaluation(arguments.eval_strategy)
     recipe = RECIPES[options.recipe]["embedding"]

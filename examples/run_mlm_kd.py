@@ -18,42 +18,34 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional as F
-from transformers import (
-    BertForMaskedLM,
-    BertForPreTraining,
-    BertModel,
-    DataCollatorForLanguageModeling,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BertModel
 
-from kronecker_transformers.checkpoint.load import load_teacher
 from kronecker_transformers.display import results_table
-from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer
-from kronecker_transformers.distillation.experiment import (
-    TEACHER,
+from kronecker_transformers.distillation import DistillationTrainer
+from kronecker_transformers.experiments.masked_language import (
+    check_teacher,
+    collator_for,
+    fixed_batches,
+    has_next_sentence,
+    last_layer_distance,
+    masked_quality,
+    with_heads,
+)
+from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
     check_special_tokens,
     checked_length,
     finish,
     results_kept,
-    save_once,
     teacher_and_tokenizer,
     train_and_save,
-    train_plainly,
 )
-from kronecker_transformers.distillation.losses import IGNORED, hidden_state_mse
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import (
     Example,
@@ -65,9 +57,6 @@ from kronecker_transformers.tasks.language_modeling import (
 )
 
 logger = logging.getLogger(__name__)
-
-Batch = dict[str, torch.Tensor]
-Collator = Callable[[list[Example]], Any]
 
 
 @dataclass
@@ -92,7 +81,7 @@ class Options(StudentOptions):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Tell the story."""
+    """Give a teacher its heads if need be, distil its student on text, and judge both."""
     options, arguments = parse_script(Options, "mlm", argv)
     check_evaluation(arguments.eval_strategy)
     recipe = RECIPES[options.recipe]["mlm"]
@@ -105,11 +94,11 @@ def main(argv: list[str] | None = None) -> None:
         notes.append(sentence)
 
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
-    check_teacher(teacher, options)
+    check_teacher(teacher, options.teacher, options.train_heads)
     predicts_words = options.train_heads > 0 or not isinstance(teacher, BertModel)
     check_special_tokens(tokenizer, "cls", "sep", "pad", *(["mask"] if predicts_words else []))
     options.max_length = length = checked_length(teacher, options.max_length, recipe.length)
-    next_sentence = has_next_sentence(teacher, text, options, note)
+    next_sentence = not options.no_next_sentence and has_next_sentence(teacher, text, options.train_heads > 0, note)
     examples = partial(masked_examples, text, tokenizer, length, next_sentence, short=options.short_fraction)
     stream = TextStream(examples, arguments.seed, group=length_group(arguments))
     if options.train_heads:
@@ -165,131 +154,6 @@ def main(argv: list[str] | None = None) -> None:
             table,
             {**record, "models": list(models), "rows": rows, "notes": notes},
         )
-
-
-def check_teacher(teacher: PreTrainedModel, options: Options) -> None:
-    """Refuse a teacher that this stage is not for."""
-    if type(teacher) not in (BertForPreTraining, BertForMaskedLM, BertModel):
-        raise ValueError(
-            f"teacher {options.teacher!r} is a {type(teacher).__name__}; this stage needs a BertForPreTraining, "
-            "BertForMaskedLM or BertModel; give the model from before its fine-tuning"
-        )
-    if options.train_heads and not isinstance(teacher, BertModel):
-        raise ValueError(
-            f"train_heads={options.train_heads} is for a teacher without heads, not a {type(teacher).__name__}; "
-            "leave it out"
-        )
-
-
-def has_next_sentence(
-    teacher: PreTrainedModel, text: TextSource, options: Options, note: Callable[[str], None]
-) -> bool:
-    """Whether there is next-sentence prediction; if not, it is noted why."""
-    fresh = isinstance(teacher, BertModel)
-    if options.no_next_sentence or (fresh and not options.train_heads):
-        return False
-    if getattr(teacher, "pooler", None) is None if fresh else isinstance(teacher, BertForMaskedLM):
-        part = "the pooler" if fresh else "a head"
-        note(f"no next-sentence prediction: the teacher is a {type(teacher).__name__} without {part} for it")
-    elif not text.has_documents():
-        note("no next-sentence prediction: the text has no documents (a blank line between two of them)")
-    elif not text.has_following_sentences():
-        note("no next-sentence prediction: the documents of the text are single sentences")
-    else:
-        return True
-    return False
-
-
-def collator_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
-    """Makes a batch for this model: masks anew each time for one with a head, no masks for one without."""
-    names = {"input_ids", "token_type_ids", "attention_mask"}
-    mask, pad = DataCollatorForLanguageModeling(tokenizer), DataCollatorWithPadding(tokenizer)
-
-    def collate(examples: list[Example]) -> Any:
-        if model.base_model is model:
-            return pad([{name: example[name] for name in names} for example in examples])
-        batch = mask(examples)
-        if "PreTraining" in type(model).__name__ and "next_sentence_label" not in batch:
-            batch["next_sentence_label"] = torch.full((len(examples),), IGNORED)
-        return batch
-
-    return collate
-
-
-def with_heads(
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    next_sentence: bool,
-    stream: TextStream,
-    steps: int,
-    like: DistillationArguments,
-    folder: Path,
-) -> PreTrainedModel:
-    """The teacher with heads that were trained on it, saved in ``folder/teacher``; if that is there already, that one.
-
-    All that it had stays bit by bit as it was; the words' embeddings are also the output layer of the new head.
-    """
-    saved = folder / TEACHER
-    if not saved.exists():
-        config: Any = copy.deepcopy(base.config)
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0  # what is frozen needs none
-        config.tie_word_embeddings = True
-        model: PreTrainedModel = (BertForPreTraining if next_sentence else BertForMaskedLM)(config)
-        model.base_model.load_state_dict(base.state_dict(), strict=False)  # a masked LM has no pooler
-        model.base_model.requires_grad_(False)
-        train_plainly(
-            model,
-            stream,
-            collator_for(model, tokenizer),
-            like,
-            max_steps=steps,
-            learning_rate=like.learning_rate,
-            remove_unused_columns=False,
-            accelerator_config={"dispatch_batches": False},
-        )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            setattr(model.config, name, getattr(base.config, name))
-        save_once(saved, model, tokenizer)
-    return load_teacher(saved)[0]
-
-
-def fixed_batches(examples: list[Example], collator: Collator, size: int = 32) -> list[Batch]:
-    """Batches with masks that are the same ones every time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return [collator(examples[start : start + size]) for start in range(0, len(examples), size)]
-
-
-@torch.no_grad()
-def masked_quality(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, float]:
-    """Accuracy and loss at the masked words, and accuracy for the next sentences where there are any."""
-    right = loss = words = right_pairs = pairs = 0.0
-    for batch in batches:
-        inputs = {name: value.to(model.device) for name, value in batch.items() if "label" not in name}
-        output = model(**inputs)
-        chosen = batch["labels"] != IGNORED
-        labels, logits = batch["labels"][chosen], output[0].cpu()[chosen].float()
-        words += len(labels)
-        right += int((logits.argmax(-1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        if "next_sentence_label" in batch:
-            known = batch["next_sentence_label"] != IGNORED
-            pairs += int(known.sum())
-            answers = output["seq_relationship_logits"].cpu().argmax(-1)
-            right_pairs += int((answers == batch["next_sentence_label"])[known].sum())
-    found = {"masked words, accuracy": right / max(words, 1), "masked words, loss": loss / max(words, 1)}
-    return {**found, "next sentence, accuracy": right_pairs / pairs} if pairs else found
-
-
-@torch.no_grad()
-def last_layer_distance(teacher: PreTrainedModel, model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, float]:
-    """Mean squared difference of the last hidden states from the teacher's."""
-    distances = []
-    for batch in batches:
-        inputs = {name: value.to(model.device) for name, value in batch.items()}
-        mine, theirs = (m(**inputs).last_hidden_state for m in (model, teacher))
-        distances.append(hidden_state_mse(mine, theirs, inputs["attention_mask"].bool()))
-    return {"last layer, distance (MSE)": float(torch.cat(distances).mean())}
 
 
 if __name__ == "__main__":

@@ -16,39 +16,24 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
-
+from kronecker_transformers.checkpoint.files import write_text
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
-from kronecker_transformers.distillation.experiment import (
+from kronecker_transformers.experiments.question_answering import Exam, load_answerer, load_questions, windows
+from kronecker_transformers.experiments.run import (
     check_output,
-    check_special_tokens,
     checked_length,
     fine_tune_teacher,
     finish,
-    predict,
     results_kept,
-    teacher_and_tokenizer,
     train_and_save,
 )
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
-from kronecker_transformers.tasks.squad import (
-    Answers,
-    WindowCollator,
-    answers_from_logits,
-    best_threshold,
-    evaluation_features,
-    load_squad,
-    read_squad_file,
-    training_features,
-)
-from kronecker_transformers.tasks.squad_metric import SquadMetric, Version
+from kronecker_transformers.tasks.squad import WindowCollator, evaluation_features, training_features
+from kronecker_transformers.tasks.squad_metric import Version
 
 
 @dataclass
@@ -88,91 +73,18 @@ class Options(StudentOptions):
                 raise ValueError(f"--no_answer_threshold is {self.no_answer_threshold}; it must be finite; 0 is usual")
 
 
-def load_questions(options: Options) -> tuple[Dataset, Dataset]:
-    """The questions to train and to judge on; what could only be refused after the training is refused here."""
-    if options.train_file and options.validation_file:
-        train, held_out = read_squad_file(options.train_file), read_squad_file(options.validation_file)
-    else:
-        data = load_squad(options.version, options.data_dir)
-        train, held_out = data["train"], data["validation"]
-    train = train.select(range(min(options.max_train_samples or len(train), len(train))))
-    held_out = held_out.select(range(min(options.max_eval_samples or len(held_out), len(held_out))))
-    for name, questions in (("training", train), ("validation", held_out)):
-        impossible = (row["id"] for row in questions.select_columns(["id", "answers"]) if not row["answers"]["text"])
-        if options.version == "v1.1" and (first := next(impossible, None)) is not None:
-            raise ValueError(
-                f"{name} question {first!r} has no answer, but in v1.1 each has one; run with --version v2.0"
-            )
-    ids = held_out["id"][:]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{len(ids)} validation questions have {len(set(ids))} ids; ids must be unique; change them")
-    return train, held_out
-
-
-def load_answerer(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """The teacher with its output layer for spans, its tokenizer, and whether it is fine-tuned already."""
-    teacher, tokenizer = teacher_and_tokenizer(source)
-    trained = type(teacher).__name__.endswith("ForQuestionAnswering")
-    if not trained:
-        names = {0: "start", 1: "end"}
-        teacher = AutoModelForQuestionAnswering.from_pretrained(
-            source, id2label=names, label2id={name: i for i, name in names.items()}
-        )
-    if tokenizer.pad_token is None:  # GPT-2; the attention mask, not the token, tells what is padding
-        check_special_tokens(tokenizer, "eos")
-        tokenizer.pad_token = tokenizer.eos_token
-    if teacher.config.model_type == "bert":
-        check_special_tokens(tokenizer, "cls", "sep")
-    teacher.config.pad_token_id = tokenizer.pad_token_id
-    return teacher.float(), tokenizer, trained  # whatever precision it was saved in: it is to be trained
-
-
-def windows(make: Callable[..., Any], questions: Dataset, tokenizer: Any, length: int, stride: int) -> Dataset:
-    """What `training_features` or `evaluation_features` makes of the questions."""
-    settings = {"tokenizer": tokenizer, "max_length": length, "stride": stride}
-    return questions.map(make, batched=True, remove_columns=questions.column_names, fn_kwargs=settings)
-
-
-@dataclass(frozen=True)
-class Exam:
-    """Questions with known answers, and what models make of them."""
-
-    version: Version
-    questions: Dataset
-    windows: Dataset
-    collator: WindowCollator
-    no_answer_threshold: float
-
-    def answers(self, model: PreTrainedModel) -> Answers:
-        """A model's answers."""
-        collator: Any = self.collator
-        inputs = self.windows.remove_columns(["example_id", "offset_mapping"])
-        logits = predict(model, inputs, collator, ("start_logits", "end_logits"))
-        threshold = self.no_answer_threshold if self.version == "v2.0" else None
-        start, end = logits["start_logits"], logits["end_logits"]
-        return answers_from_logits(self.questions, self.windows, start, end, no_answer_threshold=threshold)
-
-    def scores(self, answers: Answers) -> dict[str, float]:
-        """The official scores, in per cent."""
-        predictions = [{"id": name, "prediction_text": text} for name, text in answers.predictions.items()]
-        references = self.questions.select_columns(["id", "answers"]).to_list()
-        return SquadMetric(self.version).compute(predictions=predictions, references=references)
-
-    def tuned(self, answers: Answers) -> dict[str, Any]:
-        """The highest scores of v2.0 that any threshold gives on these very questions: better than on new ones.
-
-        An infinite threshold, with which all or none are left without an answer, is a string: JSON has no infinity.
-        """
-        best = best_threshold(answers.n_best, answers.null_odds, self.questions)
-        return {name: value if math.isfinite(value) else str(value) for name, value in best._asdict().items()}
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Tell the story."""
+    """Fine-tune a teacher if need be, distil its student, and judge both."""
     options, arguments = parse_script(Options, "squad", argv)
     recipe = RECIPES[options.recipe]["squad"]
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
-    train, held_out = load_questions(options)
+    train, held_out = load_questions(
+        options.version,
+        options.data_dir,
+        (options.train_file, options.validation_file) if options.train_file and options.validation_file else None,
+        options.max_train_samples,
+        options.max_eval_samples,
+    )
 
     teacher, tokenizer, trained = load_answerer(options.teacher)
     options.max_length = length = checked_length(teacher, options.max_length, recipe.length)
@@ -235,15 +147,9 @@ def main(argv: list[str] | None = None) -> None:
             notes,
         )
         if trainer.is_world_process_zero():
-            write_json(folder / "predictions.json", answers["student"].predictions)
+            found = json.dumps(answers["student"].predictions, indent=2, ensure_ascii=False)
+            write_text(folder / "predictions.json", found + "\n")
         finish(folder, table, results)
-
-
-def write_json(path: Path, content: dict[str, str]) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
 
 
 if __name__ == "__main__":

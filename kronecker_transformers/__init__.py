@@ -13,8 +13,8 @@ from .models import __all__ as _model_names
 if TYPE_CHECKING:
     from .compression.compress import CompressionResult, compress
     from .compression.search import PlanSearch, search_plan
-    from .distillation.distill import Distilled, distill
     from .evaluation.cost import Report, describe
+    from .experiments.distill import Distilled, distill
     from .export.dense import to_dense
     from .models.kronecker_nearest import KroneckerFactors, nearest_kronecker
 
@@ -22,13 +22,13 @@ __version__ = version("kronecker-transformers")
 
 _PLACES = {
     "CompressionResult": "compression.compress",
-    "Distilled": "distillation.distill",
+    "Distilled": "experiments.distill",
     "KroneckerFactors": "models.kronecker_nearest",
     "PlanSearch": "compression.search",
     "Report": "evaluation.cost",
     "compress": "compression.compress",
     "describe": "evaluation.cost",
-    "distill": "distillation.distill",
+    "distill": "experiments.distill",
     "nearest_kronecker": "models.kronecker_nearest",
     "search_plan": "compression.search",
     "to_dense": "export.dense",

@@ -188,7 +188,7 @@ def _add_calibration(command: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _distill(arguments: argparse.Namespace, console: Console) -> None:
-    from .distillation.distill import distill
+    from .experiments.distill import distill
 
     found = distill(
         arguments.teacher,

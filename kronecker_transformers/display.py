@@ -12,9 +12,9 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .compression.search import PlanSearch
-    from .distillation.distill import Distilled
     from .evaluation.cost import Report
     from .evaluation.timing import Comparison
+    from .experiments.distill import Distilled
     from .hub.files import PublishedFile
 
 

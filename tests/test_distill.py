@@ -9,7 +9,7 @@ from distilling_text import saved_teacher, text_file
 from safetensors.torch import load_file
 
 from kronecker_transformers.cli import main
-from kronecker_transformers.distillation.distill import distill
+from kronecker_transformers.experiments.distill import distill
 from kronecker_transformers.models import DENSE_CLASSES
 
 QUALITY = {
@@ -121,7 +121,7 @@ def test_more_minutes_are_more_steps(monkeypatch):
 
     from distilling import collate, examples, pair
 
-    from kronecker_transformers.distillation import distill as module
+    from kronecker_transformers.experiments import distill as module
 
     ticks = itertools.count()
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 128))

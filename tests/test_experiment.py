@@ -17,7 +17,8 @@ from transformers import (
 import kronecker_transformers.checkpoint.load
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationArguments
-from kronecker_transformers.distillation.experiment import (
+from kronecker_transformers.evaluation.timing import environment
+from kronecker_transformers.experiments.run import (
     check_output,
     finish,
     predict,
@@ -25,7 +26,6 @@ from kronecker_transformers.distillation.experiment import (
     train_and_save,
     train_plainly,
 )
-from kronecker_transformers.evaluation.timing import environment
 
 
 @pytest.mark.parametrize("batch_size", [3, 100])

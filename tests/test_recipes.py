@@ -1,11 +1,12 @@
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import tiny
 from transformers import BertModel
 
-from kronecker_transformers import compress
+from kronecker_transformers import compress, recipes
 from kronecker_transformers.compression.plan_file import read_plan
 from kronecker_transformers.distillation import DistillationArguments
 from kronecker_transformers.models.kronecker_family import FAMILIES
@@ -28,7 +29,6 @@ def test_every_recipe_is_one_of_known_arguments(name, stage, tmp_path):
     for task in (None, *recipe.by_task):
         arguments = DistillationArguments(str(tmp_path), **recipe.for_task(task))
         assert arguments.weights()
-    assert recipe.note
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,16 @@ def test_bad_options_end_with_one_message(argv, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_script(Options, "glue", ["--output_dir", str(tmp_path), *argv])
     assert message in capsys.readouterr().err
+
+
+def test_recipe_files_say_where_their_numbers_come_from():
+    for path in (Path(recipes.__file__).parent).glob("*.yaml"):
+        assert path.read_text().startswith("# "), path
+
+
+@pytest.mark.parametrize("content", ["- a list", "mlm: {length: 3}", "mlm: {plan: 7.7x, lenght: 3}", "mlm: [", "3"])
+def test_a_file_that_is_no_recipe(content, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"recipe\.yaml.*does not map stages to plan, length and arguments"):
+        recipes.read_recipe(path)

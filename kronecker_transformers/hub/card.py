@@ -74,7 +74,6 @@ def model_card(
     twin_of: str | None = None,
     has_twin: bool = False,
     records: str | os.PathLike[str] | None = None,
-    note: str | None = None,
     look_up: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> ModelCard:
     """The card of a factored model, or of a dense twin.
@@ -88,7 +87,6 @@ def model_card(
         twin_of: for a dense twin, the name of the factored model.
         has_twin: whether the dense twin is published beside it, as ``<repo_id>-dense``.
         records: folder of the records; for a dense twin that of the factored model; default: the same folder.
-        note: a paragraph to stand below the title.
         look_up: from the name of a teacher on the Hub to the metadata of its card, such as `hub.card_metadata`; without
             it nothing is asked on the Hub.
 
@@ -138,7 +136,6 @@ def model_card(
         data,
         template_path=str(TEMPLATE),
         made=MADE,
-        note=note,
         name=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         twin_of=twin_of,

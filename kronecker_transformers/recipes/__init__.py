@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..checkpoint.load import source_name
@@ -27,14 +28,12 @@ class Recipe:
         length: longest sequence, in tokens.
         arguments: what it sets of `DistillationArguments`.
         by_task: the same for single tasks.
-        note: where the numbers come from, and which the paper leaves open.
     """
 
     plan: str
     length: int
     arguments: Mapping[str, Any]
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    note: str = ""
 
     def for_task(self, task: str | None) -> dict[str, Any]:
         """The arguments for one task."""
@@ -96,82 +95,27 @@ class StudentOptions:
 CHECKPOINTS = "checkpoints"
 """Folder of the Trainer's checkpoints within the output folder of an example."""
 
-_BERT_GLUE = {
-    "objective": "kronecker_bert",
-    "per_device_train_batch_size": 32,
-    "num_train_epochs": 10.0,
-    "weight_decay": 0.01,
-    "warmup_steps": 0.1,
-    "factor_learning_rates": False,
-}
-_BERT_MLM = {
-    "objective": "kronecker_bert",
-    "logits_weight": 0.0,
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 64,
-    "num_train_epochs": 3.0,
-    "weight_decay": 0.01,
-    "warmup_steps": 0.1,
-    "factor_learning_rates": False,
-}
-_BERT_SQUAD = {**_BERT_GLUE, "learning_rate": 1e-4, "per_device_train_batch_size": 64, "num_train_epochs": 7.0}
-_BERT_NOTE = (
-    "KroneckerBERT, sections 4 and A: plan, batch, length, learning rate, objective; 5 to 15 epochs (CoLA 15 to 30, "
-    "SQuAD 1 to 14), of which this takes a middle; one learning rate for all parameters. Warm-up and weight decay are "
-    "not in the paper."
-)
-_GPT2 = {"objective": "kngpt2", "weight_decay": 0.01, "warmup_steps": 0.1, "per_device_train_batch_size": 16}
-_GPT2_NOTE = (
-    "KnGPT2, sections 3 and 4: plan, objective, one epoch of pre-training. Learning rate, batch, warm-up and the "
-    "weights of the terms (all 1) are ours: the paper does not print them."
-)
 
-RECIPES: dict[str, dict[str, Recipe]] = {
-    "kroneckerbert-7.7x": {
-        "mlm": Recipe("7.7x", 512, _BERT_MLM, note=_BERT_NOTE),
-        "glue": Recipe(
-            "7.7x",
-            128,
-            {**_BERT_GLUE, "learning_rate": 1e-4},
-            {"cola": {"learning_rate": 5e-5, "num_train_epochs": 20.0}, "rte": {"learning_rate": 1e-5}},
-            note=_BERT_NOTE,
-        ),
-        "squad": Recipe("7.7x", 384, _BERT_SQUAD, note=_BERT_NOTE),
-    },
-    "kroneckerbert-21x": {
-        "mlm": Recipe("21x", 512, _BERT_MLM, note=_BERT_NOTE),
-        "glue": Recipe(
-            "21x",
-            128,
-            {**_BERT_GLUE, "learning_rate": 5e-4},
-            {
-                "cola": {"num_train_epochs": 20.0},
-                "qqp": {"learning_rate": 1e-4},
-                "rte": {"learning_rate": 5e-5},
-            },
-            note=_BERT_NOTE,
-        ),
-        "squad": Recipe("21x", 384, _BERT_SQUAD, note=_BERT_NOTE),
-    },
-    "kngpt2": {
-        "clm": Recipe("kngpt2", 512, {**_GPT2, "learning_rate": 2.5e-4, "num_train_epochs": 1.0}, note=_GPT2_NOTE),
-        "glue": Recipe("kngpt2", 128, {**_GPT2, "learning_rate": 5e-5, "num_train_epochs": 5.0}, note=_GPT2_NOTE),
-    },
-    "sentence-encoder-7.7x": {
-        "embedding": Recipe(
-            "7.7x",
-            128,
-            {
-                "objective": "sentence_encoder",
-                "learning_rate": 1e-3,
-                "per_device_train_batch_size": 64,
-                "num_train_epochs": 1.0,
-                "warmup_steps": 0.5,
-            },
-            note="Ours: the better of two learning rates for every factored student of benchmarks/plans.py.",
-        )
-    },
-}
+def read_recipe(path: str | Path) -> dict[str, Recipe]:
+    """The stages of a recipe file.
+
+    Args:
+        path: a YAML file: for each stage `plan`, `length`, `arguments` and perhaps `by_task`.
+
+    Raises:
+        ValueError: it is no such file.
+        OSError: it cannot be read.
+    """
+    try:
+        stages = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return {stage: Recipe(**{**fields, "plan": str(fields["plan"])}) for stage, fields in stages.items()}
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"recipe file {str(path)!r} does not map stages to plan, length and arguments ({error}); correct it"
+        ) from error
+
+
+RECIPES = {path.stem: read_recipe(path) for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 """Recipes by name and stage: mlm (stage 1 of BERT), glue, squad, clm, embedding."""
 
 _Script = TypeVar("_Script")

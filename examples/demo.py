@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         here = found.model(**batch).last_hidden_state
     torch.testing.assert_close(open_elsewhere(OUTPUT, dict(batch)), here)
-    console.print(distillation_table(found))
+    console.print(distillation_table(found.training["steps"], found.models, found.rows))
     console.print(
         f"Saved in {OUTPUT}, with model card, plan, figures and record. A new process without this package has opened "
         "it and computed the same.",

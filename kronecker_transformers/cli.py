@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from . import __version__, display
@@ -30,34 +31,55 @@ from .tasks.language_modeling import TextSource
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kronecker-transformers",
-        description="Make BERT and GPT-2 models smaller and faster: layers become Kronecker products.",
+        description="Make BERT and GPT-2 models smaller and faster: layers become sums of Kronecker products.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser(
         "distill",
-        help="the main job: compress a dense model and distil the student on plain text",
-        description="Search a plan on plain text, compress a dense model by it, and distil the student on the text.",
+        help="compress a model and distil it on unlabelled text (start here)",
+        description="Search for a plan, compress the model with it and distil the student, all on unlabelled text.",
     )
-    command.add_argument("teacher", metavar="TEACHER", help="name on the Hub, or folder, of the dense model")
-    command.add_argument(
+    command.add_argument("teacher", metavar="TEACHER", help="dense model: name on the Hub, or local folder")
+    lesson = command.add_mutually_exclusive_group(required=True)
+    lesson.add_argument(
         "--text",
-        required=True,
         metavar="FILE",
         help="a file with one sentence or document per line, a table (.csv, .tsv, .json, .jsonl, .parquet), or a "
         "dataset of the Hub; a tenth of it is held out",
     )
-    command.add_argument("--text-column", default="text", metavar="NAME", help="of a table (default: %(default)s)")
+    command.add_argument(
+        "--text-column", default="text", metavar="NAME", help="text column of a table or dataset (default: %(default)s)"
+    )
+    lesson.add_argument(
+        "--task", metavar="NAME", help="a GLUE task with its labels, for a classifier that was fine-tuned on it"
+    )
+    command.add_argument("--data", metavar="DIR", help="folder of the official GLUE files (default: the Hub)")
     command.add_argument("--output", required=True, metavar="DIR", help="new folder for the student")
     plan = command.add_mutually_exclusive_group()
-    plan.add_argument("--ratio", type=float, metavar="X", help="teacher over student (default: 7.7; GPT-2: 1.48)")
-    plan.add_argument("--plan", default=None, help="a preset or a plan file, instead of a search")
+    plan.add_argument(
+        "--ratio",
+        type=float,
+        metavar="X",
+        help="how many times fewer parameters the base model gets (default: 7.7; GPT-2: 1.48)",
+    )
+    plan.add_argument("--plan", default=None, help="preset or plan file, instead of a search")
     length = command.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, metavar="X", help="of distillation, at most (default: 30)")
-    length.add_argument("--steps", type=int, metavar="N", help="of distillation, instead of minutes")
-    command.add_argument("--learning-rate", type=float, metavar="X", help="(default: by the hidden size)")
-    command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    length.add_argument(
+        "--minutes",
+        type=float,
+        metavar="X",
+        help="minutes of training at most, without search and calibration (default: 30)",
+    )
+    length.add_argument("--steps", type=int, metavar="N", help="training steps, instead of --minutes")
+    command.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="X",
+        help="peak learning rate (default: 1e-3, lower for hidden sizes above 384)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     command.set_defaults(run=_distill)
 
     command = commands.add_parser(
@@ -65,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         help="factor a dense model and save the result",
         description="Factor a dense BERT or GPT-2 and save the result.",
     )
-    command.add_argument("teacher", metavar="TEACHER", help="name on the Hub, or folder, of the dense model")
+    command.add_argument("teacher", metavar="TEACHER", help="dense model: name on the Hub, or local folder")
     plan = command.add_mutually_exclusive_group()
     plan.add_argument(
         "--plan",
@@ -73,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "text, --ratio 7.7 or 1.48)",
     )
     plan.add_argument(
-        "--ratio", type=float, metavar="X", help="search the best plan of this ratio, as the command search does"
+        "--ratio", type=float, metavar="X", help="search for the best plan with this ratio; needs --calibration"
     )
     _add_calibration(command, required=False)
     command.add_argument("--output", required=True, metavar="DIR", help="new folder for the factored model")
@@ -84,18 +106,22 @@ def _parser() -> argparse.ArgumentParser:
         help="find the best plan for a budget",
         description="Find the best plan for a budget, or for two, and write it as a file for compress.",
     )
-    command.add_argument("teacher", metavar="TEACHER", help="name on the Hub, or folder, of the dense model")
-    command.add_argument("--ratio", type=float, metavar="X", help="parameters of the base model, teacher over student")
-    command.add_argument("--parameters", type=int, metavar="N", help="of the base model, at most")
-    command.add_argument("--size-bytes", type=int, metavar="N", help="of these parameters, at most")
+    command.add_argument("teacher", metavar="TEACHER", help="dense model: name on the Hub, or local folder")
+    command.add_argument("--ratio", type=float, metavar="X", help="how many times fewer parameters the base model gets")
+    command.add_argument("--parameters", type=int, metavar="N", help="parameters of the base model, at most")
+    command.add_argument("--size-bytes", type=int, metavar="N", help="bytes of its parameters, at most")
     command.add_argument(
-        "--flops", type=float, metavar="N", help="of its linear layers for 128 tokens, at most (1e9 for one GFLOP)"
+        "--flops", type=float, metavar="N", help="FLOPs of its linear layers for 128 tokens, at most (1e9 is one GFLOP)"
     )
     command.add_argument(
-        "--milliseconds", type=float, metavar="X", help="of a forward pass of the base model on this machine, at most"
+        "--milliseconds", type=float, metavar="X", help="milliseconds of a forward pass on this machine, at most"
     )
-    command.add_argument("--batch", type=int, metavar="N", help=f"sequences of this pass (default: {Runtime.batch})")
-    command.add_argument("--length", type=int, metavar="N", help=f"tokens of each (default: {Runtime.length})")
+    command.add_argument(
+        "--batch", type=int, metavar="N", help=f"batch size for --milliseconds (default: {Runtime.batch})"
+    )
+    command.add_argument(
+        "--length", type=int, metavar="N", help=f"tokens of a sequence for --milliseconds (default: {Runtime.length})"
+    )
     _add_calibration(command, required=True)
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="plan file, .yaml or .json")
     command.add_argument("--picture", metavar="FILE", help="PNG of predicted error against size")
@@ -112,7 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("export", "expand"):
         command = commands.add_parser(
             name,
-            help="write another form of a factored model: a stock dense model" if name == "export" else "as export",
+            help="convert a factored model to a stock dense model"
+            if name == "export"
+            else "deprecated alias of export",
             description="Write another form of a factored model. Dense: the factors multiplied out, a stock model with "
             "the same outputs.",
         )
@@ -123,18 +151,22 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "benchmark",
-        help="measure a model beside another one on this machine",
-        description="Measure a model beside another one on this machine, in turn: size, FLOPs, time, memory, limits.",
+        help="compare size, speed and memory of two models on this machine",
+        description="Compare two models on this machine, in turn: size, FLOPs, time, memory, limits.",
     )
     command.add_argument("model", metavar="MODEL", help="name on the Hub, or folder, of a factored or dense model")
-    command.add_argument("--against", required=True, metavar="TEACHER", help="the same, of the model to compare with")
-    command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: %(default)s)")
-    command.add_argument("--length", type=int, default=128, metavar="N", help="tokens of each (default: %(default)s)")
+    command.add_argument("--against", required=True, metavar="MODEL", help="the model to compare with")
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: %(default)s)")
+    command.add_argument(
+        "--length", type=int, default=128, metavar="N", help="tokens of a sequence (default: %(default)s)"
+    )
     command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
     command.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
-    command.add_argument("--compile", action="store_true", help="with torch.compile")
-    command.add_argument("--rounds", type=int, default=15, metavar="N", help="of both (default: %(default)s)")
-    command.add_argument("--json", metavar="FILE", help="write all figures")
+    command.add_argument("--compile", action="store_true", help="use torch.compile")
+    command.add_argument(
+        "--rounds", type=int, default=15, metavar="N", help="timed forward passes of each model (default: %(default)s)"
+    )
+    command.add_argument("--json", metavar="FILE", help="write the results as JSON")
     command.add_argument("--picture", metavar="FILE", help="PNG of time against size")
     command.set_defaults(run=_benchmark)
 
@@ -144,14 +176,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Publish a saved model on the Hub, in one commit: weights, tokenizer, and the code that loads it.",
     )
     command.add_argument("folder", metavar="DIR", help="folder of the model")
-    command.add_argument("repository", metavar="ORG/NAME", help="where to; made if it does not exist")
+    command.add_argument("repository", metavar="ORG/NAME", help="target repository; created if it does not exist")
     command.add_argument(
-        "--with-dense-twin", action="store_true", help="publish the factors multiplied out, too, as ORG/NAME-dense"
+        "--with-dense-twin", action="store_true", help="also publish the equivalent dense model, as ORG/NAME-dense"
     )
-    command.add_argument("--base-model", metavar="ORG/TEACHER", help="for the card (default: as recorded)")
-    command.add_argument("--license", metavar="NAME", help="for the card (default: that of the teacher's card)")
-    command.add_argument("--language", metavar="CODE", help="for the card (default: that of the teacher's card)")
-    command.add_argument("--private", action="store_true", default=None, help="if the repository is made")
+    command.add_argument(
+        "--base-model", metavar="ORG/TEACHER", help="teacher named in the model card (default: as recorded)"
+    )
+    command.add_argument("--license", metavar="NAME", help="for the model card (default: that of the teacher's card)")
+    command.add_argument("--language", metavar="CODE", help="for the model card (default: that of the teacher's card)")
+    command.add_argument("--private", action="store_true", default=None, help="create the repository as a private one")
     command.add_argument("--revision", metavar="BRANCH", help="(default: main)")
     command.add_argument("--create-pr", action="store_true", help="as a pull request")
     command.add_argument("--dry-run", action="store_true", help="list the files, send nothing")
@@ -162,11 +196,16 @@ def _parser() -> argparse.ArgumentParser:
         help="publish a Space that shows a published model beside its teacher",
         description="Publish a Space (a Gradio app) that shows a published model beside its teacher.",
     )
-    command.add_argument("repository", metavar="ORG/SPACE", help="where to; made if it does not exist")
+    command.add_argument("repository", metavar="ORG/SPACE", help="target repository; created if it does not exist")
     command.add_argument("--model", required=True, metavar="ORG/NAME", help="the factored model on the Hub")
     command.add_argument("--teacher", required=True, metavar="ORG/NAME", help="its teacher on the Hub")
-    command.add_argument("--folder", default="examples/space", metavar="DIR", help="of the app (default: %(default)s)")
-    command.add_argument("--private", action="store_true", default=None, help="if the Space is made")
+    command.add_argument(
+        "--folder",
+        default="examples/space",
+        metavar="DIR",
+        help="folder of the app, in a clone of the repository (default: %(default)s)",
+    )
+    command.add_argument("--private", action="store_true", default=None, help="create the Space as a private one")
     command.set_defaults(run=_push_space)
     return parser
 
@@ -176,14 +215,17 @@ def _add_calibration(command: argparse.ArgumentParser, required: bool) -> None:
         "--calibration",
         required=required,
         metavar="FILE",
-        help="text on which the factors shall be near the dense layers: a file with one sentence or document per line, "
+        help="text for which the factors are fitted: a file with one sentence or document per line, "
         "a table (.csv, .tsv, .json, .jsonl, .parquet), or a dataset of the Hub",
     )
     command.add_argument(
-        "--calibration-column", default="text", metavar="NAME", help="of a table or dataset (default: %(default)s)"
+        "--calibration-column",
+        default="text",
+        metavar="NAME",
+        help="text column of a table or dataset (default: %(default)s)",
     )
     command.add_argument(
-        "--calibration-texts", type=int, default=512, metavar="N", help="how many are read (default: %(default)s)"
+        "--calibration-texts", type=int, default=512, metavar="N", help="number of texts used (default: %(default)s)"
     )
 
 
@@ -194,8 +236,10 @@ def _distill(arguments: argparse.Namespace, console: Console) -> None:
         arguments.teacher,
         arguments.text,
         arguments.output,
+        task=arguments.task,
+        data_dir=arguments.data,
         ratio=arguments.ratio,
-        plan="search" if arguments.plan is None else read_plan(arguments.plan),
+        plan=None if arguments.plan is None else read_plan(arguments.plan),
         minutes=arguments.minutes,
         steps=arguments.steps,
         column=arguments.text_column,
@@ -204,7 +248,7 @@ def _distill(arguments: argparse.Namespace, console: Console) -> None:
         progress=True,
         show=lambda line: console.print(line, highlight=False),
     )
-    console.print(display.distillation_table(found))
+    console.print(display.distillation_table(found.training["steps"], found.models, found.rows))
     console.print(f"Saved in {arguments.output}, with its model card, plan, figures and record.")
 
 
@@ -217,7 +261,7 @@ def _compress(arguments: argparse.Namespace, console: Console) -> None:
     _show(result.report, console)
     if result.tokenizer is None:
         console.print("The teacher came without a tokenizer, so the student has none.")
-    console.print(f"Saved in {arguments.output}. Distil it before use: an undistilled student is poor.")
+    console.print(f"Saved in {arguments.output}. Compression alone loses much of the quality: distil it before use.")
 
 
 def _calibration_texts(arguments: argparse.Namespace) -> list[str]:
@@ -260,7 +304,7 @@ def _inspect(arguments: argparse.Namespace, console: Console) -> None:
     _show(report.with_errors(errors), console)
     if not errors:
         console.print(
-            "No errors are shown: these weights have been trained since, or came without a record of their compression."
+            "No approximation errors to show: the weights were trained after compression, or have no record of it."
         )
 
 
@@ -350,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # into a file or a pipe, lines are as long as the longest module names need
         arguments.run(arguments, Console(width=None if sys.stdout.isatty() else 110))
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
         message = " ".join(str(error).split())
         print(f"kronecker-transformers {arguments.command}: error: {message}", file=sys.stderr)
         return 1

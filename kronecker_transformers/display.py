@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .compression.search import PlanSearch
     from .evaluation.cost import Report
     from .evaluation.timing import Comparison
-    from .experiments.distill import Distilled
     from .hub.files import PublishedFile
 
 
@@ -227,14 +226,14 @@ def training_picture(
     figure.savefig(path, dpi=110)
 
 
-def distillation_table(distilled: Distilled) -> Table:
+def distillation_table(steps: int, models: Iterable[str], rows: Mapping[str, Sequence[float]]) -> Table:
     """Teacher and student, before and after the distillation, and ratios of what is counted."""
-    table = Table(title=f"{distilled.training['steps']:,} steps of distillation", box=SIMPLE_HEAD)
+    table = Table(title=f"{steps:,} steps of distillation", box=SIMPLE_HEAD)
     table.add_column("", overflow="fold")
-    for heading in (*distilled.models, "ratio"):
+    for heading in (*models, "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     forms = {"parameters": "{:,.0f}", "megabytes": "{:,.1f}", "examples per second": "{:,.0f}"}
-    for name, values in distilled.rows.items():
+    for name, values in rows.items():
         ratio = {"parameters": values[0] / values[-1], "megabytes": values[0] / values[-1]}.get(name)
         ratio = values[-1] / values[0] if name == "examples per second" else ratio
         form = forms.get(name, "{:.1%}" if name.endswith("as the teacher's") or "common" in name else "{:.4g}")

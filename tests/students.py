@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import bert_config, gpt2_config, perturb
 
-from kronecker_transformers.models import DENSE_CLASSES, modeling_kronecker
+from kronecker_transformers.models import DENSE_CLASSES, kronecker_matching
 
 # terms > 1 and low rank beside the presets, so that no path is left out
 BERT_PLAN = {
@@ -36,12 +36,12 @@ def base_model(config):
 
 def factorable_modules(config):
     """Weight shape of what a plan may name."""
-    return modeling_kronecker.factorable_modules(base_model(config))
+    return kronecker_matching.factorable_modules(base_model(config))
 
 
 def factored_modules(config):
     """Entry of what its plan factors."""
-    return modeling_kronecker.matched_plan(base_model(config), config.factor_plan)
+    return kronecker_matching.matched_plan(base_model(config), config.factor_plan)
 
 
 def first_output(output):

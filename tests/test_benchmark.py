@@ -143,7 +143,7 @@ def side(name, milliseconds, parameters, spread=0.02):
     ("milliseconds", "parameters", "words"),
     [
         (5.0, 100, ("student is 2.00 times as fast as teacher here, and 7.70 times smaller.",)),
-        (20.0, 100, ("does not pay here: it is 2.00 times as slow as teacher, and 7.70", "transformers expand")),
+        (20.0, 100, ("does not pay here: it is 2.00 times as slow as teacher, and 7.70", "transformers export")),
         (9.8, 100, ("does not pay here: it is as fast as teacher",)),
         (5.0, 1540, ("2.00 times larger",)),
     ],

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 import torch
 import transformers
 from distilling_text import saved_teacher, text_file
@@ -88,6 +89,44 @@ def test_the_command(tmp_path, capsys):
     assert "already holds something" in capsys.readouterr().err
 
 
+@pytest.fixture
+def glue(tmp_path):
+    """A folder with a small SST-2."""
+    folder = tmp_path / "glue" / "SST-2"
+    folder.mkdir(parents=True)
+    lines = text_file(tmp_path).read_text().splitlines()
+    rows = [f"{line}\t{index % 2}" for index, line in enumerate(lines)]
+    (folder / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows[:200]]) + "\n")
+    (folder / "dev.tsv").write_text("\n".join(["sentence\tlabel", *rows[200:]]) + "\n")
+    return tmp_path / "glue"
+
+
+def test_a_task_gives_labels(glue, tmp_path, capsys):
+    names = {0: "negative", 1: "positive"}
+    changes = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    teacher = saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher", **changes)
+    found = distill(teacher, output=tmp_path / "student", task="sst2", data_dir=str(glue), ratio=3, steps=12)
+    assert list(found.rows)[3:] == ["labels as the teacher's", "accuracy"]
+    assert found.training["objective"]["supervised"] == 0.05
+    command = ["distill", teacher, "--task", "sst2", "--data", glue, "--steps", "12", "--ratio", "3"]
+    assert main([*map(str, command), "--output", str(tmp_path / "again")]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    encoder = saved_teacher(transformers.BertModel, tmp_path / "encoder")
+    with pytest.raises(ValueError, match="is no classifier yet; fine-tune it first"):
+        distill(encoder, output=tmp_path / "third", task="sst2", data_dir=str(glue))
+
+
+def test_a_loaded_teacher_stays_as_it_is(tmp_path):
+    teacher = tiny.teacher(transformers.BertForSequenceClassification, dtype=torch.bfloat16).train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    found = distill(
+        teacher, text_file(tmp_path), tmp_path / "student", ratio=3, steps=2, tokenizer=tiny.bert_tokenizer(tmp_path)
+    )
+    assert teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert found.model.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -96,7 +135,9 @@ def test_the_command(tmp_path, capsys):
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"ratio": 3, "plan": "7.7x"}, "leave one of them out"),
         ({"plan": {"nowhere": (1, 1)}}, "matches no module"),
-        ({"text": "little.txt"}, "some thousand do well"),
+        ({"text": "little.txt"}, "is too little"),
+        ({"text": None}, "give one of both"),
+        ({"task": "sst2"}, "give one of both"),
         ({"text": "nothing.txt"}, "does not exist"),
     ],
 )

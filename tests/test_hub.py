@@ -20,7 +20,7 @@ from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import save_folder
 from kronecker_transformers.cli import main
 from kronecker_transformers.export.dense import to_dense
-from kronecker_transformers.hub.card import MADE, USES, model_card
+from kronecker_transformers.hub.card import MADE, auto_class, model_card
 from kronecker_transformers.hub.files import published_files
 from kronecker_transformers.hub.push import files_to_push, push, push_space
 from kronecker_transformers.models import DENSE_CLASSES
@@ -29,10 +29,20 @@ from kronecker_transformers.models.modeling_kronecker import KroneckerPreTrained
 TOKEN = "hf_good"
 SPACE = Path(__file__).parent.parent / "examples" / "space"
 CODE = {
-    "configuration_kronecker.py", "configuration_kronecker_bert.py", "factor_plan.py", "kronecker_blocks.py",
-    "kronecker_contraction.py", "kronecker_family.py", "kronecker_internals.py", "kronecker_layers.py",
-    "kronecker_nearest.py", "modeling_kronecker.py", "modeling_kronecker_bert.py",
-}  # fmt: skip
+    "configuration_kronecker.py",
+    "configuration_kronecker_bert.py",
+    "factor_plan.py",
+    "kronecker_blocks.py",
+    "kronecker_contraction.py",
+    "kronecker_embeddings.py",
+    "kronecker_family.py",
+    "kronecker_internals.py",
+    "kronecker_layers.py",
+    "kronecker_matching.py",
+    "kronecker_nearest.py",
+    "modeling_kronecker.py",
+    "modeling_kronecker_bert.py",
+}
 FILES = CODE | {
     "README.md", "compression.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
 }  # fmt: skip
@@ -91,12 +101,8 @@ def job(model, name, tmp_path, **more):
     """Of a stranger, for a model of any class."""
     batch = tmp_path / f"{name.replace('/', '-')}.pt"
     torch.save(inputs(model), batch)
-    architecture = type(model).__name__.removeprefix("Kronecker")
-    auto_class = next(
-        use.auto_class for ending, use in USES.items() if architecture in (f"Bert{ending}", f"GPT2{ending}")
-    )
     trusted = {"trust_remote_code": True} if isinstance(model, KroneckerPreTrainedModel) else {}
-    return {"name": name, "auto_class": auto_class, "batch": str(batch), "settings": trusted, **more}
+    return {"name": name, "auto_class": auto_class(model), "batch": str(batch), "settings": trusted, **more}
 
 
 def first_output(model):

@@ -36,9 +36,17 @@ HUB_SET = {
     "gpt2": {"configuration_kronecker_gpt2.py", "modeling_kronecker_gpt2.py"},
 }
 SHARED = {
-    "configuration_kronecker.py", "factor_plan.py", "kronecker_contraction.py", "kronecker_family.py",
-    "kronecker_internals.py", "kronecker_layers.py", "kronecker_nearest.py", "modeling_kronecker.py",
-}  # fmt: skip
+    "configuration_kronecker.py",
+    "factor_plan.py",
+    "kronecker_contraction.py",
+    "kronecker_embeddings.py",
+    "kronecker_family.py",
+    "kronecker_internals.py",
+    "kronecker_layers.py",
+    "kronecker_matching.py",
+    "kronecker_nearest.py",
+    "modeling_kronecker.py",
+}
 
 # Runs without the package; reads a list of jobs, writes what it found.
 STRANGER = """

@@ -91,7 +91,10 @@ def test_what_a_student_cannot_start_from(options, error, message, tmp_path, mon
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--recipe", "kngpt3"], "--recipe 'kngpt3' is not known for this stage; choose one of kroneckerbert-7.7x"),
+        (
+            ["--recipe", "kngpt3"],
+            "--recipe 'kngpt3' is not known for this stage; choose one of kngpt2, kroneckerbert-21x",
+        ),
         (["--learning_rat", "1"], "unknown option '--learning_rat'"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--pooled_weight", "-2"], "pooled_weight=-2.0 must be a finite number >= 0"),

@@ -202,6 +202,9 @@ def _load_weights(
                 f"the weights in {str(source)!r} hold {key!r}, for which its config.json has no place, so the outputs "
                 "would be others than those it was trained for; restore its config.json"
             )
+    left = [key for key in sorted(info["unexpected_keys"]) if not key.endswith(_OLD_BUFFERS)]
+    if left:
+        logger.warning("%s holds weights that %s does not use: %s", source, model_class.__name__, ", ".join(left[:5]))
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"the weights in {str(source)!r} lack {len(missing)} parameters, {missing[0]!r} first; restore them"

@@ -62,7 +62,7 @@ class SentenceModules:
         """Put them beside a model."""
         for name, content in self.files.items():
             path = Path(folder) / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
     def _object(self, name: str) -> dict[str, Any]:

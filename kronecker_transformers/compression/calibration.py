@@ -1,7 +1,7 @@
 """Calibration text, carried through teacher and student layer after layer, gives the student better factors.
 
 Each factored layer is fitted to what the teacher's computes for the same text, given the inputs that the student's
-earlier layers, fitted already, pass on (`factorization.calibrated`). The hidden states of both models are carried from
+earlier layers, fitted already, pass on (`calibrated`). The hidden states of both models are carried from
 layer to layer, so nothing is computed from the start again; within a layer, modules are fitted in the order in which
 they compute. A part of the text is held out: a layer whose nearest factors do better there keeps them.
 """

@@ -1,6 +1,6 @@
 """What each layer of a teacher may become in a plan, how near it then comes, and how much that matters.
 
-The error of every shape has an estimate (`factorization.search.error_curves`). Shapes compete in the middle layer:
+The error of every shape has an estimate (`estimates.error_curves`). Shapes compete in the middle layer:
 those with the best estimates are tried by a few sweeps of alternating least squares, judged on held-out text, and
 the best are candidates in all layers. There the estimates are scaled by what a try at one size reaches. The influence
 of a layer is measured by giving this layer alone an error.

@@ -53,7 +53,7 @@ def check_plan_path(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: an ending other than `.yaml`, `.yml` or `.json`.
-        OSError: as `checkpoint.check_file`.
+        OSError: as `checkpoint.files.check_file`.
     """
     path = Path(path)
     if path.suffix not in (".yaml", ".yml", ".json"):

@@ -28,7 +28,7 @@ from ..checkpoint.teachers import check_teacher
 from ..models import FACTORED_CLASSES
 from ..models.factor_plan import FactorEntry, FactorPlan
 from ..models.kronecker_family import longest_sequence
-from ..models.modeling_kronecker import matched_plan
+from ..models.kronecker_matching import matched_plan
 from .activations import CalibrationBatch, calibration_batches
 from .candidates import Candidate, influences, measured_layers, noise_to_signal
 from .estimates import UNITS, best_choice

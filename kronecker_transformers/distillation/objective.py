@@ -16,9 +16,6 @@ from . import losses
 from .heads import Output, outputs_of, real_positions
 from .tap import QueryKey, Reading, Tap
 
-Counts = dict[str, Tensor]
-"""What the losses are averaged over in a whole step: "sequences", "examples" and, by its name, each kind of label."""
-
 _HIDDEN = ("embeddings", "layers", "sentences")
 """What losses read that hidden states show."""
 _SMOOTHED_KINDS = ("classes", "tokens", "next_token")

@@ -29,6 +29,10 @@ class Progress(TrainerCallback, ExportableState):
         """Of training so far, earlier runs included."""
         return self._before + time.monotonic() - self._started
 
+    def skip(self, seconds: float) -> None:
+        """Do not count seconds that were not training, such as those of an evaluation on the way."""
+        self._started += seconds
+
     def share_of_time(self) -> float:
         """Of `max_minutes`, from 0; 0 without a limit."""
         return self.elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0

@@ -125,7 +125,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         state = TrainerState()
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
-        self._progress.restore(state)
+        self.progress.restore(state)
         dropouts = {module: module.p for module in self.model.modules() if isinstance(module, nn.Dropout)}
         idle = [parameter for parameter in self.objective.idle_parameters(self.model) if parameter.requires_grad]
         try:
@@ -149,7 +149,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             return None
         self._load_from_checkpoint(checkpoint)
         self.state = state
-        self._progress.restore(state)
+        self.progress.restore(state)
         return TrainOutput(state.global_step, 0.0, {"train_runtime": 0.0})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -169,7 +169,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         """As the base class; with `max_minutes` the schedule goes on by time where steps are slower than planned."""
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
         if self.args.max_minutes is not None:
-            follow_time(scheduler, num_training_steps, self._progress)
+            follow_time(scheduler, num_training_steps, self.progress)
         return scheduler
 
     def get_batch_samples(
@@ -190,12 +190,12 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         names = list(counts[0])
         # the time that has passed goes along: decisions by time must be those of all processes
         sums = [sum(c[name] for c in counts) for name in names]
-        totals = torch.tensor([*sums, self._progress.seconds()], dtype=torch.float64)
+        totals = torch.tensor([*sums, self.progress.seconds()], dtype=torch.float64)
         if device.type == "mps":
             totals = totals.float()
         *totals, elapsed = self.accelerator.reduce(totals.to(device), "sum").unbind()
-        self._progress.elapsed = float(elapsed) / self.accelerator.num_processes
-        self._progress.samples += int(totals[names.index("examples")])
+        self.progress.elapsed = float(elapsed) / self.accelerator.num_processes
+        self.progress.samples += int(totals[names.index("examples")])
         return samples, dict(zip(names, totals, strict=True))
 
     def compute_loss(
@@ -267,9 +267,9 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         args = self.args
         return {
             "steps": self.state.global_step,
-            "samples": self._progress.samples,
+            "samples": self.progress.samples,
             "tokens": self.state.num_input_tokens_seen,
-            "seconds": round(self._progress.seconds(), 1),
+            "seconds": round(self.progress.seconds(), 1),
             "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "learning_rate": args.learning_rate,
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
@@ -293,7 +293,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         }
 
     @property
-    def _progress(self) -> Progress:
+    def progress(self) -> Progress:
+        """What the training has seen, and its clock."""
         return next(found for found in self.callback_handler.callbacks if isinstance(found, Progress))
 
     def _open_window(self) -> None:

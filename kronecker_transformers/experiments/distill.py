@@ -1,41 +1,36 @@
 """The main job in one go: a dense teacher and plain text in, a small student with its card out.
 
-The plan is searched and calibrated on the text, then the student is distilled on it: on the teacher's hidden states, on
-its outputs where it has a head, and on the text itself where it is a language model. A part of the text is held out; on
+The plan is searched and calibrated on the text, then the student is distilled on it. A part of the text is held out; on
 it teacher and student are compared in the terms of what the teacher is used for.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    DataCollatorForLanguageModeling,
-    DataCollatorForMultipleChoice,
-    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
-    default_data_collator,
 )
 
 from ..checkpoint.files import check_new_folder, new_folder, to_json, write_text
 from ..checkpoint.load import source_name, write_checkpoint
-from ..checkpoint.sentence_modules import encoder_settings
 from ..checkpoint.teachers import check_teacher
 from ..compression.compress import compress
 from ..compression.plan_file import write_plan
@@ -46,26 +41,23 @@ from ..evaluation.cost import Report
 from ..evaluation.timing import environment, in_turn
 from ..hub.card import model_card
 from ..models.factor_plan import FactorPlan
-from ..models.kronecker_family import Head, family_of, heads_of, longest_sequence
+from ..models.kronecker_family import family_of, heads_of
 from ..tasks.agreement import Judge, judge_for
 from ..tasks.language_modeling import (
-    Example,
     TextSource,
     TextStream,
-    block_examples,
-    masked_examples,
-    sentence_examples,
 )
+from .lessons import Lesson, labelled_lesson, text_lesson
 from .run import check_special_tokens
 
-HELD_OUT_SHARE, HELD_OUT, WATCHED = 0.1, 2000, 500
-"""Share of the documents that is held out; examples of it for the end, and to watch meanwhile."""
-CALIBRATION = 512
-"""Sentences on which the plan is searched and the factors are fitted."""
+logger = logging.getLogger(__name__)
+
 LOOKS = 12
 """Points of the curves."""
 TRIED = 8
 """Batches on which the pace of this machine is measured."""
+FEWEST_WATCHED = 20
+"""Sentences, on which similarities say something."""
 TIMED, ROUNDS = 256, 5
 """Examples that are timed at the end, and how often."""
 FIDELITY = (
@@ -97,27 +89,15 @@ class Distilled:
     models: tuple[str, ...] = ("teacher", "not distilled", "student")
 
 
-@dataclass(frozen=True)
-class _Task:
-    """How text becomes examples for a teacher, and what its student learns from them."""
-
-    batch: int
-    length: int
-    objective: str
-    weights: Mapping[str, Any]
-    examples: Callable[[TextSource, int], Iterable[Example]]
-    collate: Callable[[list[Example]], Any]
-    warmup: float = 0.1
-    needs: tuple[str, ...] = field(default=("pad",))
-
-
 def distill(
     teacher: str | os.PathLike[str] | PreTrainedModel,
-    text: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    text: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] = "student",
     *,
+    task: str | None = None,
+    data_dir: str | None = None,
     ratio: float | None = None,
-    plan: str | Mapping[str, Any] = "search",
+    plan: str | Mapping[str, Any] | None = None,
     minutes: float | None = None,
     steps: int | None = None,
     column: str = "text",
@@ -128,20 +108,23 @@ def distill(
     progress: bool = False,
     show: Callable[[str], object] | None = None,
 ) -> Distilled:
-    """Compress a teacher and distil its student on plain text, without labels.
+    """Compress a teacher and distil its student on plain text, without labels; or a classifier on a GLUE task.
 
-    A classifier is distilled on its own logits and hidden states, a language model on its text too, and a model without
-    a head as a sentence encoder.
+    A classifier is distilled from its hidden states, attention and logits, a language model from its text too (a causal
+    one without its logits), and a model without a head as a sentence encoder.
 
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that is supported.
         text: a file with one sentence or document per line, a table (.csv, .tsv, .json, .jsonl, .parquet), or a dataset
-            of the Hub; a tenth of it is held out.
+            of the Hub, of which the split train is read; a tenth of it is held out.
         output: new folder for the student.
+        task: a GLUE task, in place of text: its training set with labels, its validation set to compare on. The teacher
+            is a folder or name then, of a classifier that was fine-tuned on it.
+        data_dir: folder of the official GLUE files; default: the Hub.
         ratio: how many times smaller the base model becomes; default: that of the family's first preset.
-        plan: as for `compress`.
-        minutes: of distillation, at most; default: 30, without `steps`.
-        steps: of distillation, instead.
+        plan: as for `compress`; default: "search".
+        minutes: of training, at most; default: 30, without `steps`.
+        steps: of training, instead.
         column: of a table or dataset.
         base_model: name of the teacher on the Hub, for the card; default: that under which it was loaded.
         learning_rate: of the factors; default: 1e-3 for a hidden size up to 384, less for a larger one.
@@ -151,153 +134,159 @@ def distill(
         show: called with a line now and then.
 
     Returns:
-        The student and what was measured; all of it is saved in `output`, or nothing.
+        The student, in float32, and what was measured; all of it is saved in `output`, or nothing.
 
     Raises:
-        TypeError, ValueError, OSError: as `compress`; both minutes and steps, or too little text.
+        FloatingPointError: the loss is no longer finite.
+        TypeError, ValueError, OSError: as `compress`; both or none of text and task, both minutes and steps, too little
+            text, or a teacher that is no classifier for the task.
     """
     say = show or (lambda line: None)
     target = check_new_folder(output)
+    if (text is None) == (task is None):
+        raise ValueError(f"text={text!r} and task={task!r} were given; give one of both")
     if minutes is not None and steps is not None:
-        raise ValueError(f"minutes={minutes} were given beside steps={steps}; give one of both")
+        raise ValueError(f"minutes={minutes} and steps={steps} were given; give one of both")
     for name, value in (("minutes", minutes), ("steps", steps), ("learning_rate", learning_rate)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be a finite number above 0; give another")
-    source = TextSource((os.fspath(text),), column=column)
-    dense, tokenizer = check_teacher(teacher, tokenizer)
-    if tokenizer is None:
-        raise ValueError("the teacher comes without a tokenizer; save its tokenizer in the same folder")
-    dense = dense.eval()
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    task = _task_for(dense, tokenizer)
-    check_special_tokens(tokenizer, *task.needs)
-    held_out, train = source.part(0, HELD_OUT_SHARE), source.part(HELD_OUT_SHARE, 1)
-    sentences = held_out.lines(HELD_OUT + WATCHED)
-    kept = list(islice(task.examples(held_out, seed), HELD_OUT + WATCHED))
-    if len(sentences) < 10 or len(kept) < 2:
+    if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"text {os.fspath(text)!r} gives {len(sentences)} held-out lines and {len(kept)} examples; at least some "
-            "hundred lines are needed in all, and some thousand do well"
+            "distill uses one process and one GPU; set CUDA_VISIBLE_DEVICES=0, or use a script of examples/"
         )
-    lines = train.lines(20 * CALIBRATION)
-    calibration = lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION]  # from all over the beginning
+    plan = "search" if plan is None else plan
+    if text is not None:
+        source = TextSource((os.fspath(text),), column=column)
+        dense, tokenizer = _own(*check_teacher(teacher, tokenizer), isinstance(teacher, PreTrainedModel))
+        lesson = text_lesson(dense, tokenizer, source, seed)
+    else:
+        if isinstance(teacher, PreTrainedModel):
+            raise ValueError(f"task={task!r} needs a teacher in a folder or on the Hub; save this one first")
+        dense, tokenizer, lesson = labelled_lesson(os.fspath(teacher), str(task), data_dir)
+    dense = dense.float().eval()  # whatever precision it was saved in: a student is trained in float32
 
-    searched = plan == "search" if isinstance(plan, str) else False
+    searched = isinstance(plan, str) and plan == "search"
     asked = family_of(dense).default_ratio if ratio is None else ratio
-    say(f"Compression: {f'plan searched for a ratio of {asked:g}' if searched else 'plan as given'}, factors "
-        f"calibrated on {len(calibration):,} lines")  # fmt: skip
-    result = compress(dense, plan, ratio=ratio, calibration=calibration, tokenizer=tokenizer, progress=progress)
+    how = f"plan searched for a ratio of {asked:g}" if searched else "plan as given"
+    say(f"Compression: {how}, factors calibrated on {len(lesson.calibration):,} texts")
+    result = compress(dense, plan, ratio=ratio, calibration=lesson.calibration, tokenizer=tokenizer, progress=progress)
     student = result.model.requires_grad_(True)
     undistilled = copy.deepcopy(student).eval()
 
-    few = len(sentences) // 5
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of masks
-        batches = [_batch(task, kept[i : i + task.batch]) for i in range(0, len(kept), task.batch)]
-    cut = max(1, len(batches) // 5)
-    watched = judge_for(dense, tokenizer, sentences[:few], batches[:cut], task.length)
+        kept, size = lesson.held_out, lesson.batch
+        batches = [dict(lesson.collate([dict(e) for e in kept[i : i + size]])) for i in range(0, len(kept), size)]
+    few, cut = len(lesson.sentences) // 5, max(1, len(batches) // 5)
+    few = few if few >= FEWEST_WATCHED else 0  # of little text all is watched
+    watched = judge_for(dense, tokenizer, lesson.sentences[:few] or lesson.sentences, batches[:cut], lesson.length)
     watch = _Watch(watched, say)
-    judge = judge_for(dense, tokenizer, sentences[few:], batches[cut:] or batches, task.length)
-    stream = TextStream(partial(task.examples, train), seed, group=task.batch)
-    training = _train(student, dense, task, stream, minutes, steps, learning_rate, seed, watch, say)
+    final = batches[cut:] or batches
+    judge = judge_for(dense, tokenizer, lesson.sentences[few:], final, lesson.length)
+    training = _train(student, dense, lesson, minutes, steps, learning_rate, seed, watch, say)
 
-    models = {"teacher": dense, "not distilled": undistilled, "student": student.eval()}
-    found = [judge(model) for model in models.values()]
-    rows: dict[str, list[float]] = {"parameters": [model.num_parameters() for model in models.values()]}
-    rows["megabytes"] = [sum(p.nbytes for p in model.parameters()) / 1e6 for model in models.values()]
-    rows["examples per second"] = _speeds(models, batches)
-    rows |= {key: [values[key] for values in found] for key in found[0]}
-    record = {
-        "options": {
-            "teacher": source_name(dense.config.name_or_path or "") or None,
-            "data": source_name(os.fspath(text)),
-            "command": _command(teacher, text, ratio, plan, minutes, steps, seed),
-        },
-        "models": list(models),
-        "rows": rows,
-        "protocol": f"{len(sentences) - few:,} held-out lines{'' if heads_of(dense) else FIDELITY}",
+    models = {"teacher": dense, "not distilled": undistilled.to(student.device), "student": student.eval()}
+    options: dict[str, Any] = {
+        "teacher": source_name(dense.config.name_or_path or "") or None,
+        "command": _command(teacher, text, task, data_dir, ratio, plan, minutes, steps, seed),
+    }
+    options |= {"task_name": task} if text is None else {"train_text": [source_name(os.fspath(text))]}
+    number = len(lesson.sentences) - few if lesson.sentences and not heads_of(dense) else sum(map(_rows_of, final))
+    record: dict[str, Any] = {
+        "options": options,
         "training": training,
+        "protocol": f"{number:,} held-out examples{'' if heads_of(dense) else FIDELITY}",
         "environment": environment(),
     }
-    reached = next(iter(watched(dense).values()))
-    _save(target, student, tokenizer, record, base_model, result.search, watch, reached)
+    with new_folder(target) as draft:
+        write_checkpoint(draft, student, tokenizer)
+        write_plan(draft / "plan.yaml", FactorPlan(student.config.factor_plan))
+        rows: dict[str, list[float]] = {}
+        try:  # what was trained is not lost because it cannot be judged or drawn
+            rows |= _compared(models, judge, lesson, batches, record)
+            _draw(draft, result.search, watch, next(iter(watched(dense).values())))
+        except Exception as error:
+            logger.warning("the student is saved, but could not be judged or drawn: %r", error)
+            record["evaluation_failed"] = f"{type(error).__name__}: {error}"
+        write_text(draft / "results.json", to_json(record))
+        write_text(draft / "README.md", str(model_card(draft, f"your-name/{target.name}", base_model=base_model)))
     return Distilled(student, tokenizer, result.report, rows, training, target)
 
 
+def _own(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, is_loaded: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A teacher and a tokenizer to change, padded on the right with one token that both know.
+
+    Raises:
+        ValueError: no tokenizer, or none of its tokens can be for padding.
+    """
+    if tokenizer is None:
+        raise ValueError("the teacher comes without a tokenizer; save its tokenizer in the same folder")
+    if is_loaded:
+        teacher, tokenizer = copy.deepcopy(teacher), copy.deepcopy(tokenizer)
+    if tokenizer.pad_token is None:
+        known = teacher.config.pad_token_id
+        tokenizer.pad_token = tokenizer.eos_token if known is None else tokenizer.convert_ids_to_tokens(known)
+    check_special_tokens(tokenizer, "pad")
+    teacher.config.pad_token_id = tokenizer.pad_token_id
+    if family_of(teacher).causal:
+        tokenizer.padding_side = "right"  # it counts positions from the left, padding included
+    return teacher, tokenizer
+
+
+def _rows_of(batch: Mapping[str, Tensor]) -> int:
+    return len(batch["input_ids"])
+
+
+def _compared(
+    models: Mapping[str, PreTrainedModel],
+    judge: Judge,
+    lesson: Lesson,
+    batches: list[dict[str, Tensor]],
+    record: dict[str, Any],
+) -> dict[str, list[float]]:
+    """What was counted and measured of each model, by name; also put into the record."""
+    rows: dict[str, list[float]] = {"parameters": [model.num_parameters() for model in models.values()]}
+    rows["megabytes"] = [sum(p.nbytes for p in model.parameters()) / 1e6 for model in models.values()]
+    rows["examples per second"] = _speeds(models, batches)
+    found = [judge(model) for model in models.values()]
+    rows |= {name: [values[name] for values in found] for name in found[0]}
+    if lesson.scores is not None:
+        scores = {name: lesson.scores(model) for name, model in models.items()}
+        rows |= {metric: [values[metric] for values in scores.values()] for metric in scores["teacher"]}
+        record["metrics"] = scores
+    record |= {"models": list(models), "rows": rows}
+    return rows
+
+
+def _draw(draft: Path, search: PlanSearch | None, watch: _Watch, reached: float) -> None:
+    if has_pictures():
+        curve = watch.steps, watch.name, watch.quality
+        training_picture(draft / "training.png", watch.logged, watch.losses, *curve, teacher=reached)
+        if search is not None:
+            plan_picture(search, draft / "plan.png")
+
+
 def _command(
-    teacher: Any, text: Any, ratio: float | None, plan: Any, minutes: float | None, steps: int | None, seed: int
+    teacher: Any,
+    text: Any,
+    task: str | None,
+    data_dir: str | None,
+    ratio: float | None,
+    plan: Any,
+    minutes: float | None,
+    steps: int | None,
+    seed: int,
 ) -> list[str]:
     """A command line that does the same, for the record."""
-    named = isinstance(teacher, (str, os.PathLike))
-    known = {"--ratio": ratio, "--minutes": minutes, "--steps": steps, "--seed": seed or None}
+    known = {
+        "--text": text, "--task": task, "--data": data_dir, "--ratio": ratio, "--minutes": minutes, "--steps": steps,
+        "--plan": None if plan == "search" else plan if isinstance(plan, str) else "plan.yaml", "--seed": seed or None,
+    }  # fmt: skip
     given = [str(part) for name, value in known.items() if value is not None for part in (name, value)]
-    given += [] if plan == "search" else ["--plan", plan if isinstance(plan, str) else "plan.yaml"]
-    return [
-        "kronecker-transformers",
-        "distill",
-        os.fspath(teacher) if named else "TEACHER",
-        "--text",
-        os.fspath(text),
-        *given,
-    ]
-
-
-def _task_for(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Task:
-    heads, longest = heads_of(teacher), longest_sequence(teacher)
-    kind = heads[0].kind if heads else None
-    pad = DataCollatorWithPadding(tokenizer)
-    if kind is None:
-        settings = encoder_settings(teacher, tokenizer)
-        length = min(longest, settings.max_length or 128, 128)
-        make = partial(_sentences, tokenizer, length, settings.prompt)
-        return _Task(64, length, "sentence_encoder", {}, make, pad, warmup=0.5)
-    if kind == "next_token":
-        length = min(longest, 256)
-        make = partial(_blocks, tokenizer, length)
-        return _Task(16, length, "kngpt2", {}, make, default_data_collator, needs=("eos",))
-    length = min(longest, 128)
-    # chosen on the dev sets of STS-B and MRPC (benchmarks/glue.py)
-    weights = {"attention_mse_weight": 0.05, "logits_weight": 0.05, "supervised_weight": 0.0}
-    if kind == "words":
-        collate = partial(_masked, DataCollatorForLanguageModeling(tokenizer), heads)
-        weights["supervised_weight"] = 0.05
-        make = partial(_masked_text, tokenizer, length)
-        return _Task(32, length, "kronecker_bert", weights, make, collate, needs=("pad", "mask", "cls", "sep"))
-    if kind == "choices":
-        choices = DataCollatorForMultipleChoice(tokenizer)
-        return _Task(16, length, "kronecker_bert", weights, partial(_choices, tokenizer, length), choices)
-    return _Task(32, length, "kronecker_bert", weights, partial(_sentences, tokenizer, length, ""), pad)
-
-
-def _sentences(tokenizer: Any, length: int, prompt: str, source: TextSource, seed: int) -> Iterator[Example]:
-    return sentence_examples(source, tokenizer, length, prompt)
-
-
-def _blocks(tokenizer: Any, length: int, source: TextSource, seed: int) -> Iterator[Example]:
-    return block_examples(source, tokenizer, length)
-
-
-def _masked_text(tokenizer: Any, length: int, source: TextSource, seed: int) -> Iterator[Example]:
-    return masked_examples(source, tokenizer, length, next_sentence=False, seed=seed)
-
-
-def _choices(tokenizer: Any, length: int, source: TextSource, seed: int) -> Iterator[Example]:
-    """Each line beside the one that follows it, as two choices."""
-    for pair in pairwise(sentence_examples(source, tokenizer, length)):
-        yield {**{name: [example[name] for example in pair] for name in pair[0]}, "labels": 0}  # nobody looks at it
-
-
-def _masked(mask: Any, heads: tuple[Head, ...], examples: list[Example]) -> Any:
-    """A batch with masks; what follows what is not known."""
-    batch = mask(examples)
-    for head in heads[1:]:
-        batch[head.labels] = torch.full((len(examples),), -100)
-    return batch
-
-
-def _batch(task: _Task, examples: list[Example]) -> dict[str, Tensor]:
-    return dict(task.collate([dict(example) for example in examples]))
+    source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else "TEACHER"
+    return ["kronecker-transformers", "distill", source, *given]
 
 
 class _Watch(TrainerCallback):
@@ -309,13 +298,16 @@ class _Watch(TrainerCallback):
         self.logged: list[int] = []
         self.losses: dict[str, list[float]] = {}
         self.name = ""
+        self.skip: Callable[[float], object] = lambda seconds: None
+        """Called with the seconds of each look, which are not training."""
         self._judge, self._say = judge, say
 
     def look(self, model: PreTrainedModel, step: int, steps: int) -> None:
         """Add a point to the curve."""
-        training = model.training
+        start, training = time.monotonic(), model.training
         values = self._judge(model.eval())
         model.train(training)
+        self.skip(time.monotonic() - start)
         self.name, value = next(iter(values.items()))
         self.steps.append(step)
         self.quality.append(value)
@@ -333,8 +325,7 @@ class _Watch(TrainerCallback):
 def _train(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    task: _Task,
-    stream: TextStream,
+    lesson: Lesson,
     minutes: float | None,
     steps: int | None,
     learning_rate: float | None,
@@ -342,25 +333,28 @@ def _train(
     watch: _Watch,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
+    stream = TextStream(lesson.examples, seed, group=lesson.batch)
     limit = (30.0 if minutes is None else minutes) if steps is None else None
     rate = RATE * min(1.0, (HIDDEN / student.config.hidden_size) ** 2) if learning_rate is None else learning_rate
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationArguments(
-            output_dir=scratch, objective=task.objective, **task.weights, max_steps=steps or 1, max_minutes=limit,
-            per_device_train_batch_size=task.batch, learning_rate=rate, warmup_steps=task.warmup, dropout=0.0,
+            output_dir=scratch, objective=lesson.objective, **lesson.weights, max_steps=steps or 1, max_minutes=limit,
+            per_device_train_batch_size=lesson.batch, learning_rate=rate, warmup_steps=lesson.warmup, dropout=0.0,
             seed=seed, save_strategy="no", include_num_input_tokens_seen="non_padding", report_to=[],
             disable_tqdm=True, remove_unused_columns=False, accelerator_config={"dispatch_batches": False},
         )  # fmt: skip
         if steps is None:
-            batches = [_batch(task, list(islice(examples, task.batch))) for examples in [iter(stream)] * TRIED]
+            examples = iter(stream)
+            batches = [lesson.collate(list(islice(examples, lesson.batch))) for _ in range(TRIED)]
             arguments.max_steps = affordable_steps(student, teacher, arguments, batches, limit or 0)
         arguments.logging_steps = max(1, arguments.max_steps // LOOKS)
         planned = f"{arguments.max_steps:,} steps" + (f" in at most {limit:g} minutes" if limit else "")
-        say(f"Distillation: {planned}, {task.batch} examples each")
+        say(f"Distillation: {planned}, {lesson.batch} examples each")
         trainer = DistillationTrainer(
-            student, teacher, arguments, train_dataset=stream, data_collator=task.collate, callbacks=[watch]
+            student, teacher, arguments, train_dataset=stream, data_collator=lesson.collate, callbacks=[watch]
         )
         trainer.remove_callback(PrinterCallback)
+        watch.skip = trainer.progress.skip
         watch.look(student, 0, arguments.max_steps)
         trainer.train()
         if trainer.state.global_step > watch.steps[-1]:  # its time was over
@@ -394,6 +388,7 @@ def affordable_steps(
 
 def _speeds(models: Mapping[str, PreTrainedModel], batches: list[dict[str, Tensor]]) -> list[float]:
     """Examples per second of each, all in turn."""
+    device = next(iter(models.values())).device
     some = list(islice(batches, max(1, TIMED // len(next(iter(batches[0].values()))))))
     number = sum(len(batch["input_ids"]) for batch in some)
 
@@ -403,28 +398,7 @@ def _speeds(models: Mapping[str, PreTrainedModel], batches: list[dict[str, Tenso
             model(**{name: value.to(model.device) for name, value in batch.items() if "label" not in name}, **causal)
 
     with torch.inference_mode():
-        seconds = in_turn({name: partial(run, model) for name, model in models.items()}, ROUNDS, warmup=1)
+        seconds = in_turn(
+            {name: partial(run, model) for name, model in models.items()}, ROUNDS, warmup=1, device=device
+        )
     return [number / statistics.median(times) for times in seconds.values()]
-
-
-def _save(
-    target: Path,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    record: dict[str, Any],
-    base_model: str | None,
-    search: PlanSearch | None,
-    watch: _Watch,
-    reached: float,
-) -> None:
-    """All of it, or nothing."""
-    with new_folder(target) as draft:
-        write_checkpoint(draft, student, tokenizer)
-        write_plan(draft / "plan.yaml", FactorPlan(student.config.factor_plan))
-        write_text(draft / "results.json", to_json(record))
-        curve = watch.steps, watch.name, watch.quality
-        if has_pictures():
-            training_picture(draft / "training.png", watch.logged, watch.losses, *curve, teacher=reached)
-            if search is not None:
-                plan_picture(search, draft / "plan.png")
-        write_text(draft / "README.md", str(model_card(draft, f"your-name/{target.name}", base_model=base_model)))

@@ -18,6 +18,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..checkpoint.load import REPORT_FILE, load_model
 from ..checkpoint.sentence_modules import read_modules
 from ..evaluation.cost import describe
+from ..models import DENSE_CLASSES, FACTORED_CLASSES
+from ..models.kronecker_family import heads_of
 from .files import BENCHMARK_FILE, CARD, RESULTS_FILE, published_files, read_object
 
 TEMPLATE = Path(__file__).parent / "card.md"
@@ -35,33 +37,32 @@ _SIMILARITY = {
 class _Use(NamedTuple):
     """How a head is used."""
 
-    auto_class: str
     pipeline_tag: str
     widget: list[dict[str, Any]]
     inference: dict[str, Any] | None = None
 
 
-USES = {
-    "Model": _Use("AutoModel", "feature-extraction", [{"text": _SENTENCE}]),
-    "ForPreTraining": _Use("AutoModelForPreTraining", "fill-mask", [{"text": "Paris is the [MASK] of France."}]),
-    "ForMaskedLM": _Use("AutoModelForMaskedLM", "fill-mask", [{"text": "Paris is the [MASK] of France."}]),
-    "LMHeadModel": _Use(
-        "AutoModelForCausalLM", "text-generation", [{"text": "A small model learns what"}],
-        {"parameters": {"max_new_tokens": 40}},
+_USES = {
+    None: _Use("feature-extraction", [{"text": _SENTENCE}]),
+    "words": _Use("fill-mask", [{"text": "Paris is the [MASK] of France."}]),
+    "next_token": _Use(
+        "text-generation", [{"text": "A small model learns what"}], {"parameters": {"max_new_tokens": 40}}
     ),
-    "ForSequenceClassification": _Use(
-        "AutoModelForSequenceClassification", "text-classification", [{"text": "A film of rare warmth and wit."}]
+    "sequence": _Use("text-classification", [{"text": "A film of rare warmth and wit."}]),
+    "tokens": _Use("token-classification", [{"text": "Ada Lovelace lived in London."}]),
+    "span": _Use(
+        "question-answering", [{"text": "Where did Ada Lovelace live?", "context": "Ada Lovelace lived in London."}]
     ),
-    "ForTokenClassification": _Use(
-        "AutoModelForTokenClassification", "token-classification", [{"text": "Ada Lovelace lived in London."}]
-    ),
-    "ForQuestionAnswering": _Use(
-        "AutoModelForQuestionAnswering", "question-answering",
-        [{"text": "Where did Ada Lovelace live?", "context": "Ada Lovelace lived in London."}],
-    ),
-    "ForMultipleChoice": _Use("AutoModelForMultipleChoice", "multiple-choice", [{"text": _SENTENCE}]),
-}  # fmt: skip
-"""By the end of the name of a class."""
+    "choices": _Use("multiple-choice", [{"text": _SENTENCE}]),
+}
+"""By the kind of a model's first head."""
+
+
+def auto_class(model: Any) -> str:
+    """The Auto class with which a factored model, or its dense twin, is loaded."""
+    factored = type(model) if type(model) in DENSE_CLASSES else FACTORED_CLASSES[type(model)]
+    references: dict[str, str] = factored.config_class.auto_classes
+    return next(auto for auto, reference in references.items() if reference.endswith(f".{factored.__name__}"))
 
 
 def model_card(
@@ -87,8 +88,8 @@ def model_card(
         twin_of: for a dense twin, the name of the factored model.
         has_twin: whether the dense twin is published beside it, as ``<repo_id>-dense``.
         records: folder of the records; for a dense twin that of the factored model; default: the same folder.
-        look_up: from the name of a teacher on the Hub to the metadata of its card, such as `hub.card_metadata`; without
-            it nothing is asked on the Hub.
+        look_up: from the name of a teacher on the Hub to the metadata of its card, as `push.card_metadata`; without it
+            nothing is asked on the Hub.
 
     Raises:
         ValueError, OSError: the folder holds no model, or records that are not readable.
@@ -105,7 +106,8 @@ def model_card(
     if look_up and isinstance(base_model, str) and not {"license", "language"} <= known.keys():
         known = {**look_up(base_model), **known}
     architecture = type(model).__name__.removeprefix("Kronecker")
-    use = USES[max((ending for ending in USES if architecture.endswith(ending)), key=len)]
+    heads = heads_of(model)
+    use = _USES[heads[0].kind if heads else None]
     modules = read_modules(folder)
     is_sentence_encoder = modules is not None and "Pooling" in modules.kinds
     quality, models = _quality(record)
@@ -142,7 +144,7 @@ def model_card(
         has_twin=has_twin,
         teacher=base_model or (Path(source).name if source else None),
         architecture=architecture,
-        auto_class=use.auto_class,
+        auto_class=auto_class(model),
         is_sentence_encoder=is_sentence_encoder,
         trust="" if twin_of else ", trust_remote_code=True",
         **_costs(model, twin_of is not None),

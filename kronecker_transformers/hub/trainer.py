@@ -54,10 +54,10 @@ class PublishingTrainer(Trainer):
         """As the base class; `card` are arguments of `model_card`, such as `license`.
 
         Returns:
-            The commit, `hub.Pushed`; a future of it if not `blocking`.
+            The commit, `push.Pushed`; a future of it if not `blocking`.
 
         Raises:
-            OSError: as `hub.push`.
+            OSError: as `push.push`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:

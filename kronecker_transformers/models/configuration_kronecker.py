@@ -73,7 +73,8 @@ class KroneckerConfigMixin:
             plan: name of a preset, a `FactorPlan`, or a mapping from pattern to ``(m1, n1, terms)``.
 
         Raises:
-            ValueError: another family, or a plan that does not fit.
+            TypeError, ValueError: another family, a malformed plan, or a preset that does not divide the sizes. Whether
+                the plan fits shows when a model is built.
         """
         if dense_config.model_type != cls.dense_config_class.model_type:
             raise ValueError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .factor_plan import FactorEntry, resolve_plan
-from .kronecker_family import family_of
+from .kronecker_embeddings import FactoredEmbeddings
 from .kronecker_internals import RefusesHollowCheckpoints, WeightsError
 from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from .kronecker_matching import matched_plan
 
 logger = logging.get_logger(__name__)
 
@@ -34,55 +32,7 @@ def factor_module(module: nn.Module, m1: int, n1: int, terms: int) -> KroneckerL
     )
 
 
-MOST_PARAMETERS = 10**11
-"""Bound on what a plan may ask for; see `configuration_kronecker.LARGEST_SIZE`."""
-
-
-def weight_shape(module: Any) -> tuple[int, int] | None:
-    """Shape (m outputs, n inputs) of the weight of a module that a plan may name, dense or factored; None for others.
-
-    An embedding counts as (vocabulary, hidden).
-    """
-    if isinstance(module, Conv1D):
-        return module.nf, module.nx
-    if isinstance(module, (nn.Linear, KroneckerLinear)):
-        return module.out_features, module.in_features
-    if isinstance(module, (nn.Embedding, KroneckerEmbedding)):
-        return module.num_embeddings, module.embedding_dim
-    return None
-
-
-def factorable_modules(base: Any) -> dict[str, tuple[int, int]]:
-    """Weight shape (m, n) of every module of a base model that a plan may name, by its name.
-
-    The pooler is among them also in a model that was built without one: both share plans and checkpoints.
-    """
-    shapes = {name: shape for name, module in base.named_modules() if (shape := weight_shape(module))}
-    pooler = family_of(base).pooler
-    if pooler is not None:
-        shapes.setdefault(pooler, (base.config.hidden_size, base.config.hidden_size))
-    return shapes
-
-
-def matched_plan(base: Any, plan: str | Mapping[str, Any]) -> dict[str, FactorEntry]:
-    """The entry of every module of a base model that a plan factors, by its name.
-
-    Raises:
-        ValueError: the plan does not fit, see `FactorPlan.match`; or asks for too much.
-    """
-    modules = factorable_modules(base)
-    if not isinstance(plan, str) and len(plan) > len(modules):
-        raise ValueError(
-            f"factor_plan has {len(plan):,} entries for {len(modules):,} modules; each module may match one only"
-        )
-    matched = resolve_plan(plan, base.config).match(modules)
-    parameters = sum(matched[name].parameters(m, n) if name in matched else m * n for name, (m, n) in modules.items())
-    if parameters > MOST_PARAMETERS:
-        raise ValueError(f"config asks for {parameters:,} parameters, more than {MOST_PARAMETERS:,}; check its sizes")
-    return matched
-
-
-class KroneckerPreTrainedModel(RefusesHollowCheckpoints, PreTrainedModel):
+class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, PreTrainedModel):
     """To stand before a stock class: builds its model with factored layers in the places of `config.factor_plan`."""
 
     config_class: Any
@@ -135,67 +85,6 @@ class KroneckerPreTrainedModel(RefusesHollowCheckpoints, PreTrainedModel):
             if buffers:
                 self._init_weights(module)
 
-    def _tie_head(self) -> None:
-        """Make the output head one of the embedding's kind: of its factors, or dense; nothing if it is so already."""
-        embedding: Any = self.get_input_embeddings()
-        head, factored = self.get_output_embeddings(), isinstance(embedding, KroneckerEmbedding)
-        if head is None or not self.config.tie_word_embeddings or isinstance(head, KroneckerLinear) == factored:
-            return
-        names = {module: name for name, module in self.named_modules()}
-        source, target = names[embedding], names[head]
-        ties = type(self)._tied_weights_keys
-        if factored:
-            ties = {key: value for key, value in ties.items() if key != f"{target}.weight"}
-            ties |= {f"{target}.{factor}": f"{source}.{factor}" for factor in "AB"}
-            tied: Any = KroneckerLinear.tied_to(embedding)
-        else:
-            tied = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
-            tied.weight = embedding.weight
-        self._tied_weights_keys, tied.bias = ties, head.bias
-        super().set_output_embeddings(tied)
-        if head.bias is not None and head.bias.is_meta:
-            # BERT has just made it the bias of its predictions too; the stock class ties the two after loading
-            tied.bias = nn.Parameter(torch.empty_like(head.bias))
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As the stock method; a head that is tied becomes factored or dense, as the embedding is."""
-        self._tie_head()
-        super().tie_weights(*args, **kwargs)
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """As the stock method; the plan follows. As there, the head is tied anew by `tie_weights`."""
-        if self.base_model is not self:
-            super().set_input_embeddings(value)  # by this method of the base model
-            return
-        old = self.get_input_embeddings()
-        name = next(name for name, module in self.named_modules() if module is old)
-        super().set_input_embeddings(value)
-        factored = isinstance(value, KroneckerEmbedding)
-        entry = (value.m1, value.n1, value.terms) if factored else None
-        plan = resolve_plan(self.config.factor_plan, self.config).with_entry(name, entry, factorable_modules(self))
-        self.config.factor_plan = plan.to_dict()
-
-    def set_output_embeddings(self, value: Any) -> None:
-        """As the stock method; a dense head beside a factored embedding is one of its own, and the config says so."""
-        super().set_output_embeddings(value)
-        if isinstance(value, KroneckerLinear) or not isinstance(self.get_input_embeddings(), KroneckerEmbedding):
-            return
-        self.config.tie_word_embeddings = False
-        self._tied_weights_keys = type(self)._tied_weights_keys
-        self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)
-        if value.bias is not None:
-            # BERT has just made it the bias of its predictions too; loading an untied model keeps them apart
-            value.bias = nn.Parameter(value.bias.detach().clone(), requires_grad=value.bias.requires_grad)
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As the stock method; factored embeddings are embeddings too."""
-        found: int = super().num_parameters(only_trainable, exclude_embeddings)
-        if exclude_embeddings:
-            tables = [module for module in self.modules() if isinstance(module, KroneckerEmbedding)]
-            factors = {factor for table in tables for factor in (table.A, table.B)}
-            found -= sum(factor.numel() for factor in factors if factor.requires_grad or not only_trainable)
-        return found
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (KroneckerLinear, KroneckerEmbedding)):
@@ -203,60 +92,7 @@ class KroneckerPreTrainedModel(RefusesHollowCheckpoints, PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> Any:
-        """As the stock method, also for a factored embedding and the head that is tied to it; the plan follows.
-
-        Every row of A stands for m2 words, so the new size must be a multiple of m2; with `pad_to_multiple_of` it
-        becomes one. New rows of A are drawn as the stock method draws new words: the words are linear in them.
-
-        Raises:
-            ValueError: the new size is not a multiple of m2, or too small for the terms; nothing has changed then.
-        """
-        embedding = self.get_input_embeddings()
-        if not isinstance(embedding, KroneckerEmbedding):
-            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if new_num_tokens is None and pad_to_multiple_of is None:
-            return embedding
-        size, m2 = embedding.num_embeddings if new_num_tokens is None else new_num_tokens, embedding.m2
-        if pad_to_multiple_of is not None:
-            multiple = math.lcm(pad_to_multiple_of, m2)
-            size = -(-size // multiple) * multiple
-        if size < 1 or size % m2:
-            raise ValueError(
-                f"new_num_tokens={size} must be a positive multiple of m2={m2}, the words per row of A; "
-                f"pass pad_to_multiple_of={m2}"
-            )
-
-        name = next(name for name, module in self.base_model.named_modules() if module is embedding)
-        old_rows, new_rows = embedding.m1, size // m2
-        modules = factorable_modules(self.base_model)
-        entry = (new_rows, embedding.n1, embedding.terms)
-        plan = resolve_plan(self.config.factor_plan, self.config).with_entry(name, entry, modules)
-        plan.match({**modules, name: (size, embedding.embedding_dim)})  # refuses before anything has changed
-        self.config.factor_plan, self.config.vocab_size = plan.to_dict(), size
-        rows = self._get_resized_embeddings(_rows_of_a(embedding), new_rows, None, mean_resizing).weight.detach()
-        if not mean_resizing:  # drawn with the standard deviation of a word; turn it into that of a row of A
-            rows[old_rows:] *= (m2 * embedding.n2) ** 0.5 / torch.linalg.vector_norm(embedding.B.detach())
-        embedding.A.data = rows.unflatten(-1, embedding.A.shape[1:])  # in place, as in the stock method: ties hold
-        embedding.A.grad = None
-        embedding.num_embeddings, embedding.m1 = size, new_rows
-        if embedding.padding_idx is not None and embedding.padding_idx >= size:
-            embedding.padding_idx = None
-
-        head = self.get_output_embeddings()
-        if isinstance(head, KroneckerLinear):
-            head.out_features, head.m1 = size, new_rows
-            if head.bias is not None:
-                head.bias.data = nn.functional.pad(head.bias.data, (0, size - head.bias.numel()))
-                head.bias.grad = None
-        elif head is not None:
-            self.set_output_embeddings(self._get_resized_lm_head(head, size, mean_resizing=mean_resizing))
-        self.tie_weights()
-        return embedding
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
         """As the stock method, but what the config does not describe is refused, since it could not be loaded again.
 
         Raises:
@@ -264,10 +100,10 @@ class KroneckerPreTrainedModel(RefusesHollowCheckpoints, PreTrainedModel):
         """
         if not getattr(self, "_hf_peft_config_loaded", False):  # then adapters alone are saved
             self._check_config()
-        super().save_pretrained(save_directory, *args, **kwargs)
         modules = getattr(self, "sentence_modules", None)  # what the package took over from a sentence encoder
-        if modules is not None and kwargs.get("is_main_process", True):
+        if modules is not None and is_main_process:
             modules.write(save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _check_config(self) -> None:
         modules = dict(self.base_model.named_modules())
@@ -386,8 +222,3 @@ def _misfit(model: KroneckerPreTrainedModel, info: dict[str, Any]) -> str | None
         if key.endswith((".A", ".B")):
             return f"{key!r} has shape {tuple(found)}, not {tuple(wanted)}; {remedy}"
     return None
-
-
-def _rows_of_a(embedding: KroneckerEmbedding) -> nn.Embedding:
-    """The rows of A, (m1, R n1), as a stock embedding of their own."""
-    return nn.Embedding.from_pretrained(embedding.A.detach().flatten(1))

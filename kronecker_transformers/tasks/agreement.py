@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -19,7 +18,7 @@ from .sentences import encode, neighbour_agreement, similarity_fidelity
 
 Judge = Callable[[PreTrainedModel], dict[str, float]]
 """Values of a model by their names; the first is the one that is shown while a student learns."""
-IGNORED = -100
+IGNORED = -100  # label of a position without a target
 
 
 def judge_for(
@@ -43,7 +42,7 @@ def judge_for(
         settings = encoder_settings(teacher, tokenizer)
         embedded = partial(encode, tokenizer=tokenizer, sentences=sentences, max_length=length, settings=settings)
         return partial(_similarity, embedded, embedded(teacher))
-    wanted = [list(_decisions(teacher, head, batches)) for head in heads]
+    wanted, _ = _look(teacher, heads, batches)
     return partial(_agreement, heads, wanted, batches)
 
 
@@ -56,30 +55,41 @@ def _similarity(embedded: Callable[..., Tensor], wanted: Tensor, model: PreTrain
 
 
 @torch.no_grad()
-def _outputs(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> Iterable[tuple[Any, Any]]:
-    """Batches and what the model gives for them."""
+def _look(
+    model: PreTrainedModel, heads: Sequence[Head], batches: Iterable[Mapping[str, Tensor]]
+) -> tuple[dict[Head, list[Tensor]], float]:
+    """What the heads decide, batch by batch, in one pass; and the mean loss of a language model, else 0."""
     causal = {"use_cache": False} if family_of(model).causal else {}
+    decided: dict[Head, list[Tensor]] = {head: [] for head in heads if head.kind not in ("next_token", "next_sentence")}
+    total, count = 0.0, 0
     for batch in batches:
         inputs = {name: value.to(model.device) for name, value in batch.items() if "label" not in name}
-        yield batch, model(**inputs, **causal)
+        output = model(**inputs, **causal)
+        for head in decided:
+            decided[head].append(_decision(model, head, batch, output[head.logits].float()).cpu())
+        if heads[0].kind in ("words", "next_token"):
+            logits, labels = output[heads[0].logits].float(), batch[heads[0].labels].to(model.device)
+            if heads[0].kind == "next_token":
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+            total += float(loss)
+            count += int((labels != IGNORED).sum())
+    return decided, total / max(count, 1)
 
 
-def _decisions(model: PreTrainedModel, head: Head, batches: Iterable[Mapping[str, Tensor]]) -> Iterable[Tensor]:
-    """What a head decides for each batch: classes, for the tokens that count one after the other; or scores."""
-    for batch, output in _outputs(model, batches):
-        logits = output[head.logits].float().cpu()
-        if head.kind == "sequence" and _is_score(model):
-            yield logits.flatten()
-        elif head.kind == "sequence" and model.config.problem_type == "multi_label_classification":
-            yield logits > 0
-        elif head.kind == "span":
-            yield logits.masked_fill(batch["attention_mask"] == 0, -torch.inf).argmax(-1)
-        elif head.kind == "tokens":
-            yield logits.argmax(-1)[batch["attention_mask"] == 1]
-        elif head.kind == "words":
-            yield logits.argmax(-1)[batch[head.labels] != IGNORED]
-        else:
-            yield logits.argmax(-1)
+def _decision(model: PreTrainedModel, head: Head, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+    """Classes, for the tokens that count one after the other; or scores."""
+    if head.kind == "sequence" and _is_score(model):
+        return logits.flatten()
+    if head.kind == "sequence" and model.config.problem_type == "multi_label_classification":
+        return logits > 0
+    if head.kind == "span":
+        return logits.masked_fill(batch["attention_mask"].to(logits.device) == 0, -torch.inf).argmax(-1)
+    if head.kind == "tokens":
+        return logits.argmax(-1)[batch["attention_mask"].to(logits.device) == 1]
+    if head.kind == "words":
+        return logits.argmax(-1)[batch[head.labels].to(logits.device) != IGNORED]
+    return logits.argmax(-1)
 
 
 def _is_score(model: PreTrainedModel) -> bool:
@@ -87,39 +97,24 @@ def _is_score(model: PreTrainedModel) -> bool:
 
 
 def _agreement(
-    heads: Sequence[Head], wanted: Sequence[Sequence[Tensor]], batches: Sequence[Mapping[str, Tensor]], model: Any
+    heads: Sequence[Head],
+    wanted: Mapping[Head, list[Tensor]],
+    batches: Sequence[Mapping[str, Tensor]],
+    model: PreTrainedModel,
 ) -> dict[str, float]:
-    found = [list(_decisions(model, head, batches)) for head in heads if head.kind != "next_token"]
+    found, loss = _look(model, heads, batches)
+    if heads[0].kind == "span":
+        same = [torch.cat(found[head]) == torch.cat(wanted[head]) for head in heads]
+        return {"answers as the teacher's": float(torch.stack(same).all(0).float().mean())}
     values: dict[str, float] = {}
     if heads[0].kind in ("words", "next_token"):
         name = "perplexity" if heads[0].kind == "next_token" else "perplexity at masked words"
-        values[name] = math.exp(min(700.0, _mean_loss(model, heads[0], batches)))
-    if heads[0].kind == "span":
-        same = [
-            (torch.stack(ours) == torch.stack(theirs)).all(0)
-            for ours, theirs in zip(zip(*found, strict=True), zip(*wanted, strict=True), strict=True)
-        ]
-        return {"answers as the teacher's": float(torch.cat(same).float().mean())}
-    for head, ours, theirs in zip(heads, found, wanted, strict=False):
+        values[name] = math.exp(min(700.0, loss))
+    for head, decisions in found.items():
+        ours, theirs = torch.cat(decisions).flatten(), torch.cat(wanted[head]).flatten()
         if head.kind == "sequence" and _is_score(model):
-            values["scores (Spearman with the teacher's)"] = float(
-                spearmanr(torch.cat(ours), torch.cat(list(theirs))).statistic
-            )
-        elif head.kind != "next_sentence":
-            name = {"words": "masked words", "tokens": "labels of tokens", "choices": "choices"}.get(
-                head.kind, "labels"
-            )
-            same = [(a == b).flatten() for a, b in zip(ours, theirs, strict=True)]
-            values[f"{name} as the teacher's"] = float(torch.cat(same).float().mean())
+            values["scores (Spearman with the teacher's)"] = float(spearmanr(ours, theirs).statistic)
+        else:
+            names = {"words": "masked words", "tokens": "labels of tokens", "choices": "choices"}
+            values[f"{names.get(head.kind, 'labels')} as the teacher's"] = float((ours == theirs).float().mean())
     return values
-
-
-def _mean_loss(model: PreTrainedModel, head: Head, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    total, count = 0.0, 0
-    for batch, output in _outputs(model, batches):
-        logits, labels = output[head.logits].float().cpu(), batch[head.labels]
-        if head.kind == "next_token":
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"))
-        count += int((labels != IGNORED).sum())
-    return total / max(count, 1)

@@ -50,6 +50,7 @@ class TextSource:
         column: name of the column of a table or dataset.
         split: of a dataset of the Hub.
         skipped: share of the documents that comes before that fraction, in an order that the documents themselves give.
+        by_line: take every line for a document of its own.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -61,12 +62,17 @@ class TextSource:
     column: str = "text"
     split: str = "train"
     skipped: float = 0.0
+    by_line: bool = False
 
     def __post_init__(self) -> None:
         if not self.names:
             raise ValueError("no text was given; name a file or a dataset of the Hub")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction={self.fraction} must be above 0 and at most 1; use 1 for the whole text")
+        if not (self.skipped >= 0 and self.skipped + self.fraction <= 1 + 1e-9):
+            raise ValueError(
+                f"skipped={self.skipped} and fraction={self.fraction} must be at most 1 together; lower one"
+            )
         for name in self.names:
             is_path = len(self.names) > 1 or _suffix(name) in (".txt", *_TABLES) or name.startswith((".", "/"))
             if Path(name).is_dir():
@@ -78,7 +84,7 @@ class TextSource:
 
     def has_documents(self) -> bool:
         """Whether all of the text says where a document ends; in a text file, a blank line within 10,000 lines."""
-        return all(_has_blank_line(Path(name)) for name in self.names if _is_plain(name))
+        return not self.by_line and all(_has_blank_line(Path(name)) for name in self.names if _is_plain(name))
 
     def has_following_sentences(self) -> bool:
         """Whether a document has a sentence that follows another: one of the first 1,000 documents, of several."""
@@ -100,7 +106,9 @@ class TextSource:
 
     def documents(self) -> Iterator[Document]:
         """Every document of the sample; in a text file without documents, every line by itself."""
-        found = chain.from_iterable(map(self._read, self.names))
+        found: Iterator[Document] = chain.from_iterable(map(self._read, self.names))
+        if self.by_line:
+            found = ([line] for document in found for line in document)
         return found if self.fraction == 1 else filter(self._is_sampled, found)
 
     def lines(self, limit: int | None = None) -> list[str]:

@@ -218,4 +218,4 @@ def test_refuses_options_that_are_not_its_own(workplace, capsys):
         load_example("run_mlm_kd").main(
             ["--teacher", "a", "--train_text", "b", "--output_dir", str(workplace / "o"), "--recipe", "kngpt2"]
         )
-    assert "choose one of kroneckerbert-7.7x, kroneckerbert-21x" in capsys.readouterr().err
+    assert "choose one of kroneckerbert-21x, kroneckerbert-7.7x" in capsys.readouterr().err

@@ -242,4 +242,4 @@ def test_help_is_short(capsys):
         load_example("run_squad_kd").main(["--help"])
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 75
-    assert "kroneckerbert-7.7x, kroneckerbert-21x" in text
+    assert "kroneckerbert-21x, kroneckerbert-7.7x" in text

@@ -1,0 +1,170 @@
+"""What a student learns from: text without labels for any head, or a GLUE task with its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice, pairwise
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForMultipleChoice,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+
+from ..checkpoint.sentence_modules import encoder_settings
+from ..distillation.losses import IGNORED
+from ..models.kronecker_family import Head, heads_of, longest_sequence
+from ..tasks.language_modeling import (
+    Example,
+    TextSource,
+    block_examples,
+    masked_examples,
+    sentence_examples,
+)
+from .classification import check_unnamed_labels, judged, load_classifier, load_task, tokenized
+from .run import check_special_tokens
+
+HELD_OUT_SHARE, HELD_OUT, WATCHED = 0.1, 2000, 500
+"""Share of the documents that is held out; examples of it for the end, and to watch meanwhile."""
+FEWEST = 50
+"""Documents, of which a tenth is held out; of a text that has fewer, lines are."""
+CALIBRATION = 512
+"""Sentences on which the plan is searched and the factors are fitted."""
+WEIGHTS = {"attention_mse_weight": 0.05, "logits_weight": 0.05, "supervised_weight": 0.0}
+"""Of a teacher with a head; chosen on the dev sets of STS-B and MRPC (benchmarks/glue.py)."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student learns from, and how."""
+
+    batch: int
+    length: int
+    objective: str
+    examples: Callable[[int], Iterable[Example]]
+    """One pass, by its seed."""
+    collate: Callable[[list[Example]], Any]
+    held_out: Sequence[Example] = ()
+    """To compare on."""
+    sentences: list[str] = field(default_factory=list)
+    """The same as sentences, for teachers without a head."""
+    calibration: list[str] = field(default_factory=list)
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    warmup: float = 0.1
+    scores: Callable[[PreTrainedModel], dict[str, float]] | None = None
+    """The task's own metrics."""
+
+
+def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: TextSource, seed: int) -> Lesson:
+    """Text without labels, for any head.
+
+    Raises:
+        ValueError: too little text, or a tokenizer that lacks a token.
+    """
+    heads, longest = heads_of(teacher), longest_sequence(teacher)
+    kind = heads[0].kind if heads else None
+    collate: Callable[[list[Example]], Any] = DataCollatorWithPadding(tokenizer)
+    make: Callable[[TextSource, int], Iterable[Example]]
+    needs = {"words": ("pad", "mask", "cls", "sep"), "next_token": ("eos",)}.get(str(kind), ("pad",))
+    check_special_tokens(tokenizer, *needs)
+    length, batch, objective, warmup = min(longest, 128), 32, "kronecker_bert", 0.1
+    weights = dict(WEIGHTS)
+    if kind is None:
+        settings = encoder_settings(teacher, tokenizer)
+        length, batch = min(length, settings.max_length or length), 64
+        objective, weights, warmup = "sentence_encoder", {}, 0.5
+        make = partial(_sentences, tokenizer, length, settings.prompt)
+    elif kind == "next_token":
+        length, batch = min(longest, 256), 16
+        objective, weights, collate = "kngpt2", {}, default_data_collator
+        make = partial(_blocks, tokenizer, length)
+    elif kind == "words":
+        weights["supervised_weight"] = 0.05
+        collate = partial(_masked, DataCollatorForLanguageModeling(tokenizer), heads)
+        make = partial(_masked_text, tokenizer, length)
+    elif kind == "choices":
+        batch, collate = 16, DataCollatorForMultipleChoice(tokenizer)
+        make = partial(_choices, tokenizer, length)
+    else:
+        make = partial(_sentences, tokenizer, length, "")
+    if len(list(islice(source.documents(), FEWEST))) < FEWEST:  # a tenth of them would be nothing, or nearly all
+        source = replace(source, by_line=True)
+    held_out, train = source.part(0, HELD_OUT_SHARE), source.part(HELD_OUT_SHARE, 1)
+    sentences = held_out.lines(HELD_OUT + WATCHED)
+    kept = list(islice(make(held_out, seed), HELD_OUT + WATCHED))
+    lines = train.lines(20 * CALIBRATION)
+    if len(sentences) < 10 or len(kept) < 2:
+        raise ValueError(
+            f"text {', '.join(source.names)!r} is too little: {len(sentences)} held-out lines, {len(kept)} held-out "
+            "examples; give at least a few hundred lines, better some thousand"
+        )
+    calibration = lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION]  # from all over the beginning
+    return Lesson(
+        batch, length, objective, partial(make, train), collate, kept, sentences, calibration, weights, warmup
+    )
+
+
+def labelled_lesson(
+    teacher: str, name: str, data_dir: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Lesson]:
+    """A GLUE task with its labels, and the teacher that was fine-tuned on it.
+
+    Raises:
+        ValueError: an unknown task, or a teacher without a classifier for it.
+    """
+    task = load_task(name, data_dir, None, None)
+    dense, tokenizer, task, certain = load_classifier(teacher, task)
+    if certain is None:
+        raise ValueError(
+            f"teacher {teacher!r} is no classifier yet; fine-tune it first, with examples/run_glue_kd.py --teacher_only"
+        )
+    length = min(longest_sequence(dense), 128)
+    collate = DataCollatorWithPadding(tokenizer)
+    data = DatasetDict({split: tokenized(rows, task, tokenizer, length) for split, rows in task.data.items()})
+    if certain is False:
+        check_unnamed_labels(dense, task, data, collate)
+    held_out = list(islice(data[task.evaluation_splits[0]], HELD_OUT + WATCHED))
+    some = islice(task.data["train"], CALIBRATION)
+    calibration = [" ".join(str(row[column]) for column in task.text_columns) for row in some]
+    return dense, tokenizer, Lesson(
+        32, length, "kronecker_bert", partial(_rows, data["train"]), collate, held_out, [], calibration,
+        {**WEIGHTS, "supervised_weight": 0.05}, scores=partial(judged, task=task, data=data, collator=collate),
+    )  # fmt: skip
+
+
+def _rows(data: Any, seed: int) -> Iterator[Example]:
+    return iter(data)
+
+
+def _sentences(tokenizer: Any, length: int, prompt: str, source: TextSource, seed: int) -> Iterator[Example]:
+    return sentence_examples(source, tokenizer, length, prompt)
+
+
+def _blocks(tokenizer: Any, length: int, source: TextSource, seed: int) -> Iterator[Example]:
+    return block_examples(source, tokenizer, length)
+
+
+def _masked_text(tokenizer: Any, length: int, source: TextSource, seed: int) -> Iterator[Example]:
+    return masked_examples(source, tokenizer, length, next_sentence=False, seed=seed)
+
+
+def _choices(tokenizer: Any, length: int, source: TextSource, seed: int) -> Iterator[Example]:
+    """Each line beside the one that follows it, as two choices."""
+    for pair in pairwise(sentence_examples(source, tokenizer, length)):
+        yield {**{name: [example[name] for example in pair] for name in pair[0]}, "labels": 0}  # nobody looks at it
+
+
+def _masked(mask: Any, heads: tuple[Head, ...], examples: list[Example]) -> Any:
+    """A batch with masks; what follows what is not known."""
+    batch = mask(examples)
+    for head in heads[1:]:
+        batch[head.labels] = torch.full((len(examples),), IGNORED)
+    return batch

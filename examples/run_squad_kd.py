@@ -51,8 +51,8 @@ class Options(StudentOptions):
     recipe: str = field(default="kroneckerbert-7.7x", metadata={"help": "Defaults of plan and training."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a window; default: that of the recipe."})
     stride: int = field(default=128, metadata={"help": "Tokens of context that a window shares with the next."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training questions."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Judge on only so many questions."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training questions."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many questions."})
     teacher_epochs: float = field(default=2.0, metadata={"help": "Epochs of a teacher that is fine-tuned here."})
     teacher_learning_rate: float = field(default=3e-5, metadata={"help": "Its learning rate."})
     no_answer_threshold: float | None = field(

@@ -249,7 +249,7 @@ def _distill(arguments: argparse.Namespace, console: Console) -> None:
         show=lambda line: console.print(line, highlight=False),
     )
     console.print(display.distillation_table(found.training["steps"], found.models, found.rows))
-    console.print(f"Saved in {arguments.output}, with its model card, plan, figures and record.")
+    console.print(f"Saved in {arguments.output}, with its model card, plan, plots and record.")
 
 
 def _compress(arguments: argparse.Namespace, console: Console) -> None:

@@ -71,3 +71,21 @@ def test_constraints_satisfy_the_ranges_and_cover_them():
         name = canonicalize_name(requirement.name)
         assert name in pinned, name
         assert requirement.specifier.contains(pinned[name]), requirement
+
+
+def test_importing_the_package_loads_models_only():
+    """All else is loaded when it is used: an import costs what torch and the models of transformers cost."""
+    code = """
+        import sys, kronecker_transformers as kt
+        loaded = {name.split(".")[1] for name in sys.modules if name.startswith("kronecker_transformers.")}
+        assert loaded == {"models"}, loaded
+        assert not {"datasets", "evaluate", "matplotlib", "rich"} & set(sys.modules)
+        assert set(kt.__all__) <= {name for name in kt.__all__ if getattr(kt, name) is not None}
+        assert callable(kt.distill) and callable(kt.compress)
+        print("done")
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.stdout.strip() == "done", process.stderr[-2000:]

@@ -23,7 +23,7 @@ LENGTH = 128
 BATCH_TOKENS = 4096
 """Tokens that go through a model at a time, at most, padding included."""
 HELD_OUT = 10
-"""One sequence in so many is held out."""
+"""One sequence in ten is held out."""
 
 
 class CalibrationBatch(NamedTuple):

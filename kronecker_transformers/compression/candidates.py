@@ -90,7 +90,7 @@ def measured_layers(
     Args:
         base: the base model of a teacher.
         batches: calibration text.
-        presets: plans of which every entry shall be a candidate: name of a module to entry.
+        presets: plans of which every entry becomes a candidate: name of a module to entry.
     """
     wanted: dict[str, list[FactorEntry]] = defaultdict(list)  # by the kind of the layer: a preset may factor some only
     for entries in presets.values():

@@ -26,7 +26,7 @@ from .candidates import Candidate, MeasuredLayer
 ROUNDS = 7
 """Of a measurement, after one to warm up."""
 STEP = 4
-"""Of the candidates of a shape every so many is measured, and the largest; in between, time is linear in the terms.
+"""Every fourth of the candidates of a shape is measured, and the largest; in between, time is linear in the terms.
 
 Each is measured alone, with its weights in the cache; what that hides, the time of the whole plan shows.
 """

@@ -2,7 +2,7 @@
 
     minimise  sum over layers l of  w_l n(e_l(c_l))   subject to   sum over layers of cost(c_l) <= budget
 
-c_l is a candidate of layer l: one of all shapes of A with so many terms, low rank among them, or the dense layer. e_l
+c_l is a candidate of layer l: one of all shapes of A and numbers of terms, low rank among them, or the dense layer. e_l
 is the relative error of the layer's outputs on calibration text, n(e) = e^2 / (1 - e^2) their noise over signal: a
 calibrated layer keeps the share 1 - e^2 of the variance. w_l is the influence of the layer: the noise over signal of
 the outputs that count, for each unit of its own. Noise of several layers is taken to add up. What is known of each
@@ -83,7 +83,7 @@ class PlanSearch:
     error: float
     """Predicted relative error of the outputs that count."""
     frontier: tuple[tuple[float, float], ...]
-    """Parameters of the base model, and the smallest error that is predicted for so many."""
+    """Parameters of the base model, and the smallest error that is predicted for that number."""
     presets: Mapping[str, tuple[int, float]]
     """The same for the plans of the papers that fit the model."""
     latency: Latency | None = None

@@ -14,7 +14,7 @@ from ..checkpoint.pooling import MEAN, Pooling
 from ..models.kronecker_family import FAMILIES, family_of
 from . import losses
 from .heads import Output, outputs_of, real_positions
-from .tap import QueryKey, Reading, Tap
+from .recorder import QueryKey, Recorder, Recording
 
 _HIDDEN = ("embeddings", "layers", "sentences")
 """What losses read that hidden states show."""
@@ -61,7 +61,9 @@ class Objective:
         self._check_heads(student, teacher)
         self._autocast = autocast
         self.teacher = teacher.eval()
-        self._student_tap, self._teacher_tap = (Tap(self._has_hidden, self._has_attention) for _ in range(2))
+        self._student_recorder, self._teacher_recorder = (
+            Recorder(self._has_hidden, self._has_attention) for _ in range(2)
+        )
 
     @property
     def _has_attention(self) -> bool:
@@ -77,13 +79,13 @@ class Objective:
 
     def attach(self, student: PreTrainedModel) -> None:
         """Get ready for training: both models are read from now on, until `detach`."""
-        self._student_tap.attach(student)
-        self._teacher_tap.attach(self.teacher)
+        self._student_recorder.attach(student)
+        self._teacher_recorder.attach(self.teacher)
 
     def detach(self) -> None:
         """Leave both models without hooks."""
-        self._student_tap.detach()
-        self._teacher_tap.detach()
+        self._student_recorder.detach()
+        self._teacher_recorder.detach()
 
     def idle_parameters(self, student: PreTrainedModel) -> list[nn.Parameter]:
         """The student's parameters that no loss reaches: its head, and the pooler, where nothing needs its logits."""
@@ -140,7 +142,7 @@ class Objective:
         if self.causal:
             features["use_cache"] = False
         teacher, theirs = self._read_teacher(features)
-        with self._student_tap.reading() as mine:
+        with self._student_recorder.recording() as mine:
             output = student(**features)
         found: dict[str, Tensor] = {}
         if self._has_hidden:
@@ -154,16 +156,16 @@ class Objective:
             values["supervised"] = self.supervised(output, inputs, counts)
         return values
 
-    def _read_teacher(self, features: Mapping[str, Any]) -> tuple[Any, Reading]:
+    def _read_teacher(self, features: Mapping[str, Any]) -> tuple[Any, Recording]:
         """Output of the teacher, and what its layers showed; it runs only as far as the losses need it."""
         if not (self._has_hidden or self._has_attention or "logits" in self.weights):
-            return None, Reading()
+            return None, Recording()
         self.teacher.eval()
         several = features["input_ids"].ndim > 2  # choices, which the head puts side by side
         module = self.teacher if several or "logits" in self.weights else self.teacher.base_model
-        with torch.no_grad(), self._autocast(), self._teacher_tap.reading() as reading:
+        with torch.no_grad(), self._autocast(), self._teacher_recorder.recording() as recording:
             output = module(**features)
-        return output, reading
+        return output, recording
 
     def supervised(
         self, output: Mapping[str, Tensor], inputs: Mapping[str, Tensor], counts: Mapping[str, Any]
@@ -177,7 +179,7 @@ class Objective:
         ]
         return torch.stack(shares).sum()
 
-    def _hidden_losses(self, student: Reading, teacher: Reading, mask: Tensor) -> dict[str, Tensor]:
+    def _hidden_losses(self, student: Recording, teacher: Recording, mask: Tensor) -> dict[str, Tensor]:
         ends = len(student.layers) - 1, len(teacher.layers) - 1
         layers = [  # the last states are compared after a last norm, others before it
             (student.last, teacher.last) if pair == ends else (student.layers[pair[0]], teacher.layers[pair[1]])

@@ -59,7 +59,7 @@ class Progress(TrainerCallback, ExportableState):
 
 
 def follow_time(scheduler: Any, steps: int, progress: Progress) -> None:
-    """Let a schedule over so many steps go on by time where the steps come more slowly than planned.
+    """Let a schedule over a number of steps advance by time where the steps come more slowly than planned.
 
     Only schedules that are functions of the step follow; others stay as they are.
     """

@@ -19,7 +19,7 @@ class LengthGroups(Sampler[int]):
 
     Args:
         lengths: tokens of each row.
-        size: rows that shall be of similar length, a batch of all processes.
+        size: rows of similar length, a batch of all processes.
         seed: of the order.
     """
 

@@ -31,11 +31,11 @@ def start_student(
     head: no loss of its stage has reached it, where the teacher's belongs to the prediction layer.
 
     Args:
-        teacher: with the head that the student shall have.
+        teacher: with the head that the student will have.
         plan: as for `compress`; not used with `start`, which has its own.
         start: folder or Hub name of a factored model of the same sizes, with any head; or of a dense one, of as many
             layers or fewer.
-        calibration: texts on which the factors shall be near the teacher's layers, as for `compress`; not with `start`.
+        calibration: texts for which the factors are fitted, as for `compress`; not with `start`.
         tokenizer: of the teacher; needed with `calibration`.
         progress: show a progress bar of the calibration.
 

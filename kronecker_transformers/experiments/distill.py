@@ -365,7 +365,7 @@ def _train(
 def affordable_steps(
     student: PreTrainedModel, teacher: PreTrainedModel, arguments: Any, batches: list[Any], minutes: float
 ) -> int:
-    """How many steps of distillation this machine makes in so many minutes, from a try with a copy of the student.
+    """How many steps of distillation this machine makes in a number of minutes, from a try with a copy of the student.
 
     It is only a plan: the training ends by time if the machine has become slower.
     """

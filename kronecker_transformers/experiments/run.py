@@ -1,4 +1,4 @@
-"""What the examples share: folders that can be gone on with, prediction, tables of results."""
+"""What the examples share: resumable output folders, fine-tuning, prediction."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_output(folder: str | Path, resume: bool) -> Path:
     """The folder of an experiment, before long work begins.
 
     Raises:
-        FileExistsError: it holds something and is not to be gone on with, or already holds a finished student.
+        FileExistsError: it holds something and is not to be resumed, or already holds a finished student.
         PermissionError: it could not be made.
     """
     if not resume:

@@ -1,6 +1,6 @@
 """From a folder to a repository on the Hub, in one commit.
 
-One commit is all or nothing: a reader sees the repository as it was or as it shall be. It is made on top of the commit
+One commit is all or nothing: a reader sees the repository as it was or as it will be. It is made on top of the commit
 that was looked at, so that two pushes at a time do not mix. What the repository holds already is not sent again, and if
 that is all, no commit is made.
 """

@@ -7,7 +7,7 @@ the factors of `kronecker_layers`. The cost depends on the order and on how the 
 
 - the larger factor is one contiguous GEMM over all tokens; the smaller one goes over it as a batch of small products.
   The obvious code, with the larger factor in the batch, is slower than a dense layer;
-- on a CPU so many tokens go through at a time that what lies between the factors stays in the cache;
+- on a CPU a block of tokens goes through at a time, so that what lies between the factors stays in the cache;
 - only the input is kept for the gradients, as in a dense layer; what lies between the factors is computed again.
 """
 

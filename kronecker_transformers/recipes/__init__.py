@@ -50,7 +50,7 @@ class StudentOptions:
     )
     calibration: str | None = field(
         default=None,
-        metadata={"help": "Text, as for training, on which the first factors shall be near the teacher's layers."},
+        metadata={"help": "Text, as for training, for which the first factors are fitted to the teacher's layers."},
     )
     calibration_texts: int = field(default=512, metadata={"help": "Sentences of it that are read."})
     command: list[str] = field(init=False, default_factory=list)

@@ -222,8 +222,8 @@ class TextStream(IterableDataset[Example]):
         examples: makes the examples of one pass over a text, given a seed that is another one for each pass.
         seed: of the first pass and of the order; the same seed gives the same stream.
         buffer: examples.
-        group: so many examples of similar length of one pass follow each other, so that a batch of them needs little
-            padding; 1 leaves them in random order.
+        group: number of examples of similar length of one pass that follow each other, so that a batch of them needs
+            little padding; 1 leaves them in random order.
 
     Raises:
         ValueError: in the first step, if there are no examples.

@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadMod
 from kronecker_transformers import compress
 from kronecker_transformers.distillation import LOSSES, OBJECTIVES
 from kronecker_transformers.distillation.losses import attention_scores
-from kronecker_transformers.distillation.tap import Tap
+from kronecker_transformers.distillation.recorder import Recorder
 from kronecker_transformers.models import DENSE_CLASSES
 
 DENSE = sorted(DENSE_CLASSES.values(), key=lambda cls: cls.__name__)
@@ -127,7 +127,7 @@ def test_scores_are_those_of_the_eager_attention(dense_class):
     teacher, student = pair(dense_class)
     for model in (teacher, student):
         batch = {key: value for key, value in collate(examples(model)).items() if key != "labels"}
-        tap = Tap()
+        tap = Recorder()
         tap.attach(model)
         with torch.no_grad(), tap.reading() as read:
             model(**batch)
@@ -146,7 +146,7 @@ def test_scores_are_those_of_the_eager_attention(dense_class):
 
 def test_scores_honour_a_scaling_by_layer():
     teacher, _ = pair(GPT2LMHeadModel, scale_attn_by_inverse_layer_idx=True)
-    tap = Tap()
+    tap = Recorder()
     tap.attach(teacher)
     with tap.reading() as read:
         teacher(input_ids=torch.tensor([[5, 6]]))

@@ -29,7 +29,7 @@ class QueryKey(NamedTuple):
 
 
 @dataclass
-class Reading:
+class Recording:
     """What one forward pass showed; what was not asked for is empty.
 
     Attributes:
@@ -59,10 +59,10 @@ class Reading:
         return self.states[-1]
 
 
-class Tap:
+class Recorder:
     """Reads hidden states, queries and keys of one model.
 
-    The hooks stay on the model from `attach` to `detach` and do nothing outside `reading`, so that a compiled forward
+    The hooks stay on the model from `attach` to `detach` and do nothing outside `recording`, so that a compiled forward
     pass keeps one graph for training.
 
     Args:
@@ -72,7 +72,7 @@ class Tap:
     def __init__(self, hidden_states: bool = True, attention: bool = True) -> None:
         self._wants_hidden = hidden_states
         self._wants_attention = attention
-        self._reading = False
+        self._recording = False
         self._found: dict[str, Tensor] = {}
         self._heads = 0
         self._layers: list[Any] = []
@@ -103,7 +103,7 @@ class Tap:
         """Keep the output of a module under a name, or the first thirds of a joint output under two."""
 
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            if self._reading:
+            if self._recording:
                 output = output[0] if isinstance(output, tuple) else output
                 parts = (output,) if len(names) == 1 else output.chunk(3, -1)
                 self._found.update(zip(names, parts, strict=False))
@@ -116,14 +116,14 @@ class Tap:
             self._handles.pop().remove()
 
     @contextmanager
-    def reading(self) -> Iterator[Reading]:
+    def recording(self) -> Iterator[Recording]:
         """Run the model once in this block; what it showed is there when the block ends.
 
         Raises:
             RuntimeError: a module was not run, or no gradient can flow back from a query.
         """
-        result = Reading(depth=len(self._layers))
-        self._reading = True
+        result = Recording(depth=len(self._layers))
+        self._recording = True
         try:
             yield result
             if self._wants_hidden:
@@ -139,7 +139,7 @@ class Tap:
                         )
                     result.attention.append(QueryKey(query, key, self._heads, layer.scaling))
         finally:
-            self._reading = False
+            self._recording = False
             self._found.clear()
 
     def _take(self, name: str) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kronecker_transformers.checkpoint.files import write_text
 from kronecker_transformers.hub.card import model_card
-from kronecker_transformers.hub.files import RESULTS_FILE
+from kronecker_transformers.hub.files import RESULTS_FILE, without_local_paths
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo_output" / "kronecker-minilm-7.7x"
@@ -19,7 +19,8 @@ def main() -> None:
     if not DEMO.is_dir():
         sys.exit(f"{DEMO} does not exist; run make demo first")
     (HERE / "records").mkdir(exist_ok=True)
-    write_text(HERE / "records" / f"{DEMO.name}.json", (DEMO / RESULTS_FILE).read_text(encoding="utf-8"))
+    record = without_local_paths(DEMO / RESULTS_FILE).decode()
+    write_text(HERE / "records" / f"{DEMO.name}.json", record)
     write_text(HERE / f"{DEMO.name}.md", str(model_card(DEMO, f"your-name/{DEMO.name}", base_model=TEACHER)))
 
 

@@ -43,6 +43,7 @@ def test_the_whole_demo(tmp_path):
 
 def test_the_whole_demo_on_a_tiny_teacher(tmp_path, monkeypatch, capsys):
     teacher = saved_teacher(BertModel, tmp_path / "teacher", vocab_size=64)
+    (teacher / "README.md").write_text("---\nlicense: mit\n---\n# Teacher\n")
     monkeypatch.setattr(demo, "teacher_folder", lambda: teacher)
     monkeypatch.setattr(demo, "docstring_sentences", lambda: text_file(tmp_path).read_text().splitlines())
     monkeypatch.setattr(demo, "RATIO", 6)
@@ -53,6 +54,8 @@ def test_the_whole_demo_on_a_tiny_teacher(tmp_path, monkeypatch, capsys):
     assert type(AutoModel.from_pretrained(tmp_path / "student")).__name__ == "KroneckerBertModel"
     card = (tmp_path / "student" / "README.md").read_text()
     assert "base_model: sentence-transformers/all-MiniLM-L6-v2" in card
+    assert "license: mit" in card
+    assert str(tmp_path) not in card
     assert re.search(r"\| similarity fidelity \(Spearman\) \| 1 \| -?0\.\d+ \| -?0\.\d+ \|", card)
     assert re.search(r"Training: 24 steps of 64 samples", card)
     for name in ("training.png", "plan.png"):

@@ -39,7 +39,7 @@ from ..display import has_pictures, plan_picture, training_picture
 from ..distillation import DistillationArguments, DistillationTrainer, Objective
 from ..evaluation.cost import Report
 from ..evaluation.timing import environment, in_turn
-from ..hub.card import model_card
+from ..hub.card import folder_metadata, model_card
 from ..models.factor_plan import FactorPlan
 from ..models.kronecker_family import family_of, heads_of
 from ..tasks.agreement import Judge, judge_for
@@ -187,8 +187,8 @@ def distill(
 
     models = {"teacher": dense, "not distilled": undistilled.to(student.device), "student": student.eval()}
     options: dict[str, Any] = {
-        "teacher": source_name(dense.config.name_or_path or "") or None,
-        "command": _command(teacher, text, task, data_dir, ratio, plan, minutes, steps, seed),
+        "teacher": base_model or source_name(dense.config.name_or_path or "") or None,
+        "command": _command(base_model or teacher, text, task, data_dir, ratio, plan, minutes, steps, seed),
     }
     options |= {"task_name": task} if text is None else {"train_text": [source_name(os.fspath(text))]}
     number = len(lesson.sentences) - few if lesson.sentences and not heads_of(dense) else sum(map(_rows_of, final))
@@ -209,7 +209,9 @@ def distill(
             logger.warning("the student is saved, but could not be judged or drawn: %r", error)
             record["evaluation_failed"] = f"{type(error).__name__}: {error}"
         write_text(draft / "results.json", to_json(record))
-        write_text(draft / "README.md", str(model_card(draft, f"your-name/{target.name}", base_model=base_model)))
+        own = folder_metadata(dense.config.name_or_path)  # of a teacher in a folder, whatever its name on the Hub
+        card = model_card(draft, f"your-name/{target.name}", base_model=base_model, look_up=lambda _: own)
+        write_text(draft / "README.md", str(card))
     return Distilled(student, tokenizer, result.report, rows, training, target)
 
 

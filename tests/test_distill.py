@@ -116,6 +116,43 @@ def test_a_task_gives_labels(glue, tmp_path, capsys):
         distill(encoder, output=tmp_path / "third", task="sst2", data_dir=str(glue))
 
 
+def test_a_student_is_not_lost_because_it_cannot_be_drawn(tmp_path, monkeypatch, caplog):
+    teacher = saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher")
+    monkeypatch.setattr("kronecker_transformers.experiments.distill.training_picture", lambda *_, **__: 1 / 0)
+    distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, steps=2)
+    assert "the student is saved, but could not be judged or drawn: ZeroDivisionError" in caplog.text
+    student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert type(student).__name__ == "KroneckerBertForSequenceClassification"
+    record = json.loads((tmp_path / "student" / "results.json").read_text())
+    assert record["evaluation_failed"].startswith("ZeroDivisionError")
+    assert record["rows"]["labels as the teacher's"][0] == 1
+
+
+@pytest.mark.parametrize("known", [None, 5])
+def test_gpt2_pads_with_a_token_that_its_config_knows(known, tmp_path):
+    """Else its classifier would read a padding position, or refuse the batch."""
+    teacher = saved_teacher(transformers.GPT2ForSequenceClassification, tmp_path / "teacher", pad_token_id=known)
+    tokenizer = tiny.gpt2_tokenizer(tmp_path)
+    tokenizer.pad_token, tokenizer.padding_side = None, "left"
+    tokenizer.save_pretrained(teacher)
+    found = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=2, steps=2)
+    assert found.tokenizer.pad_token_id == found.model.config.pad_token_id == (known or found.tokenizer.eos_token_id)
+    assert found.tokenizer.padding_side == "right"
+    texts = ["the fox", "the quick brown fox jumps over the lazy dog"]
+    batch = found.tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        alone = found.model(**found.tokenizer(texts[:1], return_tensors="pt")).logits
+        torch.testing.assert_close(found.model(**batch).logits[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_text_of_few_documents_is_held_out_by_line(tmp_path):
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    text = text_file(tmp_path)
+    text.write_text("A title\n\n" + text.read_text())
+    found = distill(teacher, text, tmp_path / "student", ratio=3, steps=2)
+    assert found.training["steps"] == 2
+
+
 def test_a_loaded_teacher_stays_as_it_is(tmp_path):
     teacher = tiny.teacher(transformers.BertForSequenceClassification, dtype=torch.bfloat16).train()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -162,7 +199,7 @@ def test_more_minutes_are_more_steps(monkeypatch):
 
     from distilling import collate, examples, pair
 
-    from kronecker_transformers.experiments import distill as module
+    from kronecker_transformers.experiments import watch as module
 
     ticks = itertools.count()
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 128))

@@ -12,7 +12,6 @@ import math
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
 )
 
 from ..checkpoint.files import check_new_folder, new_folder, to_json, write_text
@@ -36,7 +34,7 @@ from ..compression.compress import compress
 from ..compression.plan_file import write_plan
 from ..compression.search import PlanSearch
 from ..display import has_pictures, plan_picture, training_picture
-from ..distillation import DistillationArguments, DistillationTrainer, Objective
+from ..distillation import DistillationArguments, DistillationTrainer
 from ..evaluation.cost import Report
 from ..evaluation.timing import environment, in_turn
 from ..hub.card import folder_metadata, model_card
@@ -49,13 +47,10 @@ from ..tasks.language_modeling import (
 )
 from .lessons import Lesson, labelled_lesson, text_lesson
 from .run import check_special_tokens
+from .watch import LOOKS, TRIED, Watch, affordable_steps
 
 logger = logging.getLogger(__name__)
 
-LOOKS = 12
-"""Points of the curves."""
-TRIED = 8
-"""Batches on which the pace of this machine is measured."""
 FEWEST_WATCHED = 20
 """Sentences, on which similarities say something."""
 TIMED, ROUNDS = 256, 5
@@ -180,7 +175,7 @@ def distill(
     few, cut = len(lesson.sentences) // 5, max(1, len(batches) // 5)
     few = few if few >= FEWEST_WATCHED else 0  # of little text all is watched
     watched = judge_for(dense, tokenizer, lesson.sentences[:few] or lesson.sentences, batches[:cut], lesson.length)
-    watch = _Watch(watched, say)
+    watch = Watch(watched, say)
     final = batches[cut:] or batches
     judge = judge_for(dense, tokenizer, lesson.sentences[few:], final, lesson.length)
     training = _train(student, dense, lesson, minutes, steps, learning_rate, seed, watch, say)
@@ -262,7 +257,7 @@ def _compared(
     return rows
 
 
-def _draw(draft: Path, search: PlanSearch | None, watch: _Watch, reached: float) -> None:
+def _draw(draft: Path, search: PlanSearch | None, watch: Watch, reached: float) -> None:
     if has_pictures():
         curve = watch.steps, watch.name, watch.quality
         training_picture(draft / "training.png", watch.logged, watch.losses, *curve, teacher=reached)
@@ -291,39 +286,6 @@ def _command(
     return ["kronecker-transformers", "distill", source, *given]
 
 
-class _Watch(TrainerCallback):
-    """Looks at the student now and then: the losses, and its quality on held-out text."""
-
-    def __init__(self, judge: Judge, say: Callable[[str], object]) -> None:
-        self.steps: list[int] = []
-        self.quality: list[float] = []
-        self.logged: list[int] = []
-        self.losses: dict[str, list[float]] = {}
-        self.name = ""
-        self.skip: Callable[[float], object] = lambda seconds: None
-        """Called with the seconds of each look, which are not training."""
-        self._judge, self._say = judge, say
-
-    def look(self, model: PreTrainedModel, step: int, steps: int) -> None:
-        """Add a point to the curve."""
-        start, training = time.monotonic(), model.training
-        values = self._judge(model.eval())
-        model.train(training)
-        self.skip(time.monotonic() - start)
-        self.name, value = next(iter(values.items()))
-        self.steps.append(step)
-        self.quality.append(value)
-        self._say(f"  step {step:5,d} of {steps:,}: {self.name} {value:.4g}")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
-        """At each log of the trainer."""
-        if "loss" in logs:
-            self.logged.append(state.global_step)
-            for term in args.weights():
-                self.losses.setdefault(term, []).append(logs[term])
-            self.look(model, state.global_step, state.max_steps)
-
-
 def _train(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -332,7 +294,7 @@ def _train(
     steps: int | None,
     learning_rate: float | None,
     seed: int,
-    watch: _Watch,
+    watch: Watch,
     say: Callable[[str], object],
 ) -> dict[str, Any]:
     stream = TextStream(lesson.examples, seed, group=lesson.batch)
@@ -362,30 +324,6 @@ def _train(
         if trainer.state.global_step > watch.steps[-1]:  # its time was over
             watch.look(student, trainer.state.global_step, arguments.max_steps)
         return trainer.training_summary()
-
-
-def affordable_steps(
-    student: PreTrainedModel, teacher: PreTrainedModel, arguments: Any, batches: list[Any], minutes: float
-) -> int:
-    """How many steps of distillation this machine makes in a number of minutes, from a try with a copy of the student.
-
-    It is only a plan: the training ends by time if the machine has become slower.
-    """
-    copied = copy.deepcopy(student).to(arguments.device).train()
-    objective = Objective(copied, teacher.to(arguments.device), arguments.weights())
-    objective.attach(copied)
-    optimizer = torch.optim.AdamW(copied.parameters())
-    seconds = []
-    for batch in [*batches, *batches]:  # the first time to warm up
-        batch = {name: value.to(arguments.device) for name, value in batch.items() if isinstance(value, Tensor)}
-        start = time.perf_counter()
-        losses = objective.values(copied, batch, objective.count(batch))
-        torch.stack(list(losses.values())).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    objective.detach()
-    return max(LOOKS, int(60 * minutes / statistics.mean(seconds[len(batches) :])))
 
 
 def _speeds(models: Mapping[str, PreTrainedModel], batches: list[dict[str, Tensor]]) -> list[float]:

@@ -1,0 +1,78 @@
+"""How a distillation goes: its pace on this machine, and the student's quality on the way."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from ..distillation import Objective
+from ..tasks.agreement import Judge
+
+LOOKS = 12
+"""Points of the curves."""
+TRIED = 8
+"""Batches on which the pace of this machine is measured."""
+
+
+class Watch(TrainerCallback):
+    """Looks at the student now and then: the losses, and its quality on held-out text."""
+
+    def __init__(self, judge: Judge, say: Callable[[str], object]) -> None:
+        self.steps: list[int] = []
+        self.quality: list[float] = []
+        self.logged: list[int] = []
+        self.losses: dict[str, list[float]] = {}
+        self.name = ""
+        self.skip: Callable[[float], object] = lambda seconds: None
+        """Called with the seconds of each look, which are not training."""
+        self._judge, self._say = judge, say
+
+    def look(self, model: PreTrainedModel, step: int, steps: int) -> None:
+        """Add a point to the curve."""
+        start, training = time.monotonic(), model.training
+        values = self._judge(model.eval())
+        model.train(training)
+        self.skip(time.monotonic() - start)
+        self.name, value = next(iter(values.items()))
+        self.steps.append(step)
+        self.quality.append(value)
+        self._say(f"  step {step:5,d} of {steps:,}: {self.name} {value:.4g}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
+        """At each log of the trainer."""
+        if "loss" in logs:
+            self.logged.append(state.global_step)
+            for term in args.weights():
+                self.losses.setdefault(term, []).append(logs[term])
+            self.look(model, state.global_step, state.max_steps)
+
+
+def affordable_steps(
+    student: PreTrainedModel, teacher: PreTrainedModel, arguments: Any, batches: list[Any], minutes: float
+) -> int:
+    """How many steps of distillation this machine makes in a number of minutes, from a try with a copy of the student.
+
+    It is only a plan: the training ends by time if the machine has become slower.
+    """
+    copied = copy.deepcopy(student).to(arguments.device).train()
+    objective = Objective(copied, teacher.to(arguments.device), arguments.weights())
+    objective.attach(copied)
+    optimizer = torch.optim.AdamW(copied.parameters())
+    seconds = []
+    for batch in [*batches, *batches]:  # the first time to warm up
+        batch = {name: value.to(arguments.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        start = time.perf_counter()
+        losses = objective.values(copied, batch, objective.count(batch))
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    objective.detach()
+    return max(LOOKS, int(60 * minutes / statistics.mean(seconds[len(batches) :])))

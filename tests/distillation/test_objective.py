@@ -127,11 +127,11 @@ def test_scores_are_those_of_the_eager_attention(dense_class):
     teacher, student = pair(dense_class)
     for model in (teacher, student):
         batch = {key: value for key, value in collate(examples(model)).items() if key != "labels"}
-        tap = Recorder()
-        tap.attach(model)
-        with torch.no_grad(), tap.reading() as read:
+        recorder = Recorder()
+        recorder.attach(model)
+        with torch.no_grad(), recorder.recording() as read:
             model(**batch)
-        tap.detach()
+        recorder.detach()
         model.set_attn_implementation("eager")
         with torch.no_grad():
             attentions = model(**batch, output_attentions=True).attentions
@@ -146,9 +146,9 @@ def test_scores_are_those_of_the_eager_attention(dense_class):
 
 def test_scores_honour_a_scaling_by_layer():
     teacher, _ = pair(GPT2LMHeadModel, scale_attn_by_inverse_layer_idx=True)
-    tap = Recorder()
-    tap.attach(teacher)
-    with tap.reading() as read:
+    recorder = Recorder()
+    recorder.attach(teacher)
+    with recorder.recording() as read:
         teacher(input_ids=torch.tensor([[5, 6]]))
     assert [layer.scaling for layer in read.attention] == pytest.approx([8**-0.5, 8**-0.5 / 2, 8**-0.5 / 3])
 

@@ -56,10 +56,15 @@ def kronecker_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
 def _autocast(x: Tensor, *others: Any) -> list[Any]:
     """All in the dtype that autocast asks of a matrix product."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return [x, *others]
     dtype = torch.get_autocast_dtype(kind)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others)]
+
+
+def _has_autocast(kind: str) -> bool:
+    """Whether this kind of device has autocast; the compiler of older versions breaks its graph at the question."""
+    return torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
 
 
 def kronecker_embedding(indices: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def kronecker_embedding(indices: Tensor, A: Tensor, B: Tensor) -> Tensor:
     b = B.reshape(R, n2) if m2 == 1 else _rows(indices % m2, B)  # (..., R, n2)
     # under autocast too, a look-up keeps the dtype of its table
     kind = a.device.type
-    exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    exact = torch.autocast(kind, enabled=False) if _has_autocast(kind) else nullcontext()
     with exact:
         rows = a.transpose(-1, -2) * b if R == 1 else a.transpose(-1, -2) @ b  # (..., n1, n2)
     return rows.reshape(*indices.shape, n1 * n2)

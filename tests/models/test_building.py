@@ -80,6 +80,8 @@ def default_device(device):
         yield
     finally:
         torch.set_default_device(None)
+        # torch 2.6 cannot be asked for its default device any longer after this
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)
 
 
 PLACES = {

@@ -1,11 +1,12 @@
 """Checkpoints that version 0.1 wrote, with inputs and outputs, open for good: with this package, and with their code.
 
 They are of all twelve classes: with and without a pooler, tied, untied and dense heads, sharded, in bfloat16, low rank,
-several terms. They are never written again.
+several terms. They are never written again. The Python files of each, the same in all, lie in the folder code.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ else:
     from kronecker_transformers.models import DENSE_CLASSES
 
 DATA = Path(__file__).parent / "data" / "v0.1"
-FOLDERS = sorted(path for path in DATA.iterdir() if path.is_dir())
+FOLDERS = sorted(path for path in DATA.iterdir() if path.name != "code")
 
 
 def check(folder, scratch):
@@ -34,7 +35,9 @@ def check(folder, scratch):
         saved |= load_file(path)
     example = load_file(folder / "example.safetensors")
     choices = {"add_pooling_layer": False} if folder.name.endswith("-without-pooler") else {}
-    for place in (folder, scratch / folder.name):
+    saved_again = scratch / "again" / folder.name
+    folder = assembled(folder, scratch)
+    for place in (folder, saved_again):
         model, info = getattr(transformers, auto).from_pretrained(
             place, trust_remote_code=True, dtype="auto", output_loading_info=True, **choices
         )
@@ -53,8 +56,18 @@ def check(folder, scratch):
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(value, example[f"outputs.{key}"], rtol=tolerance, atol=tolerance)
         if place == folder:
-            model.save_pretrained(scratch / folder.name)
+            model.save_pretrained(saved_again)
     return type(model)
+
+
+def assembled(folder, scratch):
+    """The checkpoint as it was written, with its Python files."""
+    place = shutil.copytree(folder, scratch / folder.name)
+    family = folder.name.partition("-")[0]
+    for path in (DATA / "code").iterdir():
+        if not path.stem.endswith(("_bert", "_gpt2")) or path.stem.endswith(family):
+            shutil.copy(path, place)
+    return place
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)

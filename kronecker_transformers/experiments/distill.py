@@ -35,12 +35,12 @@ from ..compression.plan_file import write_plan
 from ..compression.search import PlanSearch
 from ..display import has_pictures, plan_picture, training_picture
 from ..distillation import DistillationArguments, DistillationTrainer
+from ..distillation.agreement import Judge, judge_for
 from ..evaluation.cost import Report
 from ..evaluation.timing import environment, in_turn
 from ..hub.card import folder_metadata, model_card
 from ..models.factor_plan import FactorPlan
 from ..models.kronecker_family import family_of, heads_of
-from ..tasks.agreement import Judge, judge_for
 from ..tasks.language_modeling import (
     TextSource,
     TextStream,

@@ -8,10 +8,8 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import Any
 
-import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import (
-    DataCollatorForLanguageModeling,
     DataCollatorForMultipleChoice,
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -20,8 +18,7 @@ from transformers import (
 )
 
 from ..checkpoint.sentence_modules import encoder_settings
-from ..distillation.losses import IGNORED
-from ..models.kronecker_family import Head, heads_of, longest_sequence
+from ..models.kronecker_family import heads_of, longest_sequence
 from ..tasks.language_modeling import (
     Example,
     TextSource,
@@ -30,6 +27,7 @@ from ..tasks.language_modeling import (
     sentence_examples,
 )
 from .classification import check_unnamed_labels, judged, load_classifier, load_task, tokenized
+from .masked_language import collator_for
 from .run import check_special_tokens
 
 HELD_OUT_SHARE, HELD_OUT, WATCHED = 0.1, 2000, 500
@@ -88,7 +86,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
         make = partial(_blocks, tokenizer, length)
     elif kind == "words":
         weights["supervised_weight"] = 0.05
-        collate = partial(_masked, DataCollatorForLanguageModeling(tokenizer), heads)
+        collate = collator_for(teacher, tokenizer)
         make = partial(_masked_text, tokenizer, length)
     elif kind == "choices":
         batch, collate = 16, DataCollatorForMultipleChoice(tokenizer)
@@ -140,8 +138,8 @@ def labelled_lesson(
     )  # fmt: skip
 
 
-def _rows(data: Any, seed: int) -> Iterator[Example]:
-    return iter(data)
+def _rows(data: Dataset, seed: int) -> Iterator[Example]:
+    return iter(data.shuffle(seed=seed))
 
 
 def _sentences(tokenizer: Any, length: int, prompt: str, source: TextSource, seed: int) -> Iterator[Example]:
@@ -160,11 +158,3 @@ def _choices(tokenizer: Any, length: int, source: TextSource, seed: int) -> Iter
     """Each line beside the one that follows it, as two choices."""
     for pair in pairwise(sentence_examples(source, tokenizer, length)):
         yield {**{name: [example[name] for example in pair] for name in pair[0]}, "labels": 0}  # nobody looks at it
-
-
-def _masked(mask: Any, heads: tuple[Head, ...], examples: list[Example]) -> Any:
-    """A batch with masks; what follows what is not known."""
-    batch = mask(examples)
-    for head in heads[1:]:
-        batch[head.labels] = torch.full((len(examples),), IGNORED)
-    return batch

@@ -22,6 +22,7 @@ from transformers import (
 from ..checkpoint.load import load_teacher
 from ..distillation import DistillationArguments
 from ..distillation.losses import IGNORED, hidden_state_mse
+from ..models.kronecker_family import heads_of, pooler_of
 from ..tasks.language_modeling import Example, TextSource, TextStream
 from .run import TEACHER, save_once, train_plainly
 
@@ -49,7 +50,7 @@ def has_next_sentence(
     fresh = isinstance(teacher, BertModel)
     if fresh and not gets_heads:
         return False
-    if getattr(teacher, "pooler", None) is None if fresh else isinstance(teacher, BertForMaskedLM):
+    if pooler_of(teacher) is None if fresh else isinstance(teacher, BertForMaskedLM):
         part = "the pooler" if fresh else "a head"
         note(f"no next-sentence prediction: the teacher is a {type(teacher).__name__} without {part} for it")
     elif not text.has_documents():
@@ -65,13 +66,14 @@ def collator_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     """Makes a batch for this model: masks anew each time for one with a head, no masks for one without."""
     names = {"input_ids", "token_type_ids", "attention_mask"}
     mask, pad = DataCollatorForLanguageModeling(tokenizer), DataCollatorWithPadding(tokenizer)
+    heads = heads_of(model)
 
     def collate(examples: list[Example]) -> Any:
-        if model.base_model is model:
+        if not heads:
             return pad([{name: example[name] for name in names} for example in examples])
         batch = mask(examples)
-        if "PreTraining" in type(model).__name__ and "next_sentence_label" not in batch:
-            batch["next_sentence_label"] = torch.full((len(examples),), IGNORED)
+        for head in heads[1:]:  # next-sentence prediction, for text without it
+            batch.setdefault(head.labels, torch.full((len(examples),), IGNORED))
         return batch
 
     return collate

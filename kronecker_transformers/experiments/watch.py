@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..distillation import Objective
-from ..tasks.agreement import Judge
+from ..distillation.agreement import Judge
 
 LOOKS = 12
 """Points of the curves."""
@@ -49,8 +49,8 @@ class Watch(TrainerCallback):
         """At each log of the trainer."""
         if "loss" in logs:
             self.logged.append(state.global_step)
-            for term in args.weights():
-                self.losses.setdefault(term, []).append(logs[term])
+            for loss in args.weights():
+                self.losses.setdefault(loss, []).append(logs[loss])
             self.look(model, state.global_step, state.max_steps)
 
 
@@ -70,9 +70,11 @@ def affordable_steps(
         batch = {name: value.to(arguments.device) for name, value in batch.items() if isinstance(value, Tensor)}
         start = time.perf_counter()
         losses = objective.values(copied, batch, objective.count(batch))
-        torch.stack(list(losses.values())).sum().backward()
+        loss = torch.stack(list(losses.values())).sum()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        loss.item()  # waits for an accelerator
         seconds.append(time.perf_counter() - start)
     objective.detach()
     return max(LOOKS, int(60 * minutes / statistics.mean(seconds[len(batches) :])))

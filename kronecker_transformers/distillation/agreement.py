@@ -9,16 +9,16 @@ from functools import partial
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.sentence_modules import encoder_settings
 from ..models.kronecker_family import Head, family_of, heads_of
-from .sentences import encode, neighbour_agreement, similarity_fidelity
+from ..tasks.sentences import encode, neighbour_agreement, similarity_fidelity
+from .heads import Output, outputs_of, real_positions
+from .losses import IGNORED
 
 Judge = Callable[[PreTrainedModel], dict[str, float]]
 """Values of a model by their names; the first is the one that is shown while a student learns."""
-IGNORED = -100  # label of a position without a target
 
 
 def judge_for(
@@ -60,40 +60,32 @@ def _look(
 ) -> tuple[dict[Head, list[Tensor]], float]:
     """What the heads decide, batch by batch, in one pass; and the mean loss of a language model, else 0."""
     causal = {"use_cache": False} if family_of(model).causal else {}
+    outputs = dict(zip(heads, outputs_of(model), strict=True))
     decided: dict[Head, list[Tensor]] = {head: [] for head in heads if head.kind not in ("next_token", "next_sentence")}
     total, count = 0.0, 0
     for batch in batches:
-        inputs = {name: value.to(model.device) for name, value in batch.items() if "label" not in name}
-        output = model(**inputs, **causal)
-        for head in decided:
-            decided[head].append(_decision(model, head, batch, output[head.logits].float()).cpu())
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        found = model(**{name: value for name, value in batch.items() if "label" not in name}, **causal)
+        for head, decisions in decided.items():
+            decisions.append(_decision(head, outputs[head], batch, found[head.logits].float()).cpu())
         if heads[0].kind in ("words", "next_token"):
-            logits, labels = output[heads[0].logits].float(), batch[heads[0].labels].to(model.device)
-            if heads[0].kind == "next_token":
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-            total += float(loss)
-            count += int((labels != IGNORED).sum())
+            first = outputs[heads[0]]
+            total += float(first.supervised(found[first.logits], batch))
+            count += first.count(batch)
     return decided, total / max(count, 1)
 
 
-def _decision(model: PreTrainedModel, head: Head, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
+def _decision(head: Head, output: Output, batch: Mapping[str, Tensor], logits: Tensor) -> Tensor:
     """Classes, for the tokens that count one after the other; or scores."""
-    if head.kind == "sequence" and _is_score(model):
+    if output.kind == "values":
         return logits.flatten()
-    if head.kind == "sequence" and model.config.problem_type == "multi_label_classification":
+    if output.kind == "binary":
         return logits > 0
-    if head.kind == "span":
-        return logits.masked_fill(batch["attention_mask"].to(logits.device) == 0, -torch.inf).argmax(-1)
-    if head.kind == "tokens":
-        return logits.argmax(-1)[batch["attention_mask"].to(logits.device) == 1]
-    if head.kind == "words":
-        return logits.argmax(-1)[batch[head.labels].to(logits.device) != IGNORED]
+    if output.kind == "span":
+        return logits.masked_fill(~real_positions(batch), -torch.inf).argmax(-1)
+    if output.kind == "tokens":
+        return logits.argmax(-1)[batch[head.labels] != IGNORED if head.kind == "words" else real_positions(batch)]
     return logits.argmax(-1)
-
-
-def _is_score(model: PreTrainedModel) -> bool:
-    return model.config.problem_type == "regression" or (model.config.num_labels == 1 and not model.config.problem_type)
 
 
 def _agreement(
@@ -112,7 +104,7 @@ def _agreement(
         values[name] = math.exp(min(700.0, loss))
     for head, decisions in found.items():
         ours, theirs = torch.cat(decisions).flatten(), torch.cat(wanted[head]).flatten()
-        if head.kind == "sequence" and _is_score(model):
+        if ours.is_floating_point():
             values["scores (Spearman with the teacher's)"] = float(spearmanr(ours, theirs).statistic)
         else:
             names = {"words": "masked words", "tokens": "labels of tokens", "choices": "choices"}

@@ -30,7 +30,7 @@ from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from ..models.kronecker_nearest import nearest_kronecker
 from .activations import CalibrationBatch, calibration_batches, weight_of
 from .calibration import calibrate
-from .search import PlanSearch, search_batches
+from .search import PlanSearch, check_budgets, search_batches
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ def compress(
     if searched and calibration is None:
         asked = 'plan="search"' if ratio is None else f"ratio={ratio}"
         raise ValueError(f"{asked} needs calibration text, for which the best plan is searched; give some")
+    budget = {"ratio": family.default_ratio if ratio is None else ratio}
+    check_budgets(budget)
     student = None if searched else _empty_student(teacher, student_class, plan)  # refuses a plan that does not fit
     batches: list[CalibrationBatch] = []
     if calibration is not None:
@@ -126,7 +128,6 @@ def compress(
         batches = calibration_batches(calibration, tokenizer, teacher)
     found = None
     if student is None:
-        budget = {"ratio": family.default_ratio if ratio is None else ratio}
         found = search_batches(teacher, batches, budget, progress=progress)
         student = _empty_student(teacher, student_class, found.plan)
 

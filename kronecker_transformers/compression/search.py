@@ -137,7 +137,7 @@ def search_plan(
     model, tokenizer = check_teacher(teacher, tokenizer)
     budgets = zip(BUDGETS, (ratio, parameters, size_bytes, flops, milliseconds), strict=True)
     given = {name: value for name, value in budgets if value is not None}
-    _check_budgets(given)
+    check_budgets(given)
     if runtime is not None and milliseconds is None:
         raise ValueError(f"{runtime} were given without milliseconds to budget; give both or neither")
     runtime = runtime or Runtime()
@@ -149,7 +149,12 @@ def search_plan(
     return search_batches(model, batches, given, runtime, progress)
 
 
-def _check_budgets(given: Mapping[str, float]) -> None:
+def check_budgets(given: Mapping[str, float]) -> None:
+    """Refuse budgets, by their names, before long work begins.
+
+    Raises:
+        ValueError: none, more than two, or one out of range.
+    """
     if not 1 <= len(given) <= 2:
         raise ValueError(f"budgets given: {', '.join(given) or 'none'}; give one or two of {', '.join(BUDGETS)}")
     for name, value in given.items():
@@ -166,7 +171,6 @@ def search_batches(
     progress: bool = False,
 ) -> PlanSearch:
     """As `search_plan`, for a teacher that is checked and text that is encoded; budgets by their names there."""
-    _check_budgets(budgets)
     training = teacher.training
     try:
         return _search(teacher.eval(), batches, budgets, runtime or Runtime(), progress)

@@ -378,9 +378,9 @@ class TestTeachersWhoseFilesAreOdd:
         [
             (
                 {"model_type": None},
-                r"has model_type=None, so nobody can tell .*; add or correct it, for example \"model",
+                r"has model_type=None, which is missing or misspelt; add or correct it, for example \"model",
             ),
-            ({"model_type": "BERT"}, r"has model_type='BERT', so nobody can tell"),
+            ({"model_type": "BERT"}, r"has model_type='BERT', which is missing or misspelt"),
             (
                 {"architectures": ["BertForNextSentencePrediction"]},
                 "'BertForNextSentencePrediction'; supported: .*; load it",

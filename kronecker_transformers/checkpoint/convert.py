@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..models.kronecker_family import family_of, pooler_of
+
 
 def model_like(source: PreTrainedModel, model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
     """A new model of another class, with the kind of attention and the pooler of `source`, or without one."""
     config._attn_implementation = source.config._attn_implementation
     choices = {}
-    if source.base_model is source and hasattr(source, "pooler"):
-        choices["add_pooling_layer"] = source.pooler is not None
+    if source.base_model is source and family_of(source).pooler:
+        choices["add_pooling_layer"] = pooler_of(source) is not None
     return model_class(config, **choices)
 
 

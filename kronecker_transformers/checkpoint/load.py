@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from ..models import DENSE_CLASSES, FACTORED_CLASSES
-from ..models.kronecker_family import FAMILIES, supported_families
+from ..models.kronecker_family import FAMILIES, family_of, supported_families
 from ..models.kronecker_internals import WeightsError
 from .files import new_folder, to_json
 from .sentence_modules import encoder_folder, modules_of, read_modules, share_modules
@@ -126,7 +126,7 @@ def _check_config_file(folder: Path) -> None:
     model_type = content.get("model_type") if isinstance(content, dict) else None
     if not model_type or (str(model_type).casefold() in FAMILIES and model_type not in FAMILIES):
         raise ValueError(
-            f"config.json in {str(folder)!r} has model_type={model_type!r}, so nobody can tell which model it is for; "
+            f"config.json in {str(folder)!r} has model_type={model_type!r}, which is missing or misspelt; "
             f'add or correct it, for example "model_type": "bert"'
         )
 
@@ -174,7 +174,8 @@ def _load_weights(
     transformers_logging.set_verbosity_error()
     try:
         model, info = load()
-        if info["missing_keys"] and all(key.startswith("pooler.") for key in info["missing_keys"]):
+        pooler = family_of(model).pooler_module
+        if info["missing_keys"] and all(key.startswith(f"{pooler}.") for key in info["missing_keys"]):
             model, info = load(add_pooling_layer=False)
     except SafetensorError as error:
         raise OSError(
@@ -189,10 +190,10 @@ def _load_weights(
     finally:
         transformers_logging.set_verbosity(verbosity)
     base = model.base_model
-    parts = {name for name, _ in base.named_children()} - {"pooler"}
+    parts = {name for name, _ in base.named_children()} - {pooler}
     for key in sorted(info["unexpected_keys"]):
         name = key.removeprefix(f"{model.base_model_prefix}.")
-        if name.split(".")[0] not in (*parts, "pooler") and not knows_head:
+        if name.split(".")[0] not in (*parts, pooler) and not knows_head:
             raise ValueError(
                 f"config.json in {str(source)!r} has no architectures, and the weights hold {key!r}, part of a head; "
                 'add the class that was saved, for example "architectures": ["BertForSequenceClassification"]'

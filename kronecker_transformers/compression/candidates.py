@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..evaluation.cost import REPORT_LENGTH
 from ..models.factor_plan import FactorEntry
 from ..models.kronecker_contraction import multiplications
-from ..models.kronecker_family import family_of, heads_of
+from ..models.kronecker_family import family_of, heads_of, pooler_of
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, weight_of
 from .calibrated import (
     RIDGE,
@@ -116,7 +116,7 @@ def measured_layers(
             yield _linear(full, weight_of(module), REPORT_LENGTH, fit, held_out, shortlists[name], presets_here)
         for stream in streams:
             stream.advance(layer)
-    if family.pooler and getattr(base, family.pooler.partition(".")[0], None) is not None:
+    if family.pooler and pooler_of(base) is not None:
         name, weight = family.pooler, base.get_submodule(family.pooler).weight
         fit, held_out = pooler_moments(base, streams, streams)
         yield _linear(name, weight, 1, fit, held_out, _shortlist(weight, fit, held_out, wanted[name]), wanted[name])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.pooling import MEAN, Pooling
-from ..models.kronecker_family import FAMILIES, family_of
+from ..models.kronecker_family import FAMILIES, family_of, pooler_of
 from . import losses
 from .heads import Output, outputs_of, real_positions
 from .recorder import QueryKey, Recorder, Recording
@@ -92,7 +92,7 @@ class Objective:
         if self.weights.keys() & {"logits", "supervised"}:
             return []
         base = student.base_model
-        pooler = getattr(base, "pooler", None)
+        pooler = pooler_of(base)
         reached = {id(p) for module in base.children() if module is not pooler for p in module.parameters()}
         return [parameter for parameter in student.parameters() if id(parameter) not in reached]
 

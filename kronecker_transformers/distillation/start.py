@@ -59,7 +59,8 @@ def start_student(
         student = compress(teacher, earlier.config.factor_plan).model
     wanted, found = student.base_model.state_dict(), earlier.base_model.state_dict()
     if earlier.base_model is earlier:
-        found = {name: value for name, value in found.items() if not name.startswith("pooler.")}
+        pooler = family_of(earlier).pooler_module
+        found = {name: value for name, value in found.items() if name.partition(".")[0] != pooler}
     for name, value in found.items():
         if name in wanted and wanted[name].shape != value.shape:
             raise ValueError(

@@ -1,7 +1,7 @@
 """A family of models, such as BERT or GPT-2, as data: where its parts are, what its heads give, which plans it has.
 
-Each family has a configuration file and a modeling file, with one `Family` and one call of `register_family`. Nothing
-else in the package names a family: whatever needs to know one asks `family_of`, for dense models too.
+Each family has a configuration file and a modeling file, with one `Family` and one call of `register_family`. Whatever
+compresses, distils, measures or publishes a model asks `family_of`, for dense models too.
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ class Family:
     causal: bool = False
     pads_positions: bool = False
 
+    @property
+    def pooler_module(self) -> str | None:
+        """The pooler of a base model, around its linear layer; None for a family without."""
+        return self.pooler.partition(".")[0] if self.pooler else None
+
 
 def register_family(config_class: Any, models: Mapping[str, tuple[type, tuple[Head, ...]]]) -> None:
     """Make a family known: to the rest of this package, to the Auto classes, and to checkpoints that carry its code.
@@ -151,6 +156,11 @@ def supported_classes() -> str:
 def has_choices(model: Any) -> bool:
     """Whether its inputs are (examples, choices, length) rather than (examples, length)."""
     return any(head.kind == "choices" for head in heads_of(model))
+
+
+def pooler_of(base: Any) -> Any:
+    """The pooler of a base model, a module; None where there is none."""
+    return getattr(base, family_of(base).pooler_module or "", None)
 
 
 def longest_sequence(model: Any) -> int:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .kronecker_embeddings import FactoredEmbeddings
+from .kronecker_family import family_of, pooler_of
 from .kronecker_internals import RefusesHollowCheckpoints, WeightsError
 from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .kronecker_matching import matched_plan
@@ -57,8 +58,8 @@ class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, Pre
 
     def _make_base_model(self) -> PreTrainedModel:
         """The factored base model that takes the place of the stock one, `self.base_model`."""
-        poolers = {"add_pooling_layer": getattr(self.base_model, "pooler", None) is not None}
-        return type(self).config_class.base_class(self.config, **(poolers if self.config.family.pooler else {}))
+        choices = {"add_pooling_layer": pooler_of(self.base_model) is not None} if self.config.family.pooler else {}
+        return type(self).config_class.base_class(self.config, **choices)
 
     def _factor_layers(self) -> None:
         modules = dict(self.named_modules())
@@ -202,9 +203,10 @@ def _misfit(model: KroneckerPreTrainedModel, info: dict[str, Any]) -> str | None
     prefix, base = f"{model.base_model_prefix}.", model.base_model
     modules = dict(model.named_modules()) | {f"{prefix}{name}": module for name, module in base.named_modules()}
     parts = {name for name, _ in base.named_children()}
+    pooler_name = family_of(base).pooler
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     for keys in (missing, unexpected):
-        pooler = {key for key in keys if key.rpartition(".")[0].endswith("pooler.dense")}
+        pooler = {key for key in keys if pooler_name and key.rpartition(".")[0].endswith(pooler_name)}
         if {key.rpartition(".")[2] for key in pooler} == {"A", "B", "bias"}:
             keys -= pooler
     for key in sorted(missing):

@@ -10,20 +10,35 @@ cores, each model in the quicker of its two ways, eager and compiled. It runs no
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from speed import MINILM, PLANS
+from transformers import BertConfig, BertModel
+
+from kronecker_transformers import KroneckerBertConfig, KroneckerBertModel
 
 ROOT = Path(__file__).parent
 TARGET = ROOT.parent / "docs" / "overview.png"
-STEPS, TEACHER = "800", (22.57, 86.7)
-"""Of the curves that are drawn, and the teacher without its pooler: millions of parameters, STS-B."""
+STEPS = "800"
+"""Of the curves that are drawn."""
 STUDENTS = {
     "searched plan, calibrated": "searched plan, calibrated",
     "paper shapes, nearest": "papers' shapes and start",
 }
+
+
+def teacher() -> tuple[float, float]:
+    """Millions of parameters and STS-B of the teacher, without its pooler."""
+    line = re.search(r"Teacher: ([\d,]+) parameters, STS-B ([\d.]+)", (ROOT / "logs" / "plans.txt").read_text())
+    if line is None:
+        raise ValueError("logs/plans.txt has no line about the teacher; write it again with plans.py")
+    return int(line[1].replace(",", "")) / 1e6, float(line[2])
 
 
 def quality() -> dict[str, list[tuple[float, float, float]]]:
@@ -42,9 +57,17 @@ def quality() -> dict[str, list[tuple[float, float, float]]]:
     return found
 
 
+def size_ratios(**sizes: Any) -> list[float]:
+    """How many times fewer parameters a BERT of these sizes has by each preset."""
+    with torch.device("meta"):
+        dense = BertModel(BertConfig(**sizes))
+        students = [KroneckerBertModel(KroneckerBertConfig(factor_plan=plan, **sizes)) for plan in PLANS]
+    return [dense.num_parameters() / student.num_parameters() for student in students]
+
+
 def speed() -> dict[str, list[tuple[float, float]]]:
     """Ratio of size and of speed to the dense model, by model."""
-    ratios = {"BERT-base": (7.70, 20.94), "MiniLM": (7.43, 15.76)}
+    ratios = {"BERT-base": size_ratios(), "MiniLM": size_ratios(**MINILM)}
     found = {}
     for line in (ROOT / "logs" / "speed.txt").read_text().splitlines():
         words = line.replace("x ", "x").split()
@@ -57,29 +80,31 @@ def speed() -> dict[str, list[tuple[float, float]]]:
 
 def main() -> None:
     """Draw both."""
+    dense, students = teacher(), quality()
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, points), color in zip(sorted(quality().items()), ("tab:grey", "tab:blue"), strict=True):
+    for (name, points), color in zip(sorted(students.items()), ("tab:grey", "tab:blue"), strict=True):
         x, y, error = zip(*sorted(points), strict=True)
         left.errorbar(x, y, error, marker="o", color=color, capsize=3)
         left.annotate(name, (x[-1], y[-1]), xytext=(8, -4), textcoords="offset points", color=color)
-    left.axhline(TEACHER[1], color="black", linewidth=0.8, linestyle="--")
-    left.plot(*TEACHER, "s", color="black")
-    left.annotate("teacher, all-MiniLM-L6-v2", TEACHER, xytext=(-4, -14), textcoords="offset points", ha="right")
+    left.axhline(dense[1], color="black", linewidth=0.8, linestyle="--")
+    left.plot(*dense, "s", color="black")
+    left.annotate("teacher, all-MiniLM-L6-v2", dense, xytext=(-4, -14), textcoords="offset points", ha="right")
     left.set(xscale="log", xlabel="million parameters", ylabel="STS-B, Spearman, per cent", title="Quality")
-    left.set_xticks([1.29, 3.02, 22.57], ["1.3", "3.0", "22.6"])
+    ticks = {f"{x:.1f}": x for x in (dense[0], *(point[0] for points in students.values() for point in points))}
+    left.set_xticks(list(ticks.values()), list(ticks))
     left.minorticks_off()
     for (name, ratios), color in zip(speed().items(), ("tab:blue", "tab:orange"), strict=True):
-        sizes, speeds = zip(*ratios, strict=True)
-        right.plot(sizes, speeds, marker="o", color=color)
+        smaller, speeds = zip(*ratios, strict=True)
+        right.plot(smaller, speeds, marker="o", color=color)
         label = {"MiniLM": "all-MiniLM-L6"}.get(name, name)
         place = {"xytext": (-6, 8), "ha": "right"} if name == "BERT-base" else {"xytext": (6, -14), "ha": "left"}
-        right.annotate(label, (sizes[-1], speeds[-1]), textcoords="offset points", color=color, **place)
+        right.annotate(label, (smaller[-1], speeds[-1]), textcoords="offset points", color=color, **place)
     right.axhline(1, color="black", linewidth=0.8, linestyle="--")
     right.set(
         xlabel="times smaller", ylabel="times as fast", title="Speed, 8 x 128 tokens, two CPU cores", ylim=(0, 6.2)
     )
-    right.set_xticks([1, 7.7, 15.8, 20.9], ["1", "7.7", "15.8", "20.9"])
+    right.set_xticks([1, 5, 10, 15, 20])
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(TARGET, dpi=110)

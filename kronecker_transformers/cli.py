@@ -25,10 +25,14 @@ from .evaluation.timing import DTYPES, benchmark
 from .export.dense import to_dense
 from .hub.card import has_own_card, model_card
 from .hub.push import Pushed, card_metadata, files_to_push, push, push_space
+from .models.kronecker_family import FAMILIES
 from .tasks.language_modeling import TextSource
 
 
 def _parser() -> argparse.ArgumentParser:
+    families = {config.dense_config_class.model_type: config.family for config in FAMILIES.values()}
+    ratios = ", ".join(f"{family.default_ratio} for {name}" for name, family in families.items())
+    presets = "; ".join(f"{name}: {', '.join(family.presets)}" for name, family in families.items() if family.presets)
     parser = argparse.ArgumentParser(
         prog="kronecker-transformers",
         description="Make BERT and GPT-2 models smaller and faster: layers become sums of Kronecker products.",
@@ -62,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ratio",
         type=float,
         metavar="X",
-        help="how many times fewer parameters the base model gets (default: 7.7; GPT-2: 1.48)",
+        help=f"how many times fewer parameters the base model gets (default: {ratios})",
     )
     plan.add_argument("--plan", default=None, help="preset or plan file, instead of a search")
     length = command.add_mutually_exclusive_group()
@@ -85,14 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "compress",
         help="factor a dense model and save the result",
-        description="Factor a dense BERT or GPT-2 and save the result.",
+        description="Factor the layers of a dense model and save the result.",
     )
     command.add_argument("teacher", metavar="TEACHER", help="dense model: name on the Hub, or local folder")
     plan = command.add_mutually_exclusive_group()
     plan.add_argument(
         "--plan",
-        help="7.7x or 21x (BERT), kngpt2 (GPT-2), or a YAML or JSON file (default: 7.7x or kngpt2; with calibration "
-        "text, --ratio 7.7 or 1.48)",
+        help=f"a preset ({presets}), or a YAML or JSON file (default: the first preset; with calibration text, a "
+        f"plan is searched, for a ratio of {ratios})",
     )
     plan.add_argument(
         "--ratio", type=float, metavar="X", help="search for the best plan with this ratio; needs --calibration"

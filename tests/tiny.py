@@ -61,6 +61,14 @@ def inputs(model, batch=3, length=11, seed=1):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def texts(number=80, seed=0):
+    """Sentences of 2 to 24 words."""
+    generator = torch.Generator().manual_seed(seed)
+    words = TEXT.split()
+    lengths = torch.randint(2, 25, (number,), generator=generator).tolist()
+    return [" ".join(words[i] for i in torch.randint(len(words), (length,), generator=generator)) for length in lengths]
+
+
 def bert_tokenizer(folder):
     words = [
         "[PAD]",

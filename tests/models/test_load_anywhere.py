@@ -4,14 +4,13 @@ import filecmp
 import json
 import os
 import re
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from stranger import code_of, run
 from tiny import bert_tokenizer, gpt2_tokenizer, inputs, perturb, teacher
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -30,22 +29,6 @@ PIPELINES = {
     "GPT2LMHeadModel": "text-generation",
     "GPT2ForSequenceClassification": "text-classification",
     "GPT2ForTokenClassification": "token-classification",
-}
-HUB_SET = {
-    "bert": {"configuration_kronecker_bert.py", "kronecker_blocks.py", "modeling_kronecker_bert.py"},
-    "gpt2": {"configuration_kronecker_gpt2.py", "modeling_kronecker_gpt2.py"},
-}
-SHARED = {
-    "configuration_kronecker.py",
-    "factor_plan.py",
-    "kronecker_contraction.py",
-    "kronecker_embeddings.py",
-    "kronecker_family.py",
-    "kronecker_internals.py",
-    "kronecker_layers.py",
-    "kronecker_matching.py",
-    "kronecker_nearest.py",
-    "modeling_kronecker.py",
 }
 
 # Runs without the package; reads a list of jobs, writes what it found.
@@ -93,16 +76,6 @@ STRANGER = """
             assert again.get_input_embeddings().A.shape[0] == again.config.vocab_size == 90
     print("done")
 """
-
-
-def run(code, *arguments, tmp_path, input=None):
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(code))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", script, *map(str, arguments)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, input=input, check=False,
-    )  # fmt: skip
 
 
 def checkpoint(dense_class, folder, tmp_path, **changes):
@@ -154,7 +127,7 @@ def test_every_class_without_the_package(family, tmp_path):
             assert json.loads((tmp_path / name / "result").read_text())
         # saving what was loaded changes nothing
         files = {path.name for path in (tmp_path / name / "again").iterdir()}
-        assert HUB_SET[family] | SHARED | {"config.json", "model.safetensors"} <= files
+        assert code_of(family) | {"config.json", "model.safetensors"} <= files
         same, different, errors = filecmp.cmpfiles(job["folder"], job["again"], files, shallow=False)
         assert set(same) == files, (different, errors)
 
@@ -205,8 +178,8 @@ def test_a_new_language_model_head_is_whole(package, tmp_path):
 def test_folder_holds_only_what_it_must(tmp_path):
     checkpoint(transformers.BertForMaskedLM, tmp_path / "model", tmp_path)
     files = {path.name for path in (tmp_path / "model").iterdir()}
-    assert {name for name in files if name.endswith(".py")} == HUB_SET["bert"] | SHARED
-    assert files - HUB_SET["bert"] - SHARED == {
+    assert {name for name in files if name.endswith(".py")} == code_of("bert")
+    assert files - code_of("bert") == {
         "compression.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     tensors = load_file(tmp_path / "model" / "model.safetensors")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, SpaceCard, constants
 from loopback_hub import Fault, Hub
+from stranger import code_of
 from tiny import bert_tokenizer, gpt2_tokenizer, inputs, perturb, teacher
 from transformers import BertForSequenceClassification
 from transformers.pipelines import SUPPORTED_TASKS
@@ -27,22 +28,8 @@ from kronecker_transformers.models import DENSE_CLASSES
 from kronecker_transformers.models.modeling_kronecker import KroneckerPreTrainedModel
 
 TOKEN = "hf_good"
-SPACE = Path(__file__).parent.parent / "examples" / "space"
-CODE = {
-    "configuration_kronecker.py",
-    "configuration_kronecker_bert.py",
-    "factor_plan.py",
-    "kronecker_blocks.py",
-    "kronecker_contraction.py",
-    "kronecker_embeddings.py",
-    "kronecker_family.py",
-    "kronecker_internals.py",
-    "kronecker_layers.py",
-    "kronecker_matching.py",
-    "kronecker_nearest.py",
-    "modeling_kronecker.py",
-    "modeling_kronecker_bert.py",
-}
+SPACE = Path(__file__).parents[2] / "examples" / "space"
+CODE = code_of("bert")
 FILES = CODE | {
     "README.md", "compression.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
 }  # fmt: skip

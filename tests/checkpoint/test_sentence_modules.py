@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.dense import Dense
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Normalize, Pooling
-from test_load_anywhere import run
+from stranger import run
 from transformers import AutoModel, BertForMaskedLM, BertModel, GPT2Model
 
 from kronecker_transformers import compress, to_dense

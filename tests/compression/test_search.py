@@ -1,8 +1,7 @@
 import pytest
 import torch
 from students import factorable_modules
-from test_calibration import texts
-from tiny import bert_tokenizer, gpt2_tokenizer, teacher
+from tiny import bert_tokenizer, gpt2_tokenizer, teacher, texts
 from transformers import (
     BertForPreTraining,
     BertForSequenceClassification,

@@ -165,9 +165,7 @@ def test_unreadable_records(tmp_path, name):
         model_card(folder, "org/tiny")
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "model_cards").glob("*.md")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "model_cards").glob("*.md")), ids=lambda p: p.stem)
 def test_shipped_cards(path):
     card = ModelCard.load(path)
     assert card.data.model_name == path.stem

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tiny import TEXT, bert_tokenizer, gpt2_tokenizer, teacher
+from tiny import TEXT, bert_tokenizer, gpt2_tokenizer, teacher, texts
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 from kronecker_transformers import compress, describe
@@ -22,13 +22,6 @@ BERT_PLAN = {
     "pooler.dense": (16, 8),
 }
 GPT2_PLAN = {"wte": (72, 4), "h.*.attn.c_attn": (12, 8), "h.*.mlp.c_fc": (96, 1, 4), "h.[12].mlp.c_proj": (8, 12, 2)}
-
-
-def texts(number=80, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    words = TEXT.split()
-    lengths = torch.randint(2, 25, (number,), generator=generator).tolist()
-    return [" ".join(words[i] for i in torch.randint(len(words), (length,), generator=generator)) for length in lengths]
 
 
 @pytest.fixture(params=["bert", "gpt2"])

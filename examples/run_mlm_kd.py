@@ -23,8 +23,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from transformers import BertModel
-
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
 from kronecker_transformers.experiments.masked_language import (
@@ -46,6 +44,7 @@ from kronecker_transformers.experiments.run import (
     teacher_and_tokenizer,
     train_and_save,
 )
+from kronecker_transformers.models.kronecker_family import heads_of
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import (
     Example,
@@ -63,7 +62,7 @@ logger = logging.getLogger(__name__)
 class Options(StudentOptions):
     """The script's own options."""
 
-    teacher: str = field(metadata={"help": "Folder or Hub name of a BERT, with its pre-training heads or without."})
+    teacher: str = field(metadata={"help": "Folder or Hub name of an encoder, with its pre-training heads or without."})
     train_text: list[str] = field(metadata={"help": "Text files, tables, or one dataset of the Hub."})
     output_dir: str = field(metadata={"help": "New folder for checkpoints, the student and results.json."})
     validation_text: list[str] | None = field(
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
     check_teacher(teacher, options.teacher, options.train_heads)
-    predicts_words = options.train_heads > 0 or not isinstance(teacher, BertModel)
+    predicts_words = options.train_heads > 0 or bool(heads_of(teacher))
     check_special_tokens(tokenizer, "cls", "sep", "pad", *(["mask"] if predicts_words else []))
     options.max_length = length = checked_length(teacher, options.max_length, recipe.length)
     next_sentence = not options.no_next_sentence and has_next_sentence(teacher, text, options.train_heads > 0, note)
@@ -104,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.train_heads:
         teacher = with_heads(teacher, tokenizer, next_sentence, stream, options.train_heads, arguments, folder)
         note(f"the heads of the teacher were trained here, in {options.train_heads:,} steps; the rest of it was frozen")
-    has_head = not isinstance(teacher, BertModel)
+    has_head = bool(heads_of(teacher))
     if not has_head:
         arguments.supervised_weight = arguments.logits_weight = 0.0
         note(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    BertForMaskedLM,
-    BertForPreTraining,
-    BertModel,
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -22,7 +19,7 @@ from transformers import (
 from ..checkpoint.load import load_teacher
 from ..distillation import DistillationArguments
 from ..distillation.losses import IGNORED, hidden_state_mse
-from ..models.kronecker_family import heads_of, pooler_of
+from ..models.kronecker_family import DENSE_CLASSES, FAMILIES, heads_of, pooler_of
 from ..tasks.language_modeling import Example, TextSource, TextStream
 from .run import TEACHER, save_once, train_plainly
 
@@ -30,14 +27,32 @@ Batch = dict[str, torch.Tensor]
 Collator = Callable[[list[Example]], Any]
 
 
+_STAGES = (("words", "next_sentence"), ("words",), ())
+"""Kinds of the heads of a teacher that this stage is for."""
+
+
+def _classes(teacher: PreTrainedModel) -> dict[tuple[str, ...], Any]:
+    """The stock classes of the teacher's family that this stage is for, by the kinds of their heads."""
+    by_class = FAMILIES[teacher.config.model_type].heads
+    found = {tuple(head.kind for head in heads): DENSE_CLASSES[factored] for factored, heads in by_class.items()}
+    return {kinds: found[kinds] for kinds in _STAGES if kinds in found}
+
+
 def check_teacher(teacher: PreTrainedModel, source: str, train_heads: int) -> None:
     """Refuse a teacher that this stage is not for."""
-    if type(teacher) not in (BertForPreTraining, BertForMaskedLM, BertModel):
+    classes = _classes(teacher)
+    if ("words",) not in classes:
         raise ValueError(
-            f"teacher {source!r} is a {type(teacher).__name__}; this stage needs a BertForPreTraining, "
-            "BertForMaskedLM or BertModel; give the model from before its fine-tuning"
+            f"teacher {source!r} is a {type(teacher).__name__}, whose family predicts no masked words; distil it with "
+            "run_clm_kd.py"
         )
-    if train_heads and not isinstance(teacher, BertModel):
+    if type(teacher) not in classes.values():
+        *others, last = (cls.__name__ for cls in classes.values())
+        raise ValueError(
+            f"teacher {source!r} is a {type(teacher).__name__}; this stage needs a {', '.join(others)} or {last}; give "
+            "the model from before its fine-tuning"
+        )
+    if train_heads and heads_of(teacher):
         raise ValueError(
             f"train_heads={train_heads} is for a teacher without heads, not a {type(teacher).__name__}; leave it out"
         )
@@ -47,10 +62,12 @@ def has_next_sentence(
     teacher: PreTrainedModel, text: TextSource, gets_heads: bool, note: Callable[[str], None]
 ) -> bool:
     """Whether there is next-sentence prediction; if not, it is noted why."""
-    fresh = isinstance(teacher, BertModel)
+    fresh = not heads_of(teacher)
     if fresh and not gets_heads:
         return False
-    if pooler_of(teacher) is None if fresh else isinstance(teacher, BertForMaskedLM):
+    if _STAGES[0] not in _classes(teacher):
+        note(f"no next-sentence prediction: no model of the family of {type(teacher).__name__} has a head for it")
+    elif pooler_of(teacher) is None if fresh else len(heads_of(teacher)) == 1:
         part = "the pooler" if fresh else "a head"
         note(f"no next-sentence prediction: the teacher is a {type(teacher).__name__} without {part} for it")
     elif not text.has_documents():
@@ -94,12 +111,14 @@ def with_heads(
     """
     saved = folder / TEACHER
     if not saved.exists():
-        config: Any = copy.deepcopy(base.config)
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0  # what is frozen needs none
-        config.tie_word_embeddings = True
-        model: PreTrainedModel = (BertForPreTraining if next_sentence else BertForMaskedLM)(config)
+        cls = _classes(base)[_STAGES[0] if next_sentence else _STAGES[1]]
+        config = type(base.config).from_dict({**base.config.to_dict(), "tie_word_embeddings": True})
+        model: PreTrainedModel = cls(config)
         model.base_model.load_state_dict(base.state_dict(), strict=False)  # a masked LM has no pooler
         model.base_model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # what is frozen needs none
         train_plainly(
             model,
             stream,
@@ -110,8 +129,6 @@ def with_heads(
             remove_unused_columns=False,
             accelerator_config={"dispatch_batches": False},
         )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            setattr(model.config, name, getattr(base.config, name))
         save_once(saved, model, tokenizer)
     return load_teacher(saved)[0]
 

@@ -13,6 +13,7 @@ from transformers import (
     BertForPreTraining,
     BertForSequenceClassification,
     BertModel,
+    GPT2LMHeadModel,
 )
 from transformers.trainer_callback import TrainerState
 
@@ -35,7 +36,7 @@ def workplace(tmp_path):
 
 def save_teacher(folder, dense_class, **changes):
     folder.mkdir()
-    tokenizer = tiny.bert_tokenizer(folder)
+    tokenizer = (tiny.gpt2_tokenizer if dense_class is GPT2LMHeadModel else tiny.bert_tokenizer)(folder)
     model = tiny.teacher(dense_class, **changes)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -206,6 +207,7 @@ def test_what_it_judges_on_is_missed_before_the_training(workplace):
         (BertForMaskedLM, {"max_length": 41}, "max_length=41 must be from 2 to the teacher's 40 tokens"),
         (BertModel, {"supervised_weight": 0, "embedding_mse_weight": 0, "attention_mse_weight": 0,
                      "hidden_mse_weight": 0, "logits_weight": 1}, "all weights that are left are 0; give"),
+        (GPT2LMHeadModel, {}, "is a GPT2LMHeadModel, whose family predicts no masked words; distil it with run_clm_kd"),
     ],
 )  # fmt: skip
 def test_clear_refusals(dense_class, options, message, workplace):

@@ -96,7 +96,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             atexit.unregister(_leave_process_group)
             atexit.register(_leave_process_group)
-        self._move_model_to_device(teacher, args.device)
+        teacher.to(args.device)  # type: ignore[arg-type]  # of transformers' own wrapper
         # so that the loss comes back as it is: it is divided by the counts of the whole step already
         self.model_accepts_loss_kwargs = True
         self._window: dict[str, Tensor] = {}
@@ -178,10 +178,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         """The micro-batches of one step, and what its losses are averaged over, summed over all processes."""
         try:
             samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        except ValueError as error:  # how accelerate says that a stream holds nothing at all
-            if str(error).startswith("Batch does not contain any data"):
-                raise self._out_of_data() from error
-            raise
+        except ValueError as error:
+            raise self._out_of_data(f" ({error})") from error
         if len(samples) < num_batches and not isinstance(self.train_dataset, Sized):
             samples = []  # the end of a stream: what makes no whole step is left out
         if not samples:
@@ -242,11 +240,11 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             "warm-up steps, train in bf16 instead of fp16, and look at the data of this step"
         )
 
-    def _out_of_data(self) -> ValueError:
+    def _out_of_data(self, reason: str = "") -> ValueError:
         return ValueError(
-            f"train_dataset gave no more data after step {self.state.global_step} of {self.state.max_steps}; "
-            "give a dataset that can be read again from its start (to resume, a stream without end), or set max_steps "
-            "to what it holds"
+            f"train_dataset gave no batch after step {self.state.global_step} of {self.state.max_steps}{reason}; if it "
+            "has come to its end, give one that can be read again from its start (to resume, a stream without end), or "
+            "set max_steps to what it holds"
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -33,6 +33,9 @@ class PublishingTrainer(Trainer):
     A push in the middle of a training has the Python files with which the model loads, and a card of what was done so
     far; optimizer, random states and training arguments, which are pickles, stay here. With `hub_strategy` checkpoint
     or all_checkpoints the model and the Trainer's state lie in a folder of the repository too, in the same commit.
+
+    The base class has no public place for what a push in the middle of a training sends, so a private method of it is
+    replaced here (`tests/hub/test_trainer.py` says when that is needed no more).
     """
 
     hub_model_id: Any

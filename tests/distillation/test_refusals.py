@@ -135,9 +135,9 @@ class Once(torch.utils.data.IterableDataset):
 def test_data_that_runs_out_is_an_error_and_too_little_is_not_hidden(tmp_path):
     teacher, student = pair(BertForSequenceClassification)
     trainer = make_trainer(student, teacher, tmp_path, Once(examples(student, 16)), max_steps=5)
-    with pytest.raises(ValueError, match="train_dataset gave no more data after step 2 of 5"):
+    with pytest.raises(ValueError, match="train_dataset gave no batch after step 2 of 5"):
         trainer.train()
-    with pytest.raises(ValueError, match="train_dataset gave no more data after step 0 of 5"):
+    with pytest.raises(ValueError, match="train_dataset gave no batch after step 0 of 5"):
         make_trainer(student, teacher, tmp_path, Once([]), max_steps=5).train()
     assert make_trainer(student, teacher, tmp_path, examples(student, 16), max_steps=5).train().global_step == 5
 

@@ -12,7 +12,7 @@ import torch
 from distilling import collate, examples, pair
 from huggingface_hub import ModelCard
 from loopback_hub import Fault, Hub
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer
 
@@ -67,6 +67,21 @@ def test_every_strategy(hub, tmp_path, strategy, folders):
             )
     assert ModelCard(repo.files()["README.md"].decode()).data.license == "mit"
     assert (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").exists()  # for oneself
+
+
+def test_the_base_class_still_sends_pickles_and_leaves_results_out(hub, tmp_path):
+    """Where this fails, `PublishingTrainer` may go, and with it the private methods that it needs."""
+    _, student = pair(BertForSequenceClassification)
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), push_to_hub=True, hub_model_id="org/plain", hub_token="hf_good", hub_always_push=True,
+        max_steps=2, save_steps=2, use_cpu=True, disable_tqdm=True, report_to=[],
+    )  # fmt: skip
+    trainer = Trainer(student, arguments, train_dataset=examples(student), data_collator=collate)
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.repo("org/plain").files()
+    assert "training_args.bin" in files
+    assert "results.json" not in files
 
 
 def test_no_file_has_the_token_and_none_that_is_sent_a_local_path(hub, tmp_path):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from . import __version__, display
 from .checkpoint.files import check_file, check_new_folder, to_json, write_text
-from .checkpoint.load import load_student, save_folder
+from .checkpoint.load import load_model, load_student, save_folder
 from .compression.compress import compress
 from .compression.latency import Runtime
 from .compression.plan_file import check_plan_path, read_plan
@@ -142,14 +142,21 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("export", "expand"):
         command = commands.add_parser(
             name,
-            help="convert a factored model to a stock dense model"
+            help="write a model for ONNX Runtime, or as a stock dense model"
             if name == "export"
             else "deprecated alias of export",
-            description="Write another form of a factored model. Dense: the factors multiplied out, a stock model with "
-            "the same outputs.",
+            description="Write another form of a model. onnx: graphs for ONNX Runtime, on a CPU or in a browser. "
+            "dense: the factors multiplied out, a stock model with the same outputs.",
         )
-        command.add_argument("model", metavar="DIR", help="folder of the factored model")
-        command.add_argument("--format", choices=("dense",), default="dense", help="(default: %(default)s)")
+        command.add_argument("model", metavar="DIR", help="folder of the factored model; for onnx, of a dense one too")
+        command.add_argument("--format", choices=("dense", "onnx"), default="dense", help="(default: %(default)s)")
+        command.add_argument("--int8", action="store_true", help="for onnx: write a graph with 8-bit weights too")
+        command.add_argument(
+            "--text",
+            metavar="FILE",
+            help="for onnx: compare the graphs with PyTorch on the first 32 sentences or "
+            "documents of this file (default: on a few English sentences)",
+        )
         command.add_argument("--output", required=True, metavar="DIR", help="new folder for the result")
         command.set_defaults(run=_export)
 
@@ -314,9 +321,26 @@ def _inspect(arguments: argparse.Namespace, console: Console) -> None:
 
 def _export(arguments: argparse.Namespace, console: Console) -> None:
     check_new_folder(arguments.output)
+    if arguments.format == "onnx":
+        _export_onnx(arguments, console)
+        return
+    for option, value in (("--int8", arguments.int8), ("--text", arguments.text)):
+        if value:
+            raise ValueError(f"{option} is for --format onnx; add that, or leave {option} out")
     model, tokenizer = load_student(arguments.model)
     save_folder(arguments.output, to_dense(model), tokenizer)
     console.print(f"Dense twin saved in {arguments.output}.")
+
+
+def _export_onnx(arguments: argparse.Namespace, console: Console) -> None:
+    from .export.onnx import SENTENCES, export_onnx
+
+    texts = TextSource((arguments.text,)).lines(32) if arguments.text else SENTENCES
+    model, tokenizer = load_model(arguments.model)
+    console.print("The model is traced and written; this takes up to a minute.")
+    found = export_onnx(model, tokenizer, arguments.output, int8=arguments.int8, texts=texts)
+    console.print(display.exported_table(model, found))
+    console.print(f"Saved in {arguments.output}. The graphs run with onnxruntime 1.23 or newer, without this package.")
 
 
 def _benchmark(arguments: argparse.Namespace, console: Console) -> None:

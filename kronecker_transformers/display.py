@@ -11,9 +11,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .compression.search import PlanSearch
     from .evaluation.cost import Report
     from .evaluation.timing import Comparison
+    from .export.onnx import ExportedFile
     from .hub.files import PublishedFile
 
 
@@ -76,6 +79,19 @@ def comparison_table(comparison: Comparison) -> Table:
     limits = [side.limit_milliseconds for side in sides]
     table.add_row("limit in milliseconds", *(f"{limit:,.2f}" for limit in limits), f"{limits[0] / limits[1]:.2f}x")
     table.add_row("of this limit", *(f"{side.limit_milliseconds / side.milliseconds:.0%}" for side in sides), "")
+    return table
+
+
+def exported_table(model: PreTrainedModel, files: Iterable[ExportedFile]) -> Table:
+    """Graphs that were written and how near their outputs are to PyTorch's, for a terminal."""
+    table = Table(title="Compared with PyTorch", box=SIMPLE_HEAD)
+    table.add_column("")
+    for heading in ("megabytes", "largest difference", "relative error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    table.add_row("PyTorch", f"{size / 1e6:,.1f}", "", "")
+    for file in files:
+        table.add_row(file.name, f"{file.size / 1e6:,.1f}", f"{file.difference:.1e}", f"{file.relative_error:.1e}")
     return table
 
 

@@ -1,0 +1,195 @@
+"""Graphs for ONNX Runtime beside PyTorch and stock transformers, at sizes that no graph was traced with."""
+
+import json
+from collections import Counter
+from unittest.mock import patch
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+import transformers
+from students import MODELS, student
+from tiny import bert_tokenizer, gpt2_tokenizer, inputs, teacher
+
+import kronecker_transformers as kt
+from kronecker_transformers.cli import main
+from kronecker_transformers.export import onnx as exporting
+
+if not hasattr(torch.onnx, "ops"):
+    pytest.skip("needs torch 2.8 or newer", allow_module_level=True)
+ort = pytest.importorskip("onnxruntime")
+
+SMALLEST = 64
+"""Entries of a weight that is worth 8 bits, where all are small."""
+IN_DEFAULT_RUN = ("KroneckerBertForMaskedLM", "KroneckerGPT2LMHeadModel")
+CLASSES = [c if c.__name__ in IN_DEFAULT_RUN else pytest.param(c, marks=pytest.mark.slow) for c in MODELS]
+
+
+def session(folder, name):
+    return ort.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Models of a class and their folders, made once."""
+    made = {}
+
+    def export(model_class):
+        if model_class not in made:
+            folder = tmp_path_factory.mktemp("onnx")
+            model = student(model_class)
+            tokenizer = (bert_tokenizer if "Bert" in model_class.__name__ else gpt2_tokenizer)(folder)
+            with patch.object(exporting, "SMALLEST", SMALLEST):
+                texts = ("the quick brown fox", "a dog")
+                files = exporting.export_onnx(model, tokenizer, folder / "out", int8=True, texts=texts)
+            made[model_class] = model, folder / "out", files
+        return made[model_class]
+
+    return export
+
+
+@pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
+def test_every_output_at_sizes_of_its_own(model_class, exported):
+    model, folder, files = exported(model_class)
+    graphs = {name: session(folder, name) for name in (exporting.FP32, exporting.INT8)}
+    for batch, length, seed in ((3, 11, 1), (3, 40, 2), (3, 5, 3)):
+        sample = (
+            inputs(model, batch, length, seed) if length > 5 else {k: v[:1, ..., :1] for k, v in inputs(model).items()}
+        )
+        with torch.no_grad():
+            expected = model(**sample)
+        real = sample["attention_mask"].bool()
+        for name, graph in graphs.items():
+            found = exporting.run(graph, sample)
+            assert {key for key, value in expected.items() if isinstance(value, torch.Tensor)} == found.keys()
+            for key, value in found.items():
+                wanted, value = expected[key], torch.from_numpy(value)
+                if wanted.shape[: real.ndim] == real.shape:
+                    wanted, value = wanted[real], value[real]
+                tolerance = 1e-4 if name == exporting.FP32 else 0.15 * float(wanted.abs().max())
+                torch.testing.assert_close(value, wanted, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+    assert [file.name for file in files] == [exporting.FP32, exporting.INT8]
+    assert all(file.size == (folder / file.name).stat().st_size for file in files)
+    assert files[0].difference < 1e-5 < files[1].relative_error < 0.15
+
+
+@pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
+def test_weights_are_constants_that_are_stored_once(model_class, exported):
+    model, folder, _ = exported(model_class)
+    for name in (exporting.FP32, exporting.INT8):
+        onnx.checker.check_model(onnx.load(folder / name), full_check=False)
+        graph = ir.load(folder / name).graph
+        constants = [v.const_value for v in graph.initializers.values()]
+        matrices = [c for c in constants if len(c.shape) == 2 and c.dtype.name in ("FLOAT", "INT8")]
+        entries = sum(tensor.size for tensor in matrices)
+        shared = sum(
+            m.B.numel() for m in model.modules() if isinstance(m, kt.KroneckerEmbedding)
+        )  # small, in two forms
+        assert entries <= sum(p.numel() for p in model.parameters() if p.ndim > 1) + shared
+        for node in graph:
+            if node.op_type in ("Reshape", "Transpose"):
+                assert not node.inputs[0].is_initializer(), node
+        kinds = Counter(node.op_type for node in graph)
+        assert kinds["Attention"] == model.config.num_hidden_layers
+        assert kinds["SkipLayerNormalization"] == kinds["BiasGelu"] == 0
+    assert {matrix.dtype.name for matrix in matrices if matrix.size >= SMALLEST} == {"INT8"}
+
+
+def test_text_is_generated_token_by_token(exported):
+    model, folder, _ = exported(kt.KroneckerGPT2LMHeadModel)
+    graph = session(folder, exporting.FP32)
+    assert {f"past_key_values.{i}.{part}" for i in range(3) for part in ("key", "value")} | {
+        "input_ids", "attention_mask", "position_ids",
+    } == {value.name for value in graph.get_inputs()}  # fmt: skip
+    prompt = torch.tensor([[5, 9, 33, 2], [7, 7, 60, 41]])
+    expected = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, eos_token_id=None
+    )
+    ids, past, step = prompt.numpy(), {}, prompt.numpy()
+    for _ in range(20):
+        past = exporting.run(graph, {"input_ids": step, "attention_mask": np.ones_like(ids), **past}, with_past=True)
+        step = past.pop("logits")[:, -1].argmax(-1)[:, None]
+        ids = np.concatenate([ids, step], 1)
+    assert ids.tolist() == expected.tolist()
+
+
+def test_low_rank_has_the_nodes_of_a_dense_layer_and_one_product_more(tmp_path):
+    kinds = []
+    for name, plan in (("dense", {}), ("low rank", {"encoder.layer.*.intermediate.dense": (96, 1, 4)})):
+        exporting.export_onnx(student(kt.KroneckerBertModel, plan, num_hidden_layers=1), None, tmp_path / name)
+        kinds.append(Counter(node.op_type for node in ir.load(tmp_path / name / exporting.FP32).graph))
+    assert kinds[1] - kinds[0] == {"MatMul": 1}
+    assert kinds[0] - kinds[1] == {}
+    assert kinds[0]["Transpose"] == 0
+
+
+def test_a_folder_for_others(tmp_path):
+    dense = teacher(transformers.BertForSequenceClassification, num_hidden_layers=1)
+    dense.save_pretrained(tmp_path / "teacher")
+    bert_tokenizer(tmp_path).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("the quick brown fox\na lazy dog\n")
+    assert main(["compress", str(tmp_path / "teacher"), "--output", str(tmp_path / "student")]) == 0
+    command = [
+        "export",
+        str(tmp_path / "student"),
+        "--format",
+        "onnx",
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--output",
+    ]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {"config.json", "onnx/model.onnx", "tokenizer.json", "tokenizer_config.json"}
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert type(config) is transformers.BertConfig
+    assert config.architectures == ["BertForSequenceClassification"]
+    assert config.id2label == dense.config.id2label
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("the fox").input_ids
+
+
+def test_a_graph_that_differs_is_refused_and_nothing_is_left(monkeypatch, tmp_path):
+    model = student(kt.KroneckerBertModel, {"encoder.*.intermediate.dense": (96, 1, 4)}, num_hidden_layers=1)
+    write = exporting._write_fp32
+
+    def broken(model, path):
+        model.encoder.layer[0].intermediate.dense.B.data += 0.01
+        write(model, path)
+        model.encoder.layer[0].intermediate.dense.B.data -= 0.01
+
+    monkeypatch.setattr(exporting, "_write_fp32", broken)
+    with pytest.raises(
+        ValueError, match=r"outputs of onnx/model.onnx differ from PyTorch's by .*, more than 0.0001; rep"
+    ):
+        exporting.export_onnx(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusals_come_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(exporting, "_write_fp32", lambda *args: pytest.fail("too late"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    model = student(kt.KroneckerBertModel)
+    with pytest.raises(FileExistsError, match="already holds something"):
+        exporting.export_onnx(model, None, tmp_path / "full")
+    with pytest.raises(ValueError, match="DistilBertModel is not supported"):
+        exporting.export_onnx(
+            transformers.DistilBertModel(transformers.DistilBertConfig(n_layers=1)), None, tmp_path / "a"
+        )
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.A[0] = float("nan")
+    with pytest.raises(ValueError, match="holds NaN"):
+        exporting.export_onnx(model, None, tmp_path / "a")
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"needs onnx, onnxscript, .*; pip install --upgrade 'kronecker-transformers\[exp"
+    ):
+        exporting.export_onnx(student(kt.KroneckerBertModel), None, tmp_path / "a")
+
+
+def test_options_of_onnx_are_refused_for_a_dense_twin(tmp_path, capsys):
+    assert main(["export", "x", "--int8", "--output", str(tmp_path / "out")]) == 1
+    assert "--int8 is for --format onnx; add that, or leave --int8 out" in capsys.readouterr().err

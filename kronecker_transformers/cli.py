@@ -21,7 +21,7 @@ from .compression.latency import Runtime
 from .compression.plan_file import check_plan_path, read_plan
 from .compression.search import search_plan
 from .evaluation.cost import Report, describe, recorded_errors
-from .evaluation.timing import DTYPES, benchmark
+from .evaluation.timing import DTYPES, Comparison, benchmark
 from .export.dense import to_dense
 from .hub.card import has_own_card, model_card
 from .hub.push import Pushed, card_metadata, files_to_push, push, push_space
@@ -150,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("model", metavar="DIR", help="folder of the factored model; for onnx, of a dense one too")
         command.add_argument("--format", choices=("dense", "onnx"), default="dense", help="(default: %(default)s)")
-        command.add_argument("--int8", action="store_true", help="for onnx: write a graph with 8-bit weights too")
+        for form, help_text in (("int8", "8-bit weights"), ("int4", "4-bit weights"), ("fp16", "half precision")):
+            command.add_argument(f"--{form}", action="store_true", help=f"for onnx: write a graph in {help_text} too")
         command.add_argument(
             "--text",
             metavar="FILE",
@@ -173,7 +174,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
     command.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
-    command.add_argument("--compile", action="store_true", help="use torch.compile")
+    command.add_argument(
+        "--runtime", choices=("torch", "torch-compile", "onnxruntime"), default="torch", help="(default: %(default)s)"
+    )
+    command.add_argument("--int8", action="store_true", help="for onnxruntime: both in 8 bits")
     command.add_argument(
         "--rounds", type=int, default=15, metavar="N", help="timed forward passes of each model (default: %(default)s)"
     )
@@ -324,21 +328,22 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.format == "onnx":
         _export_onnx(arguments, console)
         return
-    for option, value in (("--int8", arguments.int8), ("--text", arguments.text)):
-        if value:
-            raise ValueError(f"{option} is for --format onnx; add that, or leave {option} out")
+    for option in ("int8", "int4", "fp16", "text"):
+        if getattr(arguments, option):
+            raise ValueError(f"--{option} is for --format onnx; add that, or leave --{option} out")
     model, tokenizer = load_student(arguments.model)
     save_folder(arguments.output, to_dense(model), tokenizer)
     console.print(f"Dense twin saved in {arguments.output}.")
 
 
 def _export_onnx(arguments: argparse.Namespace, console: Console) -> None:
-    from .export.onnx import SENTENCES, export_onnx
+    from .export.onnx import FORMS, SENTENCES, export_onnx
 
     texts = TextSource((arguments.text,)).lines(32) if arguments.text else SENTENCES
     model, tokenizer = load_model(arguments.model)
     console.print("The model is traced and written; this takes up to a minute.")
-    found = export_onnx(model, tokenizer, arguments.output, int8=arguments.int8, texts=texts)
+    also = [form for form in FORMS if getattr(arguments, form, False)]
+    found = export_onnx(model, tokenizer, arguments.output, also=also, texts=texts)
     console.print(display.exported_table(model, found))
     console.print(f"Saved in {arguments.output}. The graphs run with onnxruntime 1.23 or newer, without this package.")
 
@@ -346,16 +351,20 @@ def _export_onnx(arguments: argparse.Namespace, console: Console) -> None:
 def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
     for path in filter(None, (arguments.json, arguments.picture)):
         check_file(path)
-    found = benchmark(
-        arguments.model,
-        arguments.against,
-        batch=arguments.batch,
-        length=arguments.length,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        compiled=arguments.compile,
-        rounds=arguments.rounds,
-    )
+    sizes = {name: getattr(arguments, name) for name in ("batch", "length", "rounds")}
+    found: Comparison
+    if arguments.runtime == "onnxruntime":
+        if (arguments.dtype, arguments.device) != (DTYPES[0], "cpu"):
+            raise ValueError("--dtype and --device are for PyTorch; leave them out with --runtime onnxruntime")
+        from .evaluation.sessions import benchmark_sessions
+
+        found = benchmark_sessions(arguments.model, arguments.against, int8=arguments.int8, **sizes)
+    else:
+        if arguments.int8:
+            raise ValueError("--int8 is for --runtime onnxruntime; add that, or leave --int8 out")
+        options = {"dtype": arguments.dtype, "device": arguments.device}
+        compiled = arguments.runtime == "torch-compile"
+        found = benchmark(arguments.model, arguments.against, compiled=compiled, **options, **sizes)
     console.print(found.environment, highlight=False)
     console.print(display.comparison_table(found))
     console.print(found.verdict(), highlight=False)

@@ -58,7 +58,8 @@ def totals_table(report: Report) -> Table:
 def comparison_table(comparison: Comparison) -> Table:
     """Both models and their ratios, for a terminal."""
     compiled = ", compiled" if comparison.compiled else ""
-    title = f"{comparison.batch} x {comparison.length} tokens, {comparison.dtype}, {comparison.device}{compiled}"
+    where = comparison.device if comparison.runtime == "torch" else f"{comparison.runtime} on {comparison.device}"
+    title = f"{comparison.batch} x {comparison.length} tokens, {comparison.dtype}, {where}{compiled}"
     table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column("")
     for heading in (comparison.against.name, comparison.model.name, "ratio"):

@@ -109,6 +109,8 @@ class Comparison:
     copy_rate: float
     """Bytes per second, read and written, of a large copy."""
     environment: str
+    runtime: str = "torch"
+    """Or onnxruntime."""
 
     @property
     def speedup(self) -> float:
@@ -162,9 +164,7 @@ def benchmark(
         ValueError: an argument is out of range, or the sequence longer than a model takes.
         OSError: a model cannot be read.
     """
-    for name, value in (("batch", batch), ("length", length), ("rounds", rounds)):
-        if value < (least := 2 if name == "rounds" else 1):
-            raise ValueError(f"{name}={value} must be at least {least}; give a larger number")
+    check_sizes(batch, length, rounds)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}; choose one")
     try:
@@ -175,8 +175,7 @@ def benchmark(
     sides: dict[str, Any] = {}
     for key, source in sources.items():
         side: Any = copy.deepcopy(source) if isinstance(source, PreTrainedModel) else load_model(source)[0]
-        if length > (most := longest_sequence(side)):
-            raise ValueError(f"length={length} is more than the {most} tokens of {_name(source)}; give a smaller one")
+        check_length(side, length, source)
         sides[key] = side.to(dtype=getattr(torch, dtype), device=device).eval()
     costs = {key: describe(side, length).factored for key, side in sides.items()}
     rates = machine_rates(getattr(torch, dtype), device)
@@ -184,14 +183,14 @@ def benchmark(
         passes = {key: forward_pass(side, batch, length, compiled) for key, side in sides.items()}
         seconds = in_turn(passes, rounds, device=device)
     limits = {key: limit_seconds(side, batch, length, rates, rounds) for key, side in sides.items()}
-    measurements = {}
+    measurements: dict[str, Any] = {}
     for key, cost in costs.items():
         source, peak = sources[key], None
         if device == "cpu" and not isinstance(source, PreTrainedModel):
             peak = process_memory(source, batch, length, dtype)
         middle, spread = median_and_spread(seconds[key])
         measurements[key] = Measurement(
-            name=_name(source), parameters=cost.parameters, bytes=cost.bytes, flops=batch * cost.total_flops,
+            name=name_of(source), parameters=cost.parameters, bytes=cost.bytes, flops=batch * cost.total_flops,
             milliseconds=middle, spread=spread, limit_milliseconds=1e3 * limits[key], peak_bytes=peak,
         )  # fmt: skip
     return Comparison(
@@ -200,7 +199,29 @@ def benchmark(
     )  # fmt: skip
 
 
-def _name(source: str | os.PathLike[str] | PreTrainedModel) -> str:
+def check_sizes(batch: int, length: int, rounds: int) -> None:
+    """Refuse what cannot be timed.
+
+    Raises:
+        ValueError: fewer than 1 sequence or token, or fewer than 2 rounds.
+    """
+    for name, value in (("batch", batch), ("length", length), ("rounds", rounds)):
+        if value < (least := 2 if name == "rounds" else 1):
+            raise ValueError(f"{name}={value} must be at least {least}; give a larger number")
+
+
+def check_length(model: PreTrainedModel, length: int, source: str | os.PathLike[str] | PreTrainedModel) -> None:
+    """Refuse sequences that a model does not take.
+
+    Raises:
+        ValueError: more tokens than it has positions.
+    """
+    if length > (most := longest_sequence(model)):
+        raise ValueError(f"length={length} is more than the {most} tokens of {name_of(source)}; give a smaller one")
+
+
+def name_of(source: str | os.PathLike[str] | PreTrainedModel) -> str:
+    """What a model is called in tables: as it was given, or by its class."""
     return type(source).__name__ if isinstance(source, PreTrainedModel) else os.fspath(source)
 
 

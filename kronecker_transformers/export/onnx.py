@@ -1,8 +1,10 @@
-"""A factored model, or a dense one, for ONNX Runtime: in fp32 and in 8 bits, in a folder that others read as it is.
+"""A factored model, or a dense one, as graphs for ONNX Runtime, in a folder that others read as it is.
 
 onnx/model.onnx             fp32
-onnx/model_quantized.onnx   8 bits: products with dynamic quantization, a scale for each output; tables by rows
-config.json                 that of the stock model: the graph needs no code of this package
+onnx/model_quantized.onnx   int8: products with dynamic quantization, a scale for each output; tables by rows
+onnx/model_q4.onnx          int4: weights in blocks of 32, a scale for each
+onnx/model_fp16.onnx        fp16, for a GPU or WebGPU
+config.json                 that of the stock model: the graphs need no code of this package
 tokenizer, and the files of sentence-transformers where the model has them
 """
 
@@ -18,7 +20,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,16 +44,22 @@ from ..models import DENSE_CLASSES
 from ..models.kronecker_family import family_of, has_choices, heads_of, longest_sequence
 from .products import as_products
 
-FP32, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
+FORMS = {
+    "fp32": "onnx/model.onnx",
+    "int8": "onnx/model_quantized.onnx",
+    "int4": "onnx/model_q4.onnx",
+    "fp16": "onnx/model_fp16.onnx",
+}
 """Names in the folder, as transformers.js and others look for them."""
 OPSET = 23
 """Of the graph: the first one with attention as an operator of its own; ONNX Runtime 1.23 or newer runs it."""
-TOLERANCE = 1e-4
-"""Of the outputs of the fp32 graph, relative to the largest one of PyTorch."""
-INT8_TOLERANCE = 0.3
-"""Of the outputs of the graph in 8 bits, relative to their norm; more means that something is wrong, not rounded."""
+TOLERANCES = {"fp32": 1e-4, "int8": 0.3, "int4": 0.5, "fp16": 0.02}
+"""Of the outputs: in fp32 the largest difference from PyTorch's, relative to the largest output; in others the norm of
+the differences, relative to that of the outputs. More means that something is wrong, not rounded."""
+BLOCK = 32
+"""Entries of a weight of 4 bits that share a scale."""
 SMALLEST = 4096
-"""Entries of a weight or table that is worth 8 bits."""
+"""Entries of a weight or table that is worth quantizing."""
 SENTENCES = (
     "A man is playing a guitar on the street, and nobody listens.",
     "The quarterly report shows that sales in Europe fell by three per cent while costs rose.",
@@ -79,7 +87,7 @@ def export_onnx(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | os.PathLike[str],
     *,
-    int8: bool = False,
+    also: Iterable[str] = (),
     texts: Sequence[str] = SENTENCES,
 ) -> list[ExportedFile]:
     """Write a model as graphs for ONNX Runtime, with what it needs beside them, atomically.
@@ -91,7 +99,7 @@ def export_onnx(
         model: factored or dense, with any head that is supported; computed in fp32.
         tokenizer: written beside the graphs; without one, they are compared on random tokens.
         folder: must not exist yet or be empty.
-        int8: write the graph in 8 bits too.
+        also: forms that are written beside fp32: int8, int4, fp16.
         texts: on which the graphs are compared with PyTorch.
 
     Returns:
@@ -104,20 +112,23 @@ def export_onnx(
         OSError: the folder cannot be written; as with every other error, nothing is left behind.
     """
     _require_packages()
+    also = tuple(also)
+    if unknown := [form for form in also if form not in FORMS]:
+        raise ValueError(f"also={unknown[0]!r} is no form of a graph; choose from {', '.join(FORMS)}")
     heads_of(model)  # refuses other classes
     check_finite(model)
     check_new_folder(folder)
     model = copy.deepcopy(model).float().eval()
-    written = [FP32, INT8] if int8 else [FP32]
+    forms = dict.fromkeys(("fp32", *also))
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
         (made / "onnx").mkdir()
         with _quietly():
-            _write_fp32(model, made / FP32)
-            if int8:
-                _write_int8(made / FP32, made / INT8)
+            for form in forms:
+                source = model if form == "fp32" else made / FORMS["fp32"]
+                _WRITERS[form](source, made / FORMS[form])
         batches = _batches(model, tokenizer, texts)
-        found = [_checked(model, made, name, batches) for name in written]
+        found = [_checked(model, made, form, batches) for form in forms]
         stock_config(model).save_pretrained(made)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
@@ -193,26 +204,77 @@ def _example(model: PreTrainedModel) -> dict[str, Any]:
 def _write_int8(source: Path, target: Path) -> None:
     import onnx
     import onnx_ir as ir
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
     from .graph import rest_to_int8
 
     proto = onnx.load(source)
-    del proto.graph.value_info[:]  # of shapes that ONNX cannot infer anew
-    weights = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
-    chosen = [
-        node.name
-        for node in proto.graph.node
-        if node.op_type in ("MatMul", "Gemm") and math.prod(weights.get(node.input[1], (0,))) >= SMALLEST
-    ]
-    if chosen:  # of an empty list the quantizer makes all there is
-        quantize_dynamic(
-            proto, target, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8, nodes_to_quantize=chosen,
-            op_types_to_quantize=["MatMul", "Gemm"], extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
-        )  # fmt: skip
-    model = ir.load(target if chosen else source)
+    model = ir.from_proto(_products_to_int8(proto, _products(proto)))
     rest_to_int8(model, SMALLEST)
     ir.save(model, str(target))
+
+
+def _write_int4(source: Path, target: Path) -> None:
+    import onnx
+    import onnx_ir as ir
+    from onnxruntime.quantization import QuantFormat
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    from .graph import rest_to_int8
+
+    proto = onnx.load(source)
+    products = _products(proto)
+    tables = {node.input[0] for node in proto.graph.node if node.op_type == "Gather"}
+    shared = {name: weight for name, weight in products.items() if weight in tables}  # in 8 bits they are stored once
+    settings = DefaultWeightOnlyQuantConfig(
+        block_size=BLOCK, is_symmetric=True, accuracy_level=4, quant_format=QuantFormat.QOperator,
+        op_types_to_quantize=("MatMul", "Gather"),
+    )  # fmt: skip
+    left = [
+        node.name
+        for node in proto.graph.node
+        if (node.op_type == "MatMul" and node.name not in products) or node.input[:1] in [[w] for w in shared.values()]
+    ]
+    quantizer = MatMulNBitsQuantizer(proto, algo_config=settings, nodes_to_exclude=[*left, *shared])
+    quantizer.process()
+    model = ir.from_proto(_products_to_int8(quantizer.model.model, shared))
+    rest_to_int8(model, SMALLEST)
+    ir.save(model, str(target))
+
+
+def _write_fp16(source: Path, target: Path) -> None:
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True, disable_shape_infer=True), target)
+
+
+_WRITERS: dict[str, Callable[[Any, Path], None]] = {
+    "fp32": _write_fp32, "int8": _write_int8, "int4": _write_int4, "fp16": _write_fp16,
+}  # fmt: skip
+
+
+def _products(proto: Any) -> dict[str, str]:
+    """The constant weights of products that are worth quantizing, by the names of their nodes."""
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in proto.graph.initializer}
+    found = {node.name: node.input[1] for node in proto.graph.node if node.op_type in ("MatMul", "Gemm")}
+    return {node: weight for node, weight in found.items() if sizes.get(weight, 0) >= SMALLEST}
+
+
+def _products_to_int8(proto: Any, products: Iterable[str]) -> Any:
+    """A graph with dynamic quantization of these products."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    if not (chosen := list(products)):  # of an empty list the quantizer makes all there is
+        return proto
+    del proto.graph.value_info[:]  # of shapes that ONNX cannot infer anew
+    with tempfile.TemporaryDirectory() as folder:
+        quantize_dynamic(
+            proto, path := Path(folder) / "model.onnx", per_channel=True, reduce_range=True,
+            weight_type=QuantType.QInt8, nodes_to_quantize=chosen, op_types_to_quantize=["MatMul", "Gemm"],
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        )  # fmt: skip
+        return onnx.load(path)
 
 
 @contextlib.contextmanager
@@ -257,7 +319,7 @@ def _batches(
 
 
 @torch.no_grad()
-def _checked(model: PreTrainedModel, folder: Path, name: str, batches: Sequence[Mapping[str, Tensor]]) -> ExportedFile:
+def _checked(model: PreTrainedModel, folder: Path, form: str, batches: Sequence[Mapping[str, Tensor]]) -> ExportedFile:
     """Compare a graph with the model.
 
     Raises:
@@ -265,6 +327,7 @@ def _checked(model: PreTrainedModel, folder: Path, name: str, batches: Sequence[
     """
     from onnxruntime import InferenceSession
 
+    name = FORMS[form]
     session = InferenceSession(folder / name, providers=["CPUExecutionProvider"])
     largest = difference = squares = total = 0.0
     for batch in batches:
@@ -280,7 +343,7 @@ def _checked(model: PreTrainedModel, folder: Path, name: str, batches: Sequence[
             largest, difference = max(largest, float(np.abs(wanted).max())), max(difference, float(gaps.max()))
             squares, total = squares + float((gaps**2).sum()), total + float((wanted**2).sum())
     file = ExportedFile(name, (folder / name).stat().st_size, difference / largest, math.sqrt(squares / total))
-    measured, limit = (file.difference, TOLERANCE) if name == FP32 else (file.relative_error, INT8_TOLERANCE)
+    measured, limit = file.difference if form == "fp32" else file.relative_error, TOLERANCES[form]
     if not measured <= limit:
         raise ValueError(
             f"outputs of {name} differ from PyTorch's by {measured:.2g} of their size, more than {limit:g}; report "

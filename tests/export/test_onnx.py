@@ -22,7 +22,9 @@ if not hasattr(torch.onnx, "ops"):
 ort = pytest.importorskip("onnxruntime")
 
 SMALLEST = 64
-"""Entries of a weight that is worth 8 bits, where all are small."""
+"""Entries of a weight that is worth quantizing, where all are small."""
+TOLERANCES = {"fp32": 1e-5, "int8": 0.15, "int4": 0.5, "fp16": 0.01}
+"""Of single outputs, relative to the largest."""
 IN_DEFAULT_RUN = ("KroneckerBertForMaskedLM", "KroneckerGPT2LMHeadModel")
 CLASSES = [c if c.__name__ in IN_DEFAULT_RUN else pytest.param(c, marks=pytest.mark.slow) for c in MODELS]
 
@@ -43,7 +45,9 @@ def exported(tmp_path_factory):
             tokenizer = (bert_tokenizer if "Bert" in model_class.__name__ else gpt2_tokenizer)(folder)
             with patch.object(exporting, "SMALLEST", SMALLEST):
                 texts = ("the quick brown fox", "a dog")
-                files = exporting.export_onnx(model, tokenizer, folder / "out", int8=True, texts=texts)
+                files = exporting.export_onnx(
+                    model, tokenizer, folder / "out", also=("int8", "int4", "fp16"), texts=texts
+                )
             made[model_class] = model, folder / "out", files
         return made[model_class]
 
@@ -53,7 +57,7 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
 def test_every_output_at_sizes_of_its_own(model_class, exported):
     model, folder, files = exported(model_class)
-    graphs = {name: session(folder, name) for name in (exporting.FP32, exporting.INT8)}
+    graphs = {form: session(folder, name) for form, name in exporting.FORMS.items()}
     for batch, length, seed in ((3, 11, 1), (3, 40, 2), (3, 5, 3)):
         sample = (
             inputs(model, batch, length, seed) if length > 5 else {k: v[:1, ..., :1] for k, v in inputs(model).items()}
@@ -61,24 +65,25 @@ def test_every_output_at_sizes_of_its_own(model_class, exported):
         with torch.no_grad():
             expected = model(**sample)
         real = sample["attention_mask"].bool()
-        for name, graph in graphs.items():
+        for form, graph in graphs.items():
             found = exporting.run(graph, sample)
             assert {key for key, value in expected.items() if isinstance(value, torch.Tensor)} == found.keys()
             for key, value in found.items():
                 wanted, value = expected[key], torch.from_numpy(value)
                 if wanted.shape[: real.ndim] == real.shape:
                     wanted, value = wanted[real], value[real]
-                tolerance = 1e-4 if name == exporting.FP32 else 0.15 * float(wanted.abs().max())
+                tolerance = TOLERANCES[form] * float(wanted.abs().max())
                 torch.testing.assert_close(value, wanted, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
-    assert [file.name for file in files] == [exporting.FP32, exporting.INT8]
+    assert [file.name for file in files] == list(exporting.FORMS.values())
     assert all(file.size == (folder / file.name).stat().st_size for file in files)
-    assert files[0].difference < 1e-5 < files[1].relative_error < 0.15
+    fp32, int8, int4, fp16 = files
+    assert fp32.difference < 1e-5 < fp16.relative_error < int8.relative_error < int4.relative_error < 0.3
 
 
 @pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
 def test_weights_are_constants_that_are_stored_once(model_class, exported):
     model, folder, _ = exported(model_class)
-    for name in (exporting.FP32, exporting.INT8):
+    for name in (exporting.FORMS["fp32"], exporting.FORMS["int8"]):
         onnx.checker.check_model(onnx.load(folder / name), full_check=False)
         graph = ir.load(folder / name).graph
         constants = [v.const_value for v in graph.initializers.values()]
@@ -99,7 +104,7 @@ def test_weights_are_constants_that_are_stored_once(model_class, exported):
 
 def test_text_is_generated_token_by_token(exported):
     model, folder, _ = exported(kt.KroneckerGPT2LMHeadModel)
-    graph = session(folder, exporting.FP32)
+    graph = session(folder, exporting.FORMS["fp32"])
     assert {f"past_key_values.{i}.{part}" for i in range(3) for part in ("key", "value")} | {
         "input_ids", "attention_mask", "position_ids",
     } == {value.name for value in graph.get_inputs()}  # fmt: skip
@@ -119,7 +124,7 @@ def test_low_rank_has_the_nodes_of_a_dense_layer_and_one_product_more(tmp_path):
     kinds = []
     for name, plan in (("dense", {}), ("low rank", {"encoder.layer.*.intermediate.dense": (96, 1, 4)})):
         exporting.export_onnx(student(kt.KroneckerBertModel, plan, num_hidden_layers=1), None, tmp_path / name)
-        kinds.append(Counter(node.op_type for node in ir.load(tmp_path / name / exporting.FP32).graph))
+        kinds.append(Counter(node.op_type for node in ir.load(tmp_path / name / exporting.FORMS["fp32"]).graph))
     assert kinds[1] - kinds[0] == {"MatMul": 1}
     assert kinds[0] - kinds[1] == {}
     assert kinds[0]["Transpose"] == 0
@@ -153,14 +158,14 @@ def test_a_folder_for_others(tmp_path):
 
 def test_a_graph_that_differs_is_refused_and_nothing_is_left(monkeypatch, tmp_path):
     model = student(kt.KroneckerBertModel, {"encoder.*.intermediate.dense": (96, 1, 4)}, num_hidden_layers=1)
-    write = exporting._write_fp32
+    write = exporting._WRITERS["fp32"]
 
     def broken(model, path):
         model.encoder.layer[0].intermediate.dense.B.data += 0.01
         write(model, path)
         model.encoder.layer[0].intermediate.dense.B.data -= 0.01
 
-    monkeypatch.setattr(exporting, "_write_fp32", broken)
+    monkeypatch.setitem(exporting._WRITERS, "fp32", broken)
     with pytest.raises(
         ValueError, match=r"outputs of onnx/model.onnx differ from PyTorch's by .*, more than 0.0001; rep"
     ):
@@ -169,7 +174,7 @@ def test_a_graph_that_differs_is_refused_and_nothing_is_left(monkeypatch, tmp_pa
 
 
 def test_refusals_come_before_the_work(monkeypatch, tmp_path):
-    monkeypatch.setattr(exporting, "_write_fp32", lambda *args: pytest.fail("too late"))
+    monkeypatch.setitem(exporting._WRITERS, "fp32", lambda *args: pytest.fail("too late"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     model = student(kt.KroneckerBertModel)

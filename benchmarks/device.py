@@ -1,0 +1,291 @@
+"""Models in ONNX Runtime: factored ones beside the dense model in 8 bits, which is what users take otherwise.
+
+    python benchmarks/device.py --work /tmp/device --data ../shared/data | tee benchmarks/logs/device.txt
+
+Every model is there in fp32 and in 8 bits, as this package's `export_onnx` writes it; the dense one also as
+transformers and ONNX Runtime themselves export and quantize it ("stock"). All take turns in one process, one thread;
+median of the rounds in milliseconds. Ratios are to the dense model in 8 bits, stock and ours; above 1 the factored
+model is faster. The limit is the ratio to ours if the products of linear layers took no time. MiniLM and BERT-base
+have random weights, which take the same time; their plans are the papers', a low rank of the same size for all layers,
+and for MiniLM those that `plans.py` has searched. --section runs one section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import statistics
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import quantize_dynamic
+from scipy.stats import spearmanr
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.exporters import OnnxConfig, OnnxExporter
+
+from kronecker_transformers import compress
+from kronecker_transformers.checkpoint.load import load_model
+from kronecker_transformers.evaluation.sessions import open_session, session_memory, session_pass, share_of_products
+from kronecker_transformers.evaluation.timing import environment, in_turn, median_and_spread
+from kronecker_transformers.export.onnx import FORMS, export_onnx, run
+from kronecker_transformers.tasks.glue import load_glue
+
+SHAPES = ((1, 16), (1, 128), (8, 128))
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+SEARCHED = Path(__file__).parent / "logs" / "plans_searched.jsonl"
+
+
+def low_rank(config: Any, attention: int, ffn: int, words: int) -> dict[str, tuple[int, int, int]]:
+    """A plan with one rank for attention and one for FFN; a row of words numbers for each word."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return {
+        "embeddings.word_embeddings": (config.vocab_size, 1, words),
+        "encoder.layer.*.attention.self.*": (hidden, 1, attention),
+        "encoder.layer.*.attention.output.dense": (hidden, 1, attention),
+        "encoder.layer.*.intermediate.dense": (inner, 1, ffn),
+        "encoder.layer.*[0-9].output.dense": (hidden, 1, ffn),
+        "pooler.dense": (hidden, 1, attention),
+    }
+
+
+def plans(name: str, config: Any) -> dict[str, Any]:
+    """Plans of a size of BERT, by their names in the table."""
+    if name == "MiniLM":
+        lines = [json.loads(line) for line in SEARCHED.read_text().splitlines()]
+        searched = {f"searched {line['size']}": line["plan"] for line in lines}
+        return {"7.7x": "7.7x", "21x": "21x", **searched}
+    return {
+        "7.7x": "7.7x", "low rank 7.7x": low_rank(config, 40, 84, 96),
+        "21x": "21x", "low rank 21x": low_rank(config, 12, 28, 46),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without the exporter's messages."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        yield
+        logging.disable(logging.NOTSET)
+
+
+def stock(model: PreTrainedModel, folder: Path) -> Path:
+    """The dense model as transformers' exporter and ONNX Runtime's quantizer make it, if it is not there yet."""
+    if not (folder / FORMS["int8"]).exists():
+        ids = torch.ones(2, 7, dtype=torch.long)
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": ids, "token_type_ids": torch.zeros_like(ids)}
+        (folder / "onnx").mkdir(parents=True)
+        with quietly():
+            program: Any = OnnxExporter().export(model, batch, OnnxConfig(dynamic=True, ort_fusions="cpu")).program
+            onnx_ir.save(program, str(folder / FORMS["fp32"]))
+            proto = onnx.load(folder / FORMS["fp32"])
+            del proto.graph.value_info[:]
+            quantize_dynamic(
+                proto, folder / FORMS["int8"], per_channel=True, op_types_to_quantize=["MatMul", "Gather"],
+                extra_options={"DefaultTensorType": TensorProto.FLOAT},
+            )  # fmt: skip
+    return folder
+
+
+def ours(model: PreTrainedModel, folder: Path) -> Path:
+    """A model as this package exports it, if it is not there yet."""
+    if not folder.exists():
+        with quietly():
+            export_onnx(model, None, folder, also=("int8", "int4"))
+    return folder
+
+
+def models(options: argparse.Namespace) -> None:
+    """Encoders of two sizes."""
+    both: dict[str, dict[str, Any]] = {"BERT-base": {}, "MiniLM": MINILM}
+    for name, sizes in both.items():
+        torch.manual_seed(0)
+        dense = BertModel(BertConfig(**sizes)).eval()
+        folders = {
+            "dense, stock": stock(dense, options.work / f"{name}-stock"),
+            "dense": ours(dense, options.work / f"{name}-dense"),
+        }
+        for plan, content in plans(name, dense.config).items():
+            folder = options.work / f"{name}-{plan.replace(' ', '-')}"
+            folders[plan] = folder if folder.exists() else ours(compress(dense, content).model, folder)
+        paths = {f"{side}, {form}": folder / FORMS[form] for side, folder in folders.items()
+                 for form in FORMS if (folder / FORMS[form]).exists()}  # fmt: skip
+        sessions = {side: open_session(path, 1) for side, path in paths.items()}
+        times: dict[str, list[float]] = {side: [] for side in paths}
+        spreads = []
+        for batch, length in SHAPES:
+            passes = {side: session_pass(session, batch, length) for side, session in sessions.items()}
+            seconds = in_turn(passes, {16: 41, 128: 21}[length] if batch == 1 else 9)
+            for side, found in seconds.items():
+                middle, spread = median_and_spread(found)
+                times[side].append(middle)
+                spreads.append(spread)
+        headings = "".join(f"{f'{b}x{n}':>10s}{'stock':>7s}{'ours':>6s}{'limit':>7s}" for b, n in SHAPES)
+        print(f"\n{name:26s}{'MB':>7s}{'memory':>8s}{headings}")
+        for side, path in paths.items():
+            row = f"{side:26s}{path.stat().st_size / 1e6:7.1f}{(session_memory(path, 1, 128) or 0) / 1e6:8.0f}"
+            for index, shape in enumerate(SHAPES):
+                time = times[side][index]
+                rest = time * (1 - share_of_products(path, *shape, threads=1))
+                against = [times[f"dense{which}, int8"][index] for which in (", stock", "")]
+                row += f"{time:10.2f}{against[0] / time:6.2f}x{against[1] / time:5.2f}x{against[1] / rest:6.2f}x"
+            print(row, flush=True)
+        print(f"Spread (half the distance between quartiles): median {statistics.median(spreads):.0%}")
+
+
+def generation(options: argparse.Namespace) -> None:
+    """GPT-2 small with past keys and values: a prompt of 128 tokens, and one token after 128."""
+    torch.manual_seed(0)
+    dense = GPT2LMHeadModel(GPT2Config()).eval()
+    ranks = {"wte": (50257, 1, 96), "h.*.attn.*": (768, 1, 60), "h.*.attn.c_attn": (2304, 1, 90)}
+    ranks |= {"h.*.mlp.c_fc": (3072, 1, 96), "h.*.mlp.c_proj": (768, 1, 96)}
+    folders = {"dense": ours(dense, options.work / "gpt2-dense")}
+    choices: dict[str, Any] = {"kngpt2": "kngpt2", "low rank 7x": ranks}
+    for plan, content in choices.items():
+        folder = options.work / f"gpt2-{plan.replace(' ', '-')}"
+        folders[plan] = folder if folder.exists() else ours(compress(dense, content).model, folder)
+    paths = {f"{side}, {form}": folder / FORMS[form] for side, folder in folders.items()
+             for form in FORMS if (folder / FORMS[form]).exists()}  # fmt: skip
+    sessions = {side: open_session(path, 1) for side, path in paths.items()}
+    print(f"\n{'GPT-2 small':26s}{'MB':>7s}{'prompt':>10s}{'ratio':>7s}{'token':>10s}{'ratio':>7s}")
+    columns = []
+    for length, past in ((128, 0), (1, 128)):
+        passes = {side: session_pass(session, 1, length, past) for side, session in sessions.items()}
+        found = in_turn(passes, 21 if past else 9)
+        columns.append({side: median_and_spread(seconds)[0] for side, seconds in found.items()})
+    for side, path in paths.items():
+        cells = "".join(f"{column[side]:10.2f}{column['dense, int8'] / column[side]:6.2f}x" for column in columns)
+        print(f"{side:26s}{path.stat().st_size / 1e6:7.1f}{cells}", flush=True)
+
+
+def quality(options: argparse.Namespace) -> None:
+    """STS-B dev (Spearman, per cent, mean of the tokens) of real encoders: PyTorch, fp32 and 8 bits."""
+    table = load_glue("stsb", options.data / "glue", ["validation"])["validation"]
+    print(f"\n{'STS-B dev':44s}{'MB':>7s}{'fp32':>8s}{'MB':>7s}{'int8':>8s}{'MB':>7s}{'int4':>8s}")
+    for source in options.models:
+        model, tokenizer = load_model(source)
+        folder = ours(model, options.work / f"quality-{Path(source).name}")
+        row = f"{Path(source).name:44s}"
+        for form in ("fp32", "int8", "int4"):
+            session = open_session(folder / FORMS[form])
+            sides = [_embeddings(session, tokenizer, table[name][:]) for name in ("sentence1", "sentence2")]
+            score = 100 * spearmanr((sides[0] * sides[1]).sum(1), table["label"][:]).statistic
+            row += f"{(folder / FORMS[form]).stat().st_size / 1e6:7.1f}{score:8.2f}"
+        print(row, flush=True)
+
+
+def _embeddings(session: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
+    rows = []
+    for text in texts:  # one by one, without padding
+        hidden = run(session, dict(tokenizer(text, truncation=True, max_length=128, return_tensors="pt")))
+        mean = hidden["last_hidden_state"][0].mean(0)
+        rows.append(mean / np.linalg.norm(mean))
+    return np.stack(rows)
+
+
+def operators(options: argparse.Namespace) -> None:
+    """What `export/graph.py` and the attention of `export/onnx.py` choose between: milliseconds for 8 x 128 tokens."""
+    batch, length, hidden, heads = 8, 128, 768, 12
+    generator = np.random.default_rng(0)
+    scale, shift, bias = generator.standard_normal((3, hidden)).astype(np.float32)
+    wide = generator.standard_normal(4 * hidden).astype(np.float32)
+    by_heads, merged = np.array([0, 0, heads, hidden // heads]), np.array([0, 0, hidden])
+    x, r = ("x", hidden), ("r", hidden)
+    states = [(name, hidden) for name in "qkv"]
+
+    def split(name: str, perm: list[int]) -> list[tuple]:
+        return [("Reshape", [name, by_heads], {}), ("Transpose", [-1], {"perm": perm})]
+
+    graphs: dict[str, tuple[list[tuple[str, int]], list[tuple]]] = {
+        "SkipLayerNormalization": (
+            [x, r],
+            [("SkipLayerNormalization", ["x", "r", scale, shift, bias], {"domain": MS})],
+        ),
+        "Add, Sum, LayerNormalization": (
+            [x, r],
+            [("Add", ["x", bias], {}), ("Sum", [-1, "r"], {}), ("LayerNormalization", [-1, scale, shift], {})],
+        ),
+        "BiasGelu": ([("x", 4 * hidden)], [("BiasGelu", ["x", wide], {"domain": MS})]),
+        "Gelu": ([("x", 4 * hidden)], [("Gelu", ["x"], {})]),
+        "MultiHeadAttention": (states, [("MultiHeadAttention", list("qkv"), {"domain": MS, "num_heads": heads})]),
+        "Attention": (states, [("Attention", list("qkv"), {"q_num_heads": heads, "kv_num_heads": heads})]),
+        "MatMul, Softmax, MatMul": (
+            states,
+            [
+                *split("q", [0, 2, 1, 3]), *split("k", [0, 2, 3, 1]), ("MatMul", [-3, -1], {}),
+                ("Mul", [-1, np.float32((hidden / heads) ** -0.5)], {}), ("Softmax", [-1], {}),
+                *split("v", [0, 2, 1, 3]), ("MatMul", [-3, -1], {}),
+                ("Transpose", [-1], {"perm": [0, 2, 1, 3]}), ("Reshape", [-1, merged], {}),
+            ],
+        ),
+    }  # fmt: skip
+    passes = {}
+    for name, (inputs, steps) in graphs.items():
+        session = _session(inputs, steps)
+        feed = {key: generator.standard_normal((batch, length, size)).astype(np.float32) for key, size in inputs}
+        passes[name] = partial(session.run, None, feed)
+    print(f"\n{'operators, 8 x 128 tokens of 768':40s}{'ms':>8s}")
+    for name, seconds in in_turn(passes, 31).items():
+        print(f"{name:40s}{median_and_spread(seconds)[0]:8.2f}")
+
+
+MS = "com.microsoft"
+
+
+def _session(inputs: list[tuple[str, int]], steps: list[tuple]) -> Any:
+    """A graph of steps; an integer among the inputs of one counts steps backwards, an array is a constant."""
+    nodes, constants = [], []
+    for index, (kind, given, attributes) in enumerate(steps):
+        names = []
+        for position, item in enumerate(given):
+            if isinstance(item, str):
+                names.append(item)
+            elif isinstance(item, int):
+                names.append(f"step{index + item}")
+            else:
+                names.append(f"constant{index}_{position}")
+                constants.append(numpy_helper.from_array(np.asarray(item), names[-1]))
+        nodes.append(helper.make_node(kind, names, [f"step{index}"], **attributes))
+    graph = helper.make_graph(
+        nodes, "graph", [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", "t", size]) for n, size in inputs],
+        [helper.make_tensor_value_info(f"step{len(steps) - 1}", TensorProto.FLOAT, None)], constants,
+    )  # fmt: skip
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid(MS, 1)]
+    return open_session(helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString(), 1)
+
+
+SECTIONS = {"operators": operators, "models": models, "generation": generation, "quality": quality}
+
+
+def main() -> None:
+    """Run the sections."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for the graphs, which are made once")
+    parser.add_argument("--data", type=Path, help="folder with glue, for the quality")
+    parser.add_argument("--models", nargs="*", default=[], help="folders of encoders, for the quality")
+    parser.add_argument("--section", choices=SECTIONS, help="one section")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    instructions = {"avx512_vnni", "avx_vnni", "amx_int8"} & set(Path("/proc/cpuinfo").read_text().split())
+    print(f"{environment()}, onnxruntime {onnxruntime.__version__}; {', '.join(sorted(instructions)) or 'no VNNI'}")
+    torch.set_grad_enabled(False)
+    for name, section in SECTIONS.items():
+        if options.section in (None, name):
+            section(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Models in ONNX Runtime: exported, and timed in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..checkpoint.load import load_model
+from ..export.onnx import FORMS, export_onnx, run
+from .cost import describe
+from .timing import (
+    Comparison,
+    Measurement,
+    check_length,
+    check_sizes,
+    environment,
+    in_turn,
+    machine_rates,
+    median_and_spread,
+    name_of,
+    peak_memory,
+)
+
+PRODUCTS = ("MatMul", "Gemm", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits")
+"""Operators of linear layers; a `MatMul` of two activations, as in attention by hand, is counted among them."""
+
+
+def benchmark_sessions(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    against: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    batch: int = 1,
+    length: int = 128,
+    int8: bool = False,
+    rounds: int = 15,
+) -> Comparison:
+    """As `timing.benchmark`, with both models exported by `export_onnx` and run by ONNX Runtime on the CPU.
+
+    Bytes are those of the graphs, and memory is that of a process which opens one and runs it. The limit is what is
+    left of the time without that of the products of linear layers.
+
+    Args:
+        model: name on the Hub, folder, or loaded model, factored or dense.
+        against: the same.
+        batch: sequences.
+        length: tokens of each.
+        int8: in 8 bits, both.
+        rounds: in which both take turns, after two to warm up.
+
+    Raises:
+        ImportError, ValueError, OSError: as `export_onnx` and `timing.benchmark`.
+    """
+    check_sizes(batch, length, rounds)
+    form = "int8" if int8 else "fp32"
+    sources = {"model": model, "against": against}
+    loaded: dict[str, Any] = {k: s if isinstance(s, PreTrainedModel) else load_model(s)[0] for k, s in sources.items()}
+    for key, side in loaded.items():
+        check_length(side, length, sources[key])
+    words = {key: side.config.vocab_size for key, side in loaded.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = {}
+        for key, side in loaded.items():
+            export_onnx(side, None, Path(scratch) / key, also=[form])
+            paths[key] = Path(scratch) / key / FORMS[form]
+        passes = {key: session_pass(open_session(path), batch, length, words=words[key]) for key, path in paths.items()}
+        seconds = in_turn(passes, rounds)
+        measurements: dict[str, Any] = {}
+        for key, path in paths.items():
+            cost, (middle, spread) = describe(loaded[key], length).factored, median_and_spread(seconds[key])
+            measurements[key] = Measurement(
+                name=name_of(sources[key]), parameters=cost.parameters, bytes=path.stat().st_size,
+                flops=batch * cost.total_flops, milliseconds=middle, spread=spread,
+                limit_milliseconds=middle * (1 - share_of_products(path, batch, length, words=words[key])),
+                peak_bytes=session_memory(path, batch, length, words[key]),
+            )  # fmt: skip
+    rates = machine_rates(torch.float32)
+    return Comparison(
+        **measurements, batch=batch, length=length, dtype="int8" if int8 else "float32", device="cpu", compiled=False,
+        gemm_rate=rates[0], copy_rate=rates[1], environment=environment(), runtime="onnxruntime",
+    )  # fmt: skip
+
+
+def open_session(path: str | os.PathLike[str], threads: int | None = None, profile: str = "") -> Any:
+    """A session on the CPU, whose idle threads do not take time from those of other sessions.
+
+    Args:
+        path: of a graph.
+        threads: default: those of PyTorch.
+        profile: prefix of the file for a profile; none is made without.
+    """
+    from onnxruntime import InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    return InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def session_pass(session: Any, batch: int, length: int, past: int = 0, words: int = 100) -> Callable[[], Any]:
+    """A function that runs a graph on random tokens.
+
+    Args:
+        session: of a graph for inputs (batch, length), or (batch, choices, length).
+        batch: sequences.
+        length: tokens of each.
+        past: tokens whose keys and values are there already, for a graph with a past.
+        words: tokens are drawn from the first of the vocabulary, this many.
+    """
+    inputs = {value.name: value for value in session.get_inputs()}
+    shape = (batch, 1, length) if len(inputs["input_ids"].shape) == 3 else (batch, length)
+    ids = torch.randint(words, shape, generator=torch.Generator().manual_seed(0))
+    sample: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(*shape[:-1], past + length, dtype=torch.long),
+    }
+    for name, value in inputs.items():
+        if name.startswith("past_key_values.") and past:
+            sample[name] = torch.zeros(batch, value.shape[1], past, value.shape[3])
+    return partial(run, session, sample, with_past=True)
+
+
+def share_of_products(
+    path: str | os.PathLike[str], batch: int, length: int, threads: int | None = None, words: int = 100
+) -> float:
+    """The share of the time of all nodes that the products of linear layers take, by the runtime's own profile."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(path, threads, profile=str(Path(folder) / "profile"))
+        forward = session_pass(session, batch, length, words=words)
+        for _ in range(6):
+            forward()
+        events = json.loads(Path(session.end_profiling()).read_text())
+    begin = [event["ts"] for event in events if event["name"] == "model_run"][1]  # the first run is for warming up
+    spent = [
+        (event["args"]["op_name"], event["dur"])
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= begin
+    ]
+    return sum(time for kind, time in spent if kind in PRODUCTS) / sum(time for _, time in spent)
+
+
+def session_memory(path: str | os.PathLike[str], batch: int, length: int, words: int = 100) -> int | None:
+    """Peak memory, in bytes, of a process of its own that opens a graph and runs it once; what its imports hold aside.
+
+    None where the system does not tell (other than Linux).
+
+    Raises:
+        OSError: the process failed.
+    """
+    if not Path("/proc/self/status").exists():
+        return None
+    code = f"from {__name__} import _print_memory; _print_memory(*{(os.fspath(path), batch, length, words)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"memory of {os.fspath(path)!r} could not be measured: {done.stderr.strip()[-500:]}")
+    return int(done.stdout.split()[-1])
+
+
+def _print_memory(path: str, batch: int, length: int, words: int) -> None:
+    import onnxruntime  # noqa: F401 - before the memory is counted
+
+    with peak_memory() as extra:
+        session_pass(open_session(path), batch, length, words=words)()
+    print(extra())

@@ -1,7 +1,7 @@
 """What transformers' exporter leaves to be done for a graph of ONNX: passes, each in place, on `onnx_ir`.
 
-Measured in `benchmarks/device.py` for ONNX Runtime on a CPU: its `SkipLayerNormalization` takes three times as long as
-the sum and the norm that it joins, and its `BiasGelu` twice as long as `Gelu` after a product that adds the bias.
+In ONNX Runtime on a CPU its `SkipLayerNormalization` takes more than twice the time of the sum and the norm that it
+joins, and its `BiasGelu` nearly twice that of `Gelu`, after a product that adds the bias (`benchmarks/device.py`).
 """
 
 from __future__ import annotations

@@ -107,18 +107,20 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
-        ValueError: a model of no supported class, weights that are not finite, or a graph whose outputs differ from
-            the model's.
+        ValueError: an unknown form, no texts, a model of no supported class, weights that are not finite, or a graph
+            whose outputs differ from the model's.
         OSError: the folder cannot be written; as with every other error, nothing is left behind.
     """
     _require_packages()
     also = tuple(also)
     if unknown := [form for form in also if form not in FORMS]:
         raise ValueError(f"also={unknown[0]!r} is no form of a graph; choose from {', '.join(FORMS)}")
+    if not texts:
+        raise ValueError("texts=[] leave nothing to compare the graphs with PyTorch on; give some sentences")
     heads_of(model)  # refuses other classes
     check_finite(model)
     check_new_folder(folder)
-    model = copy.deepcopy(model).float().eval()
+    model = copy.deepcopy(model).cpu().float().eval()
     forms = dict.fromkeys(("fp32", *also))
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
@@ -130,6 +132,8 @@ def export_onnx(
         batches = _batches(model, tokenizer, texts)
         found = [_checked(model, made, form, batches) for form in forms]
         stock_config(model).save_pretrained(made)
+        if model.can_generate():
+            model.generation_config.save_pretrained(made)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         if modules := modules_of(model):

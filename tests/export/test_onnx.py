@@ -108,6 +108,7 @@ def test_text_is_generated_token_by_token(exported):
     assert {f"past_key_values.{i}.{part}" for i in range(3) for part in ("key", "value")} | {
         "input_ids", "attention_mask", "position_ids",
     } == {value.name for value in graph.get_inputs()}  # fmt: skip
+    assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == 1
     prompt = torch.tensor([[5, 9, 33, 2], [7, 7, 60, 41]])
     expected = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, eos_token_id=None
@@ -180,6 +181,10 @@ def test_refusals_come_before_the_work(monkeypatch, tmp_path):
     model = student(kt.KroneckerBertModel)
     with pytest.raises(FileExistsError, match="already holds something"):
         exporting.export_onnx(model, None, tmp_path / "full")
+    with pytest.raises(ValueError, match="also='int2' is no form of a graph; choose from fp32, int8, int4, fp16"):
+        exporting.export_onnx(model, None, tmp_path / "a", also=["int8", "int2"])
+    with pytest.raises(ValueError, match=r"texts=\[\] leave nothing to compare"):
+        exporting.export_onnx(model, None, tmp_path / "a", texts=[])
     with pytest.raises(ValueError, match="DistilBertModel is not supported"):
         exporting.export_onnx(
             transformers.DistilBertModel(transformers.DistilBertConfig(n_layers=1)), None, tmp_path / "a"

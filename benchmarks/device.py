@@ -150,7 +150,7 @@ def generation(options: argparse.Namespace) -> None:
     """GPT-2 small with past keys and values: a prompt of 128 tokens, and one token after 128."""
     torch.manual_seed(0)
     dense = GPT2LMHeadModel(GPT2Config()).eval()
-    ranks = {"wte": (50257, 1, 96), "h.*.attn.*": (768, 1, 60), "h.*.attn.c_attn": (2304, 1, 90)}
+    ranks = {"wte": (50257, 1, 96), "h.*.attn.c_proj": (768, 1, 60), "h.*.attn.c_attn": (2304, 1, 90)}
     ranks |= {"h.*.mlp.c_fc": (3072, 1, 96), "h.*.mlp.c_proj": (768, 1, 96)}
     folders = {"dense": ours(dense, options.work / "gpt2-dense")}
     choices: dict[str, Any] = {"kngpt2": "kngpt2", "low rank 7x": ranks}

@@ -25,6 +25,8 @@ def for_cpu(model: ir.Model) -> None:
             _split_norm(model.graph, node)
         elif node.op_type == "BiasGelu":
             _split_gelu(model.graph, node)
+        elif node.op_type == "FusedMatMul":
+            _turn_weight(model.graph, node)
     _share_tables(model.graph)
     RemoveUnusedNodesPass()(model)
     ClearMetadataAndDocStringPass()(model)  # where in Python each node comes from
@@ -76,6 +78,23 @@ def _split_norm(graph: ir.Graph, node: ir.Node) -> None:
 def _split_gelu(graph: ir.Graph, node: ir.Node) -> None:
     total = _add(graph, node, "Add", list(node.inputs), node.outputs[0])
     _replace(graph, node, _add(graph, node, "Gelu", [total], node.outputs[0]))
+
+
+def _turn_weight(graph: ir.Graph, node: Any) -> None:
+    """A product with a constant weight that the exporter leaves to be transposed: quantizers know it the other way."""
+    states, weight = node.inputs
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    if not weight.is_initializer() or attributes.pop("transB", 0) != 1 or attributes.pop("alpha", 1.0) != 1:
+        return
+    if any(attributes.values()):  # the states are transposed too
+        return
+    name = f"{weight.name}_transposed"
+    if name not in graph.initializers:
+        _constant(graph, name, np.ascontiguousarray(weight.const_value.numpy().T))
+    product = ir.node("MatMul", [states, graph.initializers[name]], name=f"{node.name}_turned")
+    product.outputs[0].type = node.outputs[0].type
+    graph.insert_before(node, product)
+    _replace(graph, node, product.outputs[0])
 
 
 def _share_tables(graph: ir.Graph) -> None:
@@ -149,7 +168,8 @@ def _quantized(graph: ir.Graph, weight: Any, axis: int) -> tuple[ir.Value, ir.Va
 
 
 def _constant(graph: ir.Graph, name: str, content: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(content, name=name))
+    tensor = ir.tensor(content, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(content.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

@@ -80,6 +80,15 @@ def test_every_output_at_sizes_of_its_own(model_class, exported):
     assert fp32.difference < 1e-5 < fp16.relative_error < int8.relative_error < int4.relative_error < 0.3
 
 
+def test_a_large_vocabulary_is_stored_once(tmp_path):
+    plan = {"wte": (9000, 16, 2)}  # above a megabyte, the exporter does not transpose a weight itself
+    model = student(kt.KroneckerGPT2LMHeadModel, plan, vocab_size=9000, num_hidden_layers=1)
+    entries = model.num_parameters()
+    files = exporting.export_onnx(model, None, tmp_path / "out", also=["int8", "int4"])
+    for file, size in zip(files, (4, 1, 1), strict=True):
+        assert size * entries < file.size < 1.2 * size * entries + 60_000, file
+
+
 @pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
 def test_weights_are_constants_that_are_stored_once(model_class, exported):
     model, folder, _ = exported(model_class)

@@ -236,7 +236,9 @@ class TestBadInput:
         message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "file" / "student")
         assert "could not be written" in message
 
-    @pytest.mark.parametrize("limit", [2_500, 5_000, 20_000])
+    @pytest.mark.parametrize(
+        "limit", [*(pytest.param(limit, marks=pytest.mark.slow) for limit in (2_500, 5_000)), 20_000]
+    )
     def test_full_disk(self, bert, tmp_path, limit):
         # no file may grow beyond the limit: writing stops in the middle of a file, as on a full disk
         process = subprocess.run(

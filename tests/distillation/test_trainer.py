@@ -42,7 +42,7 @@ def script(folder, arguments, *die_at, launcher=()):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("model", ["BertForMaskedLM", "BertModel"])
+@pytest.mark.parametrize("model", [pytest.param("BertForMaskedLM", marks=pytest.mark.slow), "BertModel"])
 def test_two_processes_equal_one(tmp_path, model):
     """A `BertModel` has a pooler that no term reaches."""
     arguments = {"max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "model": model, "weight_decay": 0.1}

@@ -130,6 +130,7 @@ def test_text_is_generated_token_by_token(exported):
     assert ids.tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_low_rank_has_the_nodes_of_a_dense_layer_and_one_product_more(tmp_path):
     kinds = []
     for name, plan in (("dense", {}), ("low rank", {"encoder.layer.*.intermediate.dense": (96, 1, 4)})):

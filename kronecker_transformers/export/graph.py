@@ -137,7 +137,7 @@ def rest_to_int8(model: ir.Model, smallest: int) -> None:
         if values.dtype != np.float32 or values.ndim != 2 or values.size < smallest:
             continue
         for node, index in list(weight.uses()):
-            if node.op_type not in ("Gather", "MatMul"):  # scales of blocks, say
+            if node.op_type not in ("Gather", "MatMul", "FusedMatMul"):  # scales of blocks, say
                 continue
             is_table = node.op_type == "Gather" and index == 0
             axis = node.attributes.get_int("axis", 0) if is_table else 0

@@ -1,10 +1,10 @@
-"""Models in ONNX Runtime: factored ones beside the dense model in 8 bits, which is what users take otherwise.
+"""Models in ONNX Runtime: factored ones beside the dense model in int8, which is what users take otherwise.
 
     python benchmarks/device.py --work /tmp/device --data ../shared/data | tee benchmarks/logs/device.txt
 
-Every model is there in fp32 and in 8 bits, as this package's `export_onnx` writes it; the dense one also as
+Every model is there in fp32, int8 and int4, as this package's `export_onnx` writes it; the dense one also as
 transformers and ONNX Runtime themselves export and quantize it ("stock"). All take turns in one process, one thread;
-median of the rounds in milliseconds. Ratios are to the dense model in 8 bits, stock and ours; above 1 the factored
+median of the rounds in milliseconds. Ratios are to the dense model in int8, stock and ours; above 1 the factored
 model is faster. The limit is the ratio to ours if the products of linear layers took no time. MiniLM and BERT-base
 have random weights, which take the same time; their plans are the papers', a low rank of the same size for all layers,
 and for MiniLM those that `plans.py` has searched. --section runs one section.
@@ -13,13 +13,9 @@ and for MiniLM those that `plans.py` has searched. --section runs one section.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import statistics
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +35,8 @@ from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.evaluation.sessions import open_session, session_memory, session_pass, share_of_products
 from kronecker_transformers.evaluation.timing import environment, in_turn, median_and_spread
-from kronecker_transformers.export.onnx import FORMS, export_onnx, run
+from kronecker_transformers.export.onnx import export_onnx, quietly
+from kronecker_transformers.export.parity import FORMS, run
 from kronecker_transformers.tasks.glue import load_glue
 
 SHAPES = ((1, 16), (1, 128), (8, 128))
@@ -75,16 +72,6 @@ def plans(name: str, config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without the exporter's messages."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        yield
-        logging.disable(logging.NOTSET)
-
-
 def stock(model: PreTrainedModel, folder: Path) -> Path:
     """The dense model as transformers' exporter and ONNX Runtime's quantizer make it, if it is not there yet."""
     if not (folder / FORMS["int8"]).exists():
@@ -106,8 +93,7 @@ def stock(model: PreTrainedModel, folder: Path) -> Path:
 def ours(model: PreTrainedModel, folder: Path) -> Path:
     """A model as this package exports it, if it is not there yet."""
     if not folder.exists():
-        with quietly():
-            export_onnx(model, None, folder, also=("int8", "int4"))
+        export_onnx(model, None, folder, also=("int8", "int4"))
     return folder
 
 
@@ -174,7 +160,7 @@ def generation(options: argparse.Namespace) -> None:
 
 
 def quality(options: argparse.Namespace) -> None:
-    """STS-B dev (Spearman, per cent, mean of the tokens) of real encoders: PyTorch, fp32 and 8 bits."""
+    """STS-B dev (Spearman, per cent, mean of the tokens) of real encoders: fp32, int8 and int4."""
     table = load_glue("stsb", options.data / "glue", ["validation"])["validation"]
     print(f"\n{'STS-B dev':44s}{'MB':>7s}{'fp32':>8s}{'MB':>7s}{'int8':>8s}{'MB':>7s}{'int4':>8s}")
     for source in options.models:

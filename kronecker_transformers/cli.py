@@ -337,7 +337,8 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _export_onnx(arguments: argparse.Namespace, console: Console) -> None:
-    from .export.onnx import FORMS, SENTENCES, export_onnx
+    from .export.onnx import export_onnx
+    from .export.parity import FORMS, SENTENCES
 
     texts = TextSource((arguments.text,)).lines(32) if arguments.text else SENTENCES
     model, tokenizer = load_model(arguments.model)

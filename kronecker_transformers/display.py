@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .compression.search import PlanSearch
     from .evaluation.cost import Report
     from .evaluation.timing import Comparison
-    from .export.onnx import ExportedFile
+    from .export.parity import ExportedFile
     from .hub.files import PublishedFile
 
 

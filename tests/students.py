@@ -1,5 +1,7 @@
 """Small factored models of every class, built on the spot."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from tiny import bert_config, gpt2_config, perturb
@@ -17,6 +19,8 @@ BERT_PLAN = {
 }
 GPT2_PLAN = {"wte": (72, 16, 2), "h.1.attn.c_attn": (48, 32), "h.1.mlp.*": (4, 2, 3), "h.2.attn.c_proj": (32, 1, 5)}
 MODELS = list(DENSE_CLASSES)
+CAN_EXPORT = hasattr(torch.onnx, "ops") and find_spec("transformers.exporters.onnxruntime_fusions") is not None
+"""Whether torch and transformers are new enough for ONNX Runtime."""
 ALL_MODELS = pytest.mark.parametrize("model_class", MODELS, ids=lambda c: c.__name__)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from distilling_text import saved_teacher, text_file
+from students import CAN_EXPORT
 from tiny import bert_tokenizer
 from transformers import BertForSequenceClassification, BertModel
 
@@ -61,6 +62,9 @@ def test_snippets_of_the_readme(tmp_path, monkeypatch, hub):
     ):
         for shown, short in quick:
             code, command = code.replace(shown, short), command.replace(shown, short)
+        if "--format onnx" in command and not CAN_EXPORT:
+            done.append(command)
+            continue
         if code:
             exec(compile(code, "README.md", "exec"), {})
         else:

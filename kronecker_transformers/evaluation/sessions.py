@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint.load import load_model
-from ..export.onnx import FORMS, export_onnx, run
+from ..export.onnx import export_onnx
+from ..export.parity import FORMS, run
 from .cost import describe
 from .timing import (
     Comparison,
@@ -83,10 +85,10 @@ def benchmark_sessions(
                 limit_milliseconds=middle * (1 - share_of_products(path, batch, length, words=words[key])),
                 peak_bytes=session_memory(path, batch, length, words[key]),
             )  # fmt: skip
-    rates = machine_rates(torch.float32)
+    rates, machine = machine_rates(torch.float32), f"{environment()}, onnxruntime {version('onnxruntime')}"
     return Comparison(
         **measurements, batch=batch, length=length, dtype="int8" if int8 else "float32", device="cpu", compiled=False,
-        gemm_rate=rates[0], copy_rate=rates[1], environment=environment(), runtime="onnxruntime",
+        gemm_rate=rates[0], copy_rate=rates[1], environment=machine, runtime="onnxruntime",
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def with_heads(
     saved = folder / TEACHER
     if not saved.exists():
         cls = _classes(base)[_STAGES[0] if next_sentence else _STAGES[1]]
-        config = type(base.config).from_dict({**base.config.to_dict(), "tie_word_embeddings": True})
+        config: Any = copy.deepcopy(base.config)
+        config.tie_word_embeddings = True
         model: PreTrainedModel = cls(config)
         model.base_model.load_state_dict(base.state_dict(), strict=False)  # a masked LM has no pooler
         model.base_model.requires_grad_(False)

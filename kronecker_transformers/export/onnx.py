@@ -20,12 +20,10 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -41,45 +39,16 @@ from ..checkpoint.files import check_new_folder, new_folder
 from ..checkpoint.sentence_modules import modules_of
 from ..checkpoint.teachers import check_finite
 from ..models import DENSE_CLASSES
-from ..models.kronecker_family import family_of, has_choices, heads_of, longest_sequence
+from ..models.kronecker_family import family_of, has_choices, heads_of
+from .parity import FORMS, SENTENCES, ExportedFile, checked_graph, has_past, text_batches
 from .products import as_products
 
-FORMS = {
-    "fp32": "onnx/model.onnx",
-    "int8": "onnx/model_quantized.onnx",
-    "int4": "onnx/model_q4.onnx",
-    "fp16": "onnx/model_fp16.onnx",
-}
-"""Names in the folder, as transformers.js and others look for them."""
 OPSET = 23
 """Of the graph: the first one with attention as an operator of its own; ONNX Runtime 1.23 or newer runs it."""
-TOLERANCES = {"fp32": 1e-4, "int8": 0.3, "int4": 0.5, "fp16": 0.02}
-"""Of the outputs: in fp32 the largest difference from PyTorch's, relative to the largest output; in others the norm of
-the differences, relative to that of the outputs. More means that something is wrong, not rounded."""
 BLOCK = 32
 """Entries of a weight of 4 bits that share a scale."""
 SMALLEST = 4096
 """Entries of a weight or table that is worth quantizing."""
-SENTENCES = (
-    "A man is playing a guitar on the street, and nobody listens.",
-    "The quarterly report shows that sales in Europe fell by three per cent while costs rose.",
-    "Is it going to rain tomorrow?",
-    "She had been reading for hours when the lights went out; the book lay open on her knees until the morning came.",
-)
-"""What graphs are compared on where no text is given."""
-
-
-@dataclass(frozen=True)
-class ExportedFile:
-    """A graph that was written, and how near it comes."""
-
-    name: str
-    size: int
-    """Bytes."""
-    difference: float
-    """Largest difference of an output from PyTorch's, relative to the largest output."""
-    relative_error: float
-    """Norm of the differences of all outputs, relative to the norm of the outputs."""
 
 
 def export_onnx(
@@ -125,12 +94,12 @@ def export_onnx(
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
         (made / "onnx").mkdir()
-        with _quietly():
+        with quietly():
             for form in forms:
                 source = model if form == "fp32" else made / FORMS["fp32"]
                 _WRITERS[form](source, made / FORMS[form])
-        batches = _batches(model, tokenizer, texts)
-        found = [_checked(model, made, form, batches) for form in forms]
+        batches = text_batches(model, tokenizer, texts)
+        found = [checked_graph(model, made, form, batches) for form in forms]
         stock_config(model).save_pretrained(made)
         if model.can_generate():
             model.generation_config.save_pretrained(made)
@@ -163,11 +132,6 @@ def stock_config(model: PreTrainedModel) -> Any:
     return config
 
 
-def _has_past(model: PreTrainedModel) -> bool:
-    """Whether its graph takes and gives keys and values."""
-    return any(head.kind == "next_token" for head in heads_of(model))
-
-
 @torch.no_grad()
 def _write_fp32(model: PreTrainedModel, path: Path) -> None:
     import onnx_ir as ir
@@ -187,7 +151,7 @@ def _write_fp32(model: PreTrainedModel, path: Path) -> None:
 
 def _example(model: PreTrainedModel) -> dict[str, Any]:
     """Inputs for the exporter, in which no two sizes that may vary are the same, and none is 1."""
-    past, length = (5, 3) if _has_past(model) else (0, 7)
+    past, length = (5, 3) if has_past(model) else (0, 7)
     shape = (2, 3, length) if has_choices(model) else (2, length)
     ids = torch.ones(shape, dtype=torch.long)
     example: dict[str, Any] = {
@@ -282,7 +246,7 @@ def _products_to_int8(proto: Any, products: Iterable[str]) -> Any:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without what exporter and quantizer say of versions, of each other and of their progress."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -292,109 +256,6 @@ def _quietly() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
-
-
-# ---- comparison ----
-
-
-def _batches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, texts: Sequence[str]
-) -> list[dict[str, Tensor]]:
-    """One batch of all texts, and the first text alone; padded on the right."""
-    longest = longest_sequence(model)
-    if tokenizer is None:
-        generator = torch.Generator().manual_seed(0)
-        lengths = [min(longest, 5 + 6 * i) for i in range(len(texts))]
-        rows = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    else:
-        rows = [tokenizer(text, truncation=True, max_length=longest).input_ids for text in texts]
-    batches = []
-    for part in (rows, rows[:1]):
-        ids, mask = torch.zeros(2, len(part), max(map(len, part)), dtype=torch.long)
-        for i, row in enumerate(part):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        ids[mask == 0] = model.config.pad_token_id or 0
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if has_choices(model):
-            batch = {name: value.unsqueeze(1) for name, value in batch.items()}
-        batches.append(batch)
-    return batches
-
-
-@torch.no_grad()
-def _checked(model: PreTrainedModel, folder: Path, form: str, batches: Sequence[Mapping[str, Tensor]]) -> ExportedFile:
-    """Compare a graph with the model.
-
-    Raises:
-        ValueError: it gives other outputs.
-    """
-    from onnxruntime import InferenceSession
-
-    name = FORMS[form]
-    session = InferenceSession(folder / name, providers=["CPUExecutionProvider"])
-    largest = difference = squares = total = 0.0
-    for batch in batches:
-        expected, found = model(**batch), run(session, batch)
-        if _has_past(model):
-            found["logits"] = _token_by_token(session, batch, found["logits"])
-        real = batch["attention_mask"].bool().numpy()
-        for key, output in found.items():
-            wanted = expected[key].double().numpy()
-            if wanted.shape[: real.ndim] == real.shape:
-                wanted, output = wanted[real], output[real]
-            gaps = np.abs(wanted - output)
-            largest, difference = max(largest, float(np.abs(wanted).max())), max(difference, float(gaps.max()))
-            squares, total = squares + float((gaps**2).sum()), total + float((wanted**2).sum())
-    file = ExportedFile(name, (folder / name).stat().st_size, difference / largest, math.sqrt(squares / total))
-    measured, limit = file.difference if form == "fp32" else file.relative_error, TOLERANCES[form]
-    if not measured <= limit:
-        raise ValueError(
-            f"outputs of {name} differ from PyTorch's by {measured:.2g} of their size, more than {limit:g}; report "
-            "this, with the model's config.json"
-        )
-    return file
-
-
-def run(session: Any, batch: Mapping[str, Any], with_past: bool = False) -> dict[str, np.ndarray]:
-    """What a session of ONNX Runtime gives for token ids and a mask, its outputs by name.
-
-    What else its graph takes is added: segments 0, and with an empty past the positions from 0 on.
-
-    Args:
-        session: of a graph that `export_onnx` has written.
-        batch: tensors or arrays by name; "present.0.key" and so on of an earlier result are its past.
-        with_past: return keys and values too.
-    """
-    feed = {name.replace("present.", "past_key_values."): np.asarray(value) for name, value in batch.items()}
-    ids = feed["input_ids"]
-    for value in session.get_inputs():
-        if value.name in feed:
-            continue
-        if value.name == "token_type_ids":
-            feed[value.name] = np.zeros_like(ids)
-        elif value.name == "position_ids":
-            start = feed["attention_mask"].shape[-1] - ids.shape[-1]
-            feed[value.name] = np.broadcast_to(np.arange(start, start + ids.shape[-1]), ids.shape)
-        else:
-            feed[value.name] = np.zeros((len(ids), value.shape[1], 0, value.shape[3]), np.float32)
-    names = [value.name for value in session.get_outputs() if with_past or not value.name.startswith("present.")]
-    return dict(zip(names, session.run(names, feed), strict=True))
-
-
-def _token_by_token(session: Any, batch: Mapping[str, Tensor], logits: np.ndarray) -> np.ndarray:
-    """The logits of a batch again, the second half of its tokens read one by one after the first half."""
-    logits, ids, mask = logits.copy(), batch["input_ids"].numpy(), batch["attention_mask"].numpy()
-    start, past = 0, dict[str, np.ndarray]()
-    for end in range(max(1, ids.shape[1] // 2), ids.shape[1] + 1):
-        step = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], **past}
-        past = run(session, step, with_past=True)
-        logits[:, start:end] = past.pop("logits")
-        start = end
-    return logits
-
-
-# ---- attention ----
 
 
 def _attention(

@@ -1,18 +1,15 @@
 import json
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
+from students import CAN_EXPORT
 from tiny import teacher
 from transformers import BertModel
 
 from kronecker_transformers import compress
 from kronecker_transformers.cli import main
-from kronecker_transformers.export.onnx import FORMS, export_onnx
-
-if not hasattr(torch.onnx, "ops"):
-    pytest.skip("needs torch 2.8 or newer", allow_module_level=True)
-pytest.importorskip("onnxruntime")
 from kronecker_transformers.evaluation.sessions import (
     benchmark_sessions,
     open_session,
@@ -20,6 +17,11 @@ from kronecker_transformers.evaluation.sessions import (
     session_pass,
     share_of_products,
 )
+from kronecker_transformers.export.onnx import export_onnx
+from kronecker_transformers.export.parity import FORMS
+
+if not CAN_EXPORT:
+    pytest.skip("needs newer versions", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_a_pass_computes_what_pytorch_does(dense, graph):
 
 
 def test_products_and_memory(graph):
-    assert 0 < share_of_products(graph, 2, 8, words=64) < 1
+    assert 0 < share_of_products(graph, 64, 32, words=64) < 1
     if sys.platform == "linux":
         assert 0 < session_memory(graph, 2, 8, words=64) < 2e9
 
@@ -56,8 +58,9 @@ def test_on_the_command_line(dense, tmp_path, capsys):
     assert "1 x 8 tokens, int8, onnxruntime on cpu" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["runtime"], found["dtype"]) == ("onnxruntime", "int8")
+    assert f"onnxruntime {version('onnxruntime')}" in found["environment"]
     for side in ("model", "against"):
-        assert 0 < found[side]["limit_milliseconds"] < found[side]["milliseconds"]
+        assert 0 < found[side]["limit_milliseconds"] <= found[side]["milliseconds"]
         assert found[side]["bytes"] > found[side]["parameters"]
 
 

@@ -1,5 +1,6 @@
 """Graphs for ONNX Runtime beside PyTorch and stock transformers, at sizes that no graph was traced with."""
 
+import copy
 import json
 from collections import Counter
 from unittest.mock import patch
@@ -7,19 +8,20 @@ from unittest.mock import patch
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 import transformers
-from students import MODELS, student
+from students import CAN_EXPORT, MODELS, student
 from tiny import bert_tokenizer, gpt2_tokenizer, inputs, teacher
 
 import kronecker_transformers as kt
 from kronecker_transformers.cli import main
 from kronecker_transformers.export import onnx as exporting
+from kronecker_transformers.export import parity
 
-if not hasattr(torch.onnx, "ops"):
-    pytest.skip("needs torch 2.8 or newer", allow_module_level=True)
-ort = pytest.importorskip("onnxruntime")
+if not CAN_EXPORT:
+    pytest.skip("needs newer versions", allow_module_level=True)
 
 SMALLEST = 64
 """Entries of a weight that is worth quantizing, where all are small."""
@@ -30,7 +32,7 @@ CLASSES = [c if c.__name__ in IN_DEFAULT_RUN else pytest.param(c, marks=pytest.m
 
 
 def session(folder, name):
-    return ort.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
 def test_every_output_at_sizes_of_its_own(model_class, exported):
     model, folder, files = exported(model_class)
-    graphs = {form: session(folder, name) for form, name in exporting.FORMS.items()}
+    graphs = {form: session(folder, name) for form, name in parity.FORMS.items()}
     for batch, length, seed in ((3, 11, 1), (3, 40, 2), (3, 5, 3)):
         sample = (
             inputs(model, batch, length, seed) if length > 5 else {k: v[:1, ..., :1] for k, v in inputs(model).items()}
@@ -66,7 +68,7 @@ def test_every_output_at_sizes_of_its_own(model_class, exported):
             expected = model(**sample)
         real = sample["attention_mask"].bool()
         for form, graph in graphs.items():
-            found = exporting.run(graph, sample)
+            found = parity.run(graph, sample)
             assert {key for key, value in expected.items() if isinstance(value, torch.Tensor)} == found.keys()
             for key, value in found.items():
                 wanted, value = expected[key], torch.from_numpy(value)
@@ -74,7 +76,7 @@ def test_every_output_at_sizes_of_its_own(model_class, exported):
                     wanted, value = wanted[real], value[real]
                 tolerance = TOLERANCES[form] * float(wanted.abs().max())
                 torch.testing.assert_close(value, wanted, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
-    assert [file.name for file in files] == list(exporting.FORMS.values())
+    assert [file.name for file in files] == list(parity.FORMS.values())
     assert all(file.size == (folder / file.name).stat().st_size for file in files)
     fp32, int8, int4, fp16 = files
     assert fp32.difference < 1e-5 < fp16.relative_error < int8.relative_error < int4.relative_error < 0.3
@@ -92,7 +94,7 @@ def test_a_large_vocabulary_is_stored_once(tmp_path):
 @pytest.mark.parametrize("model_class", CLASSES, ids=lambda c: c.__name__)
 def test_weights_are_constants_that_are_stored_once(model_class, exported):
     model, folder, _ = exported(model_class)
-    for name in (exporting.FORMS["fp32"], exporting.FORMS["int8"]):
+    for name in (parity.FORMS["fp32"], parity.FORMS["int8"]):
         onnx.checker.check_model(onnx.load(folder / name), full_check=False)
         graph = ir.load(folder / name).graph
         constants = [v.const_value for v in graph.initializers.values()]
@@ -113,7 +115,7 @@ def test_weights_are_constants_that_are_stored_once(model_class, exported):
 
 def test_text_is_generated_token_by_token(exported):
     model, folder, _ = exported(kt.KroneckerGPT2LMHeadModel)
-    graph = session(folder, exporting.FORMS["fp32"])
+    graph = session(folder, parity.FORMS["fp32"])
     assert {f"past_key_values.{i}.{part}" for i in range(3) for part in ("key", "value")} | {
         "input_ids", "attention_mask", "position_ids",
     } == {value.name for value in graph.get_inputs()}  # fmt: skip
@@ -124,7 +126,7 @@ def test_text_is_generated_token_by_token(exported):
     )
     ids, past, step = prompt.numpy(), {}, prompt.numpy()
     for _ in range(20):
-        past = exporting.run(graph, {"input_ids": step, "attention_mask": np.ones_like(ids), **past}, with_past=True)
+        past = parity.run(graph, {"input_ids": step, "attention_mask": np.ones_like(ids), **past}, with_past=True)
         step = past.pop("logits")[:, -1].argmax(-1)[:, None]
         ids = np.concatenate([ids, step], 1)
     assert ids.tolist() == expected.tolist()
@@ -135,7 +137,7 @@ def test_low_rank_has_the_nodes_of_a_dense_layer_and_one_product_more(tmp_path):
     kinds = []
     for name, plan in (("dense", {}), ("low rank", {"encoder.layer.*.intermediate.dense": (96, 1, 4)})):
         exporting.export_onnx(student(kt.KroneckerBertModel, plan, num_hidden_layers=1), None, tmp_path / name)
-        kinds.append(Counter(node.op_type for node in ir.load(tmp_path / name / exporting.FORMS["fp32"]).graph))
+        kinds.append(Counter(node.op_type for node in ir.load(tmp_path / name / parity.FORMS["fp32"]).graph))
     assert kinds[1] - kinds[0] == {"MatMul": 1}
     assert kinds[0] - kinds[1] == {}
     assert kinds[0]["Transpose"] == 0
@@ -167,14 +169,15 @@ def test_a_folder_for_others(tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("the fox").input_ids
 
 
-def test_a_graph_that_differs_is_refused_and_nothing_is_left(monkeypatch, tmp_path):
+@pytest.mark.parametrize("change", [0.01, float("nan")])
+def test_a_graph_that_differs_is_refused_and_nothing_is_left(change, monkeypatch, tmp_path):
     model = student(kt.KroneckerBertModel, {"encoder.*.intermediate.dense": (96, 1, 4)}, num_hidden_layers=1)
     write = exporting._WRITERS["fp32"]
 
     def broken(model, path):
-        model.encoder.layer[0].intermediate.dense.B.data += 0.01
+        model = copy.deepcopy(model)
+        model.encoder.layer[0].intermediate.dense.B.data += change
         write(model, path)
-        model.encoder.layer[0].intermediate.dense.B.data -= 0.01
 
     monkeypatch.setitem(exporting._WRITERS, "fp32", broken)
     with pytest.raises(
@@ -182,6 +185,14 @@ def test_a_graph_that_differs_is_refused_and_nothing_is_left(monkeypatch, tmp_pa
     ):
         exporting.export_onnx(model, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_long_texts_are_cut_and_compared_some_at_a_time(tmp_path):
+    model = student(kt.KroneckerGPT2LMHeadModel, n_positions=200)
+    batches = parity.text_batches(model, gpt2_tokenizer(tmp_path), ["the fox " * 500, "a dog", *["a fox"] * 10])
+    assert [tuple(batch["input_ids"].shape) for batch in batches][:2] == [(1, 128), (8, 128)]
+    assert sum(len(batch["input_ids"]) for batch in batches) == 1 + 12
+    assert all(batch["attention_mask"].any(1).all() for batch in batches)
 
 
 def test_refusals_come_before_the_work(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ from . import __version__, display
 from .checkpoint.files import check_file, check_new_folder, to_json, write_text
 from .checkpoint.load import load_model, load_student, save_folder
 from .compression.compress import compress
-from .compression.latency import Runtime
+from .compression.latency import ENGINES, Runtime
 from .compression.plan_file import check_plan_path, read_plan
 from .compression.search import search_plan
 from .evaluation.cost import Report, describe, recorded_errors
@@ -126,6 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--length", type=int, metavar="N", help=f"tokens of a sequence for --milliseconds (default: {Runtime.length})"
     )
+    command.add_argument(
+        "--runtime", choices=ENGINES, dest="engine", help="what takes the milliseconds (default: torch, eager)"
+    )
+    command.add_argument("--int8", action="store_true", default=None, help="in 8 bits, with --runtime onnxruntime")
     _add_calibration(command, required=True)
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="plan file, .yaml or .json")
     command.add_argument("--picture", metavar="FILE", help="PNG of predicted error against size")
@@ -290,7 +294,9 @@ def _search(arguments: argparse.Namespace, console: Console) -> None:
     check_plan_path(arguments.output)
     if arguments.picture:
         check_file(arguments.picture)
-    sizes = {name: getattr(arguments, name) for name in ("batch", "length") if getattr(arguments, name) is not None}
+    names = ("batch", "length", "engine", "int8")
+    timed = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    runtime = Runtime(**timed) if timed else None
     found = search_plan(
         arguments.teacher,
         _calibration_texts(arguments),
@@ -299,7 +305,7 @@ def _search(arguments: argparse.Namespace, console: Console) -> None:
         size_bytes=arguments.size_bytes,
         flops=arguments.flops,
         milliseconds=arguments.milliseconds,
-        runtime=Runtime(**sizes) if sizes else None,
+        runtime=runtime,
         progress=True,
     )
     found.save(arguments.output)

@@ -32,7 +32,7 @@ from ..models.kronecker_matching import matched_plan
 from .activations import CalibrationBatch, calibration_batches
 from .candidates import Candidate, influences, measured_layers, noise_to_signal
 from .estimates import UNITS, best_choice
-from .latency import LatencyTable, Runtime, measured_passes
+from .latency import LatencyTable, Runtime, latency_table
 from .plan_file import write_plan
 
 BUDGETS = ("ratio", "parameters", "size_bytes", "flops", "milliseconds")
@@ -124,7 +124,7 @@ def search_plan(
         size_bytes: of these parameters in the teacher's dtype.
         flops: of the linear layers of the base model, for a sequence of `REPORT_LENGTH` tokens.
         milliseconds: of a forward pass of the base model on this machine, by the times of layers that are measured.
-        runtime: what these are of; default: one sequence of 128 tokens. Only with `milliseconds`.
+        runtime: what these are of; default: one sequence of 128 tokens, in PyTorch. Only with `milliseconds`.
         tokenizer: of a teacher that is a loaded model.
         progress: show progress bars on standard error.
 
@@ -133,6 +133,7 @@ def search_plan(
 
     Raises:
         TypeError, ValueError, OSError: as `compress`; or no budget, more than two, or one that cannot be met.
+        ImportError: times of ONNX Runtime are asked for, and what it needs is missing.
     """
     model, tokenizer = check_teacher(teacher, tokenizer)
     budgets = zip(BUDGETS, (ratio, parameters, size_bytes, flops, milliseconds), strict=True)
@@ -187,11 +188,11 @@ def _search(
 ) -> PlanSearch:
     base: Any = teacher.base_model
     presets = _presets(teacher)
+    times = latency_table(teacher, runtime) if "milliseconds" in budgets else None
     layers = list(tqdm(measured_layers(base, batches, presets), desc="candidates", unit="layer", disable=not progress))
     weights = influences(teacher, layers, batches, progress)
     candidates, rest = [layer.candidates for layer in layers], 0.0
-    if "milliseconds" in budgets:
-        times = LatencyTable(teacher, runtime)
+    if times is not None:
         candidates, rest = times.timed(layers, progress), times.rest(base)
     options = [_useful(found) for found in candidates]
     values = [[w * noise_to_signal(c.error) for c in found] for w, found in zip(weights, options, strict=True)]
@@ -228,8 +229,8 @@ def _search(
         known[name] = fixed + sum(c.parameters for c in taken), _error(noise)
     plan = {layer.name: c.entry for layer, c in zip(layers, chosen, strict=True) if c.entry is not None}
     latency = None
-    if "milliseconds" in budgets:
-        latency = _latency(base, plan, runtime, rest + sum(c.milliseconds for c in chosen))
+    if times is not None:
+        latency = _latency(base, plan, times, rest + sum(c.milliseconds for c in chosen))
     return PlanSearch(
         FactorPlan(plan),
         tuple(
@@ -246,13 +247,13 @@ def _search(
     )
 
 
-def _latency(base: PreTrainedModel, plan: Mapping[str, FactorEntry], runtime: Runtime, predicted: float) -> Latency:
+def _latency(base: PreTrainedModel, plan: Mapping[str, FactorEntry], times: LatencyTable, predicted: float) -> Latency:
     """The plan, measured in a student with random weights."""
     student_class: Any = FACTORED_CLASSES[type(base)]
     with torch.random.fork_rng(devices=[]):
         student: Any = model_like(base, student_class, student_class.config_class.from_dense(base.config, plan))
     student = student.to(base.device, base.dtype).eval()
-    return Latency(runtime, predicted, *measured_passes(student, base, runtime))
+    return Latency(times.runtime, predicted, *times.whole(student, base))
 
 
 def _error(noise: float) -> float:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -92,11 +92,11 @@ def benchmark_sessions(
     )  # fmt: skip
 
 
-def open_session(path: str | os.PathLike[str], threads: int | None = None, profile: str = "") -> Any:
+def open_session(path: str | os.PathLike[str] | bytes, threads: int | None = None, profile: str = "") -> Any:
     """A session on the CPU, whose idle threads do not take time from those of other sessions.
 
     Args:
-        path: of a graph.
+        path: of a graph, or its bytes.
         threads: default: those of PyTorch.
         profile: prefix of the file for a profile; none is made without.
     """
@@ -135,9 +135,21 @@ def session_pass(session: Any, batch: int, length: int, past: int = 0, words: in
 
 
 def share_of_products(
-    path: str | os.PathLike[str], batch: int, length: int, threads: int | None = None, words: int = 100
+    path: str | os.PathLike[str],
+    batch: int,
+    length: int,
+    threads: int | None = None,
+    words: int = 100,
+    also: Sequence[str] = (),
 ) -> float:
-    """The share of the time of all nodes that the products of linear layers take, by the runtime's own profile."""
+    """The share of the time of all nodes that the products of linear layers take, by the runtime's own profile.
+
+    Args:
+        path: of a graph.
+        batch, length, words: as for `session_pass`.
+        threads: as for `open_session`.
+        also: further operators that count as products.
+    """
     with tempfile.TemporaryDirectory() as folder:
         session = open_session(path, threads, profile=str(Path(folder) / "profile"))
         forward = session_pass(session, batch, length, words=words)
@@ -150,7 +162,7 @@ def share_of_products(
         for event in events
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= begin
     ]
-    return sum(time for kind, time in spent if kind in PRODUCTS) / sum(time for _, time in spent)
+    return sum(time for kind, time in spent if kind in (*PRODUCTS, *also)) / sum(time for _, time in spent)
 
 
 def session_memory(path: str | os.PathLike[str], batch: int, length: int, words: int = 100) -> int | None:

@@ -80,7 +80,7 @@ def export_onnx(
             whose outputs differ from the model's.
         OSError: the folder cannot be written; as with every other error, nothing is left behind.
     """
-    _require_packages()
+    require_packages()
     also = tuple(also)
     if unknown := [form for form in also if form not in FORMS]:
         raise ValueError(f"also={unknown[0]!r} is no form of a graph; choose from {', '.join(FORMS)}")
@@ -112,7 +112,12 @@ def export_onnx(
     return found
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Refuse where what makes graphs is missing.
+
+    Raises:
+        ImportError: a package, or a version of one.
+    """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if not hasattr(torch.onnx, "ops"):
         missing.append("torch 2.8 or newer")
@@ -173,12 +178,18 @@ def _write_int8(source: Path, target: Path) -> None:
     import onnx
     import onnx_ir as ir
 
+    ir.save(to_int8(onnx.load(source)), str(target))
+
+
+def to_int8(proto: Any) -> Any:
+    """An `onnx_ir.Model` with products and tables in 8 bits, from an `onnx.ModelProto` in fp32."""
+    import onnx_ir as ir
+
     from .graph import rest_to_int8
 
-    proto = onnx.load(source)
     model = ir.from_proto(_products_to_int8(proto, _products(proto)))
     rest_to_int8(model, SMALLEST)
-    ir.save(model, str(target))
+    return model
 
 
 def _write_int4(source: Path, target: Path) -> None:

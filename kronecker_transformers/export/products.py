@@ -38,11 +38,11 @@ def as_products(model: PreTrainedModel) -> PreTrainedModel:
             tied = embeddings.get(module.A)
             result.set_submodule(name, product_linear(module) if tied is None else TiedHead(tied, module.bias))
         elif isinstance(module, Conv1D):
-            result.set_submodule(name, _linear(module.weight.t(), module.bias))
+            result.set_submodule(name, linear_of(module.weight.t(), module.bias))
     return result
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """A linear layer with this weight (m, n) and bias (m,)."""
     m, n = weight.shape
     layer = nn.Linear(n, m, bias=bias is not None, device="meta")
@@ -56,9 +56,9 @@ def product_linear(layer: KroneckerLinear) -> nn.Module:
     """The products of one layer."""
     A, B = layer.A.detach(), layer.B.detach()  # (m1, R, n1), (m2, R, n2)
     if layer.n1 == layer.m2 == 1:  # low rank
-        return nn.Sequential(_linear(B[0]), _linear(A[:, :, 0], layer.bias))
+        return nn.Sequential(linear_of(B[0]), linear_of(A[:, :, 0], layer.bias))
     if layer.m1 == layer.n2 == 1:
-        return nn.Sequential(_linear(A[0]), _linear(B[:, :, 0], layer.bias))
+        return nn.Sequential(linear_of(A[0]), linear_of(B[:, :, 0], layer.bias))
     return KroneckerProducts(A, B, layer.bias)
 
 
@@ -83,12 +83,12 @@ class KroneckerProducts(nn.Module):
         # large first: (s_in l_in R l_out) + (s_out s_in R l_out); small first: the other way round
         self.large_first = s_in * R * l_out * (l_in + s_out) <= s_out * R * l_in * (s_in + l_out)
         if self.large_first:
-            self.large = _linear(large.permute(1, 0, 2).reshape(R * l_out, l_in))
+            self.large = linear_of(large.permute(1, 0, 2).reshape(R * l_out, l_in))
             left = small.permute(0, 2, 1).reshape(s_out, s_in * R)
             self.middle = (s_in * R, l_out)
         else:
             left = small.reshape(s_out * R, s_in)
-            self.large = _linear(large.reshape(l_out, R * l_in))
+            self.large = linear_of(large.reshape(l_out, R * l_in))
             self.middle = (s_out, R * l_in)
         self.register_buffer("small", left.contiguous())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -144,7 +144,7 @@ class ProductEmbedding(nn.Module):
         self.rows.weight = nn.Parameter(A.transpose(1, 2).reshape(m1, -1).contiguous(), requires_grad=False)
         self.register_buffer("B", B.contiguous())
         if self.m2 == 1 and self.terms > 1:
-            self.mix = _linear(B[0].t())  # (n2, R)
+            self.mix = linear_of(B[0].t())  # (n2, R)
 
     def forward(self, indices: Tensor) -> Tensor:
         """Map integers (...) to rows (..., n)."""
@@ -173,7 +173,7 @@ class TiedHead(nn.Module):
         super().__init__()
         e = embedding
         self.inputs, self.m2 = (e.n1, e.n2), e.m2
-        self.inner = _linear(e.B.reshape(e.m2 * e.terms, e.n2))
+        self.inner = linear_of(e.B.reshape(e.m2 * e.terms, e.n2))
         self.outer = nn.Linear(e.n1 * e.terms, len(e.rows.weight), bias=False, device="meta")
         self.outer.weight = e.rows.weight
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from students import factorable_modules
+from students import CAN_EXPORT, factorable_modules
 from tiny import bert_tokenizer, gpt2_tokenizer, teacher, texts
 from transformers import (
     BertForPreTraining,
@@ -157,14 +157,13 @@ def test_a_budget_of_time_takes_the_best_of_what_is_measured(bert, monkeypatch):
     """With times that follow the FLOPs, the plan is the best one for these FLOPs."""
     dense, tokenizer, _ = bert
 
-    def milliseconds(self, layer, entry):
+    def milliseconds(self, layer, entries):
         m, n = layer.weight.shape
         if "embeddings" in layer.name:
-            return 1.0  # as the dense one: no more
+            return [1.0 for entry in entries]  # as the dense one: no more
         tokens = 1 if layer.name == "pooler.dense" else REPORT_LENGTH
-        if entry is None:
-            return 2e-6 * tokens * m * n
-        return 2e-6 * tokens * min(multiplications(entry.m1, entry.n1, *entry.b_shape(m, n), entry.terms))
+        sizes = [(e.m1, e.n1, *e.b_shape(m, n), e.terms) if e else (m, n, 1, 1, 1) for e in entries]
+        return [2e-6 * tokens * (min(multiplications(*s)) if e else m * n) for s, e in zip(sizes, entries, strict=True)]
 
     monkeypatch.setattr(LatencyTable, "_milliseconds", milliseconds)
     monkeypatch.setattr(LatencyTable, "rest", lambda self, base: 3.0)
@@ -222,6 +221,13 @@ def test_sizes_of_a_pass_are_checked_before_anything_is_measured(bert, monkeypat
         search_plan(dense, texts(), milliseconds=5, runtime=Runtime(1, 129), tokenizer=tokenizer)
     with pytest.raises(ValueError, match="2 x 8 tokens, eager were given without milliseconds"):
         search_plan(dense, texts(), ratio=2, runtime=Runtime(2, 8), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="engine='onnx' is not known; choose from torch, onnxruntime"):
+        Runtime(engine="onnx")
+    with pytest.raises(ValueError, match="int8 is timed in ONNX Runtime"):
+        Runtime(int8=True)
+    if not CAN_EXPORT:
+        with pytest.raises(ImportError, match="export to ONNX needs"):
+            search_plan(dense, texts(), milliseconds=5, runtime=Runtime(engine="onnxruntime"), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])

@@ -7,10 +7,17 @@ CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 INSTALL = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: demo test lint clean
+STUDENT := demo_output/kronecker-minilm-7.7x
+
+.PHONY: demo browser test lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
+
+# needs npm too; takes the student of the demo, which is made if it is not there
+browser: $(VENV)/.installed
+	test -e $(STUDENT) || $(MAKE) demo
+	$(BIN)/python examples/browser/build.py --student $(STUDENT) --serve
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
@@ -28,4 +35,4 @@ $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output browser_output

@@ -106,6 +106,18 @@ class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, Pre
             modules.write(save_directory)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config":  # PEFT has put its adapters in place
+            head = self.get_output_embeddings()
+            names = [n for n, m in self.named_modules() if isinstance(m, KroneckerLinear) and m is not head]
+            if names and not any(name.endswith(".base_layer") for name in names):
+                logger.warning(
+                    "none of the %d factored layers has got an adapter: PEFT looks for nn.Linear, in all-linear too; "
+                    "make its config with kronecker_transformers.adapters.lora_config",
+                    len(names),
+                )
+
     def _check_config(self) -> None:
         modules = dict(self.base_model.named_modules())
         planned = {
@@ -156,7 +168,8 @@ class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, Pre
         if kwargs.get("quantization_config") is not None:
             logger.warning(
                 "quantization_config: quantisers look for nn.Linear, so they pass by the factored layers of %s, which "
-                "hold most of its weights and stay as they are",
+                "hold most of its weights and stay as they are; for 8 bits, export it for ONNX Runtime "
+                "(kronecker-transformers export --format onnx --int8)",
                 cls.__name__,
             )
         load: Any = super().from_pretrained

@@ -6,11 +6,17 @@ import shutil
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from examples_runner import run_example
 from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.base.modules.dense import Dense
 from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Normalize, Pooling
 from stranger import run
 from transformers import AutoModel, BertForMaskedLM, BertModel, GPT2Model
@@ -101,6 +107,35 @@ def test_pooling_is_that_of_sentence_transformers(mode, side, skip):
     features = {"token_embeddings": hidden, "attention_mask": mask.long(), "prompt_length": skip}
     wanted = Pooling(4, mode, include_prompt=False)(features)["sentence_embedding"]
     torch.testing.assert_close(OurPooling((mode,), skip)(hidden, mask), wanted)
+
+
+def test_the_trainer_of_sentence_transformers_trains_a_student(tmp_path):
+    """Fine-tuned on pairs, saved by sentence-transformers, and opened by both packages with the same embeddings."""
+    teacher = encoder(tmp_path / "teacher", modules=[Normalize()])
+    plan = {"embeddings.word_embeddings": (64, 2, 3), "encoder.layer.*.intermediate.dense": (4, 2, 2)}
+    compress(str(teacher), plan).save_pretrained(tmp_path / "student")
+    model = SentenceTransformer(str(tmp_path / "student"), trust_remote_code=True, device="cpu")
+    before = {name: value.clone() for name, value in model[0].auto_model.state_dict().items()}
+    pairs = {"first": SENTENCES[:2], "second": SENTENCES[2:], "score": [1.0, 0.0]}
+    loss = CosineSimilarityLoss(model)
+    arguments = SentenceTransformerTrainingArguments(
+        str(tmp_path / "out"), max_steps=20, learning_rate=1e-2, per_device_train_batch_size=2, use_cpu=True, seed=0,
+        report_to=[], save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    SentenceTransformerTrainer(model, arguments, Dataset.from_dict(pairs), loss=loss).train()
+    first, second = (model.encode(pairs[name]) for name in ("first", "second"))
+    similar, different = (first * second).sum(1)
+    assert similar > different + 0.5
+    trained = model[0].auto_model.state_dict()
+    factors = [name for name in trained if name.endswith((".A", ".B"))]
+    assert factors
+    assert not any(torch.equal(trained[name], before[name]) for name in factors)
+    model.save(str(tmp_path / "trained"))
+    ours, tokenizer = load_student(tmp_path / "trained")
+    settings = encoder_settings(ours, tokenizer)
+    found = encode(ours, tokenizer, SENTENCES, max_length=settings.max_length, settings=settings)
+    torch.testing.assert_close(found, embeddings(tmp_path / "trained"))
+    torch.testing.assert_close(found, model.encode(SENTENCES, convert_to_tensor=True))
 
 
 def test_unknown_pooling():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -27,23 +28,40 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
+from plans import TEACHER as MINILM
+from plans import low_rank_plan, preset_modules
 from scipy.stats import spearmanr
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
+from kronecker_transformers.compression.activations import calibration_batches
+from kronecker_transformers.compression.candidates import influences, measured_layers, noise_to_signal
+from kronecker_transformers.compression.estimates import best_choice
+from kronecker_transformers.compression.latency import Runtime, latency_table
 from kronecker_transformers.evaluation.sessions import open_session, session_memory, session_pass, share_of_products
 from kronecker_transformers.evaluation.timing import environment, in_turn, median_and_spread
 from kronecker_transformers.export.onnx import export_onnx, quietly
 from kronecker_transformers.export.parity import FORMS, run
 from kronecker_transformers.tasks.glue import load_glue
+from kronecker_transformers.tasks.sentences import encode
 
 SHAPES = ((1, 16), (1, 128), (8, 128))
 SIZES: dict[str, dict[str, int]] = {
     "BERT-base": {},
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
 }
+CALIBRATION = 512
+"""Sentences."""
 SEARCHED = Path(__file__).parent / "logs" / "plans_searched.jsonl"
 
 
@@ -159,6 +177,93 @@ def generation(options: argparse.Namespace) -> None:
         print(f"{side:26s}{path.stat().st_size / 1e6:7.1f}{cells}", flush=True)
 
 
+def searched(options: argparse.Namespace) -> None:
+    """Plans of all-MiniLM that were searched for this runtime, beside others of the same size and predicted error.
+
+    All have at most as many parameters as a preset and at most its predicted error, and the least time for that: by the
+    times of layers in ONNX Runtime in int8, or in PyTorch in fp32, for 1 x 128 tokens. The plan "for size" has the
+    least error of this size. STS-B dev is that of calibrated students that were not distilled.
+    """
+    teacher: Any = AutoModel.from_pretrained(MINILM, add_pooling_layer=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    splits = load_glue("stsb", options.data / "glue", ["train", "validation"])
+    texts = splits["train"]["sentence1"][:CALIBRATION]
+    presets = {name: preset_modules(teacher, name) for name in ("7.7x", "21x")}
+    batches = calibration_batches(texts, tokenizer, teacher)
+    layers = list(measured_layers(teacher, batches, presets))
+    weights = influences(teacher, layers, batches, progress=False)
+    dense = teacher.num_parameters()
+    fixed = dense - sum(layer.weight.numel() for layer in layers)
+    runtimes = {"ONNX Runtime": Runtime(1, 128, "onnxruntime", int8=True), "PyTorch": Runtime(1, 128)}
+    timed = {name: latency_table(teacher, runtime).timed(layers) for name, runtime in runtimes.items()}
+    plans: dict[str, tuple[Any, float]] = {"dense": ({}, 0.0)}
+    for name, entries in presets.items():
+        taken = [next(c for c in layer.candidates if c.entry == entries.get(layer.name)) for layer in layers]
+        limit = float(sum(c.parameters for c in taken))
+        noise = sum(w * noise_to_signal(c.error) for w, c in zip(weights, taken, strict=True))
+        plans[f"{name}, papers' shapes"] = entries, noise
+        for runtime, candidates in timed.items():
+            chosen = _fastest(candidates, weights, limit, noise)
+            plans[f"{name}, for {runtime}"] = _plan(layers, chosen), _noise(weights, chosen)
+        chosen = _fastest(timed["PyTorch"], weights, limit, 0)
+        plans[f"{name}, for size"] = _plan(layers, chosen), _noise(weights, chosen)
+        ranks = low_rank_plan(teacher, int(limit) + fixed)
+        plans[f"{name}, low rank"] = ranks, math.nan
+    passes: dict[str, Callable[[], object]] = {}
+    rows = {}
+    for name, (plan, noise) in plans.items():
+        result = compress(teacher, plan, calibration=texts, tokenizer=tokenizer) if plan else None
+        model: Any = result.model if result else teacher
+        path = ours(model, options.work / f"searched-{name.replace(' ', '-').replace(chr(39), '')}") / FORMS["int8"]
+        for batch, length in SHAPES:
+            passes[f"{name} {batch}x{length}"] = session_pass(open_session(path, 1), batch, length)
+        table = splits["validation"]
+        first, second = (encode(model, tokenizer, table[side][:]) for side in ("sentence1", "sentence2"))
+        quality = 100 * spearmanr((first * second).sum(1), table["label"][:]).statistic
+        rows[name] = model.num_parameters(), math.sqrt(noise / (1 + noise)), quality
+    times = {name: 1e3 * statistics.median(seconds) for name, seconds in in_turn(passes, 15).items()}
+    headings = "".join(f"{f'{b}x{n}':>9s}{'ratio':>7s}" for b, n in SHAPES)
+    print(f"\n{'all-MiniLM, int8, searched':28s}{'parameters':>12s}{'error':>8s}{'STS-B':>8s}{headings}")
+    for name, (parameters, error, quality) in rows.items():
+        row = f"{name:28s}{parameters:12,d}{error:8.3f}{quality:8.2f}"
+        for batch, length in SHAPES:
+            time = times[f"{name} {batch}x{length}"]
+            row += f"{time:9.2f}{times[f'dense {batch}x{length}'] / time:6.2f}x"
+        print(row, flush=True)
+
+
+def _fastest(candidates: Any, weights: list[float], limit: float, noise: float) -> list[Any]:
+    """The candidates of least time within a limit of parameters and of noise; of least noise if both cannot be met."""
+    costs = [[c.parameters for c in found] for found in candidates]
+
+    def choice(price: float) -> list[Any]:
+        values = [
+            [w * noise_to_signal(c.error) + price * c.milliseconds for c in found]
+            for w, found in zip(weights, candidates, strict=True)
+        ]
+        picked, _ = best_choice(costs, values, limit)
+        return [found[index] for found, index in zip(candidates, picked, strict=True)]
+
+    best = choice(0.0)
+    low, high = -20.0, 5.0  # of the logarithm of a price for a millisecond
+    for _ in range(16):
+        middle = (low + high) / 2
+        found = choice(math.exp(middle))
+        if _noise(weights, found) <= noise:
+            best, low = found, middle
+        else:
+            high = middle
+    return best
+
+
+def _noise(weights: list[float], chosen: list[Any]) -> float:
+    return sum(w * noise_to_signal(c.error) for w, c in zip(weights, chosen, strict=True))
+
+
+def _plan(layers: list[Any], chosen: list[Any]) -> dict[str, Any]:
+    return {layer.name: c.entry for layer, c in zip(layers, chosen, strict=True) if c.entry is not None}
+
+
 def quality(options: argparse.Namespace) -> None:
     """STS-B dev (Spearman, per cent, mean of the tokens) of real encoders: fp32, int8 and int4."""
     table = load_glue("stsb", options.data / "glue", ["validation"])["validation"]
@@ -169,13 +274,14 @@ def quality(options: argparse.Namespace) -> None:
         row = f"{Path(source).name:44s}"
         for form in ("fp32", "int8", "int4"):
             session = open_session(folder / FORMS[form])
-            sides = [_embeddings(session, tokenizer, table[name][:]) for name in ("sentence1", "sentence2")]
+            sides = [embeddings(session, tokenizer, table[name][:]) for name in ("sentence1", "sentence2")]
             score = 100 * spearmanr((sides[0] * sides[1]).sum(1), table["label"][:]).statistic
             row += f"{(folder / FORMS[form]).stat().st_size / 1e6:7.1f}{score:8.2f}"
         print(row, flush=True)
 
 
-def _embeddings(session: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
+def embeddings(session: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
+    """Means of the last hidden states, of length 1."""
     rows = []
     for text in texts:  # one by one, without padding
         hidden = run(session, dict(tokenizer(text, truncation=True, max_length=128, return_tensors="pt")))
@@ -255,10 +361,17 @@ def _session(inputs: list[tuple[str, int]], steps: list[tuple]) -> Any:
     return open_session(helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString(), 1)
 
 
+def instructions() -> str:
+    """What the processor has for products of 8 bits."""
+    found = {"avx512_vnni", "avx_vnni", "amx_int8"} & set(Path("/proc/cpuinfo").read_text().split())
+    return ", ".join(sorted(found)) or "no VNNI"
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "operators": operators,
     **{name: partial(encoders, name) for name in SIZES},
     "generation": generation,
+    "searched": searched,
     "quality": quality,
 }
 
@@ -272,8 +385,7 @@ def main() -> None:
     parser.add_argument("--section", choices=SECTIONS, help="one section")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    instructions = {"avx512_vnni", "avx_vnni", "amx_int8"} & set(Path("/proc/cpuinfo").read_text().split())
-    print(f"{environment()}, onnxruntime {onnxruntime.__version__}; {', '.join(sorted(instructions)) or 'no VNNI'}")
+    print(f"{environment()}, onnxruntime {onnxruntime.__version__}; {instructions()}")
     torch.set_grad_enabled(False)
     for name, section in SECTIONS.items():
         if options.section in (None, name):

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -304,10 +304,21 @@ def distil(run: Run, data: Data) -> dict[str, Any]:
     whole = run.steps >= STEPS
     if whole:
         results["sst2_untrained"] = data.sentiment(student.eval())
-    texts = data.text[: BATCH * run.steps]
-    examples = Dataset.from_dict(dict(data.tokenizer(texts, truncation=True, max_length=LENGTH)))
     looks = Looks(data)
     looks.look(student, 0)
+    train(student, run, data, layer_map, [looks])
+    results |= {"curve": looks.curve, "stsb_train": data.similarity(student, "train")}
+    if whole:
+        results["sst2"] = data.sentiment(student)
+    return results
+
+
+def train(
+    student: Any, run: Run, data: Data, layer_map: list[int] | None, callbacks: Sequence[TrainerCallback] = ()
+) -> None:
+    """Distil a student in place, as all are."""
+    texts = data.text[: BATCH * run.steps]
+    examples = Dataset.from_dict(dict(data.tokenizer(texts, truncation=True, max_length=LENGTH)))
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationArguments(
             output_dir=scratch, objective="sentence_encoder", max_steps=run.steps, learning_rate=run.rate,
@@ -317,7 +328,7 @@ def distil(run: Run, data: Data) -> dict[str, Any]:
         )  # fmt: skip
         same: dict[str, Any] = {
             "args": arguments, "train_dataset": examples, "data_collator": DataCollatorWithPadding(data.tokenizer),
-            "callbacks": [looks],
+            "callbacks": list(callbacks),
         }  # fmt: skip
         trainer: Trainer
         if isinstance(student, NarrowBert):
@@ -328,10 +339,6 @@ def distil(run: Run, data: Data) -> dict[str, Any]:
         trainer.train()
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast again
     student.eval()
-    results |= {"curve": looks.curve, "stsb_train": data.similarity(student, "train")}
-    if whole:
-        results["sst2"] = data.sentiment(student)
-    return results
 
 
 def search(size: str, data: Data) -> None:

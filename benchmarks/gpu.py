@@ -8,10 +8,11 @@ factored layer, each the median of three turns; and the part of the limit that t
 limit is the larger of FLOPs at the rate of a large GEMM and bytes at that of a large copy. Models have the sizes of
 BERT-base and GPT-2 small and weights as drawn for training from scratch, seed 0: one forward pass of 64 x 128 tokens,
 and greedy generation of 64 tokens after 8 x 32, in bf16, every way to run it in turn. `--device cpu` tries the script
-on tiny sizes where there is no GPU.
+on tiny sizes where there is no GPU. `--only models | tee benchmarks/logs/gpu_models.txt` leaves the rest out; low rank,
+CUDA graphs and a compiled pass without the presets were measured by it later than gpu.txt.
 
-The log has a column more, of Triton kernels that mixed the small factor in registers. They were removed because whole
-models gained 9 per cent from them at 7.7x, lost 24 at 21x, and needed minutes to compile.
+The log gpu.txt has a column more, of Triton kernels that mixed the small factor in registers. They were removed because
+whole models gained 9 per cent from them at 7.7x, lost 24 at 21x, and needed minutes to compile.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from common import low_rank_plan
 from layers import LAYERS
 from torch import Tensor
 from torch.nn.functional import linear
@@ -42,6 +44,7 @@ from kronecker_transformers.models.kronecker_layers import kronecker_linear
 
 SMALL = {"attention": (32, 32, 2, 2, 1), "FFN up": (8, 2, 32, 32, 1), "FFN down": (2, 8, 32, 32, 1)}
 ROUNDS = 15
+PRESETS = ("7.7x", "21x")
 
 
 def factors(shape: tuple[int, ...], tokens: int, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -151,15 +154,40 @@ def print_in_turn(title: str, ways: Mapping[str, Callable[[], object]], rounds: 
         print(f"{label:28s} {middle:8.2f} {spread:7.0%} {first / middle:5.2f}x", flush=True)
 
 
+def replayed(run: Callable[[], Any]) -> Callable[[], object]:
+    """The same as a CUDA graph: all its kernels are launched at once."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode():
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+    return graph.replay
+
+
 def time_models(device: str, config: BertConfig, batch: int, length: int) -> None:
-    """Print one row for each way to run each model, without torch.compile and with it."""
+    """Print one row for each way to run each model, without torch.compile and with it, launched singly and at once."""
     torch.manual_seed(0)
     dense: Any = BertModel(config)
     dense = dense.to(device, torch.bfloat16).eval()
-    models = {"dense": dense, **{plan: compress(dense, plan).model for plan in ("7.7x", "21x")}}
+    models = {"dense": dense, **{plan: compress(dense, plan).model for plan in PRESETS}}
+    for size in PRESETS:
+        plan = low_rank_plan(dense, models[size].num_parameters())
+        models[f"low rank, {size}"] = compress(dense, plan).model
+    for name, model in models.items():
+        print(f"{name}: {model.num_parameters():,} parameters")
     for compiled in (False, True) if device != "cpu" else (False,):
+        if compiled:  # which makes the presets slower, and takes minutes
+            models = {name: model for name, model in models.items() if name not in PRESETS}
         ways = {name: forward_pass(model, batch, length, compiled) for name, model in models.items()}
-        print_in_turn(f"{batch} x {length}, bf16{', compiled' if compiled else ''}", ways, ROUNDS, device)
+        title = f"{batch} x {length}, bf16{', compiled' if compiled else ''}"
+        print_in_turn(title, ways, ROUNDS, device)
+        if device != "cpu":
+            print_in_turn(f"{title}, graph", {name: replayed(run) for name, run in ways.items()}, ROUNDS, device)
 
 
 def time_generation(device: str, config: GPT2Config, batch: int, length: int, new: int) -> None:
@@ -179,13 +207,18 @@ def main() -> None:
     """Print errors, then layers, then models."""
     parser = argparse.ArgumentParser(description="Checks and timings on a GPU.")
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
-    device = parser.parse_args().device
+    parser.add_argument("--only", choices=["models"], help="only whole models, one forward pass")
+    options = parser.parse_args()
+    device = options.device
     gpu = device != "cpu"
     print(environment(), "" if gpu else "; a trial without a GPU", sep="")
     layers: Mapping[str, tuple[int, ...]] = LAYERS if gpu else SMALL
-    check_layers(layers, device)
+    if not options.only:
+        check_layers(layers, device)
     time_models(device, BertConfig() if gpu else BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
                 intermediate_size=256, vocab_size=100), *((64, 128) if gpu else (1, 8)))  # fmt: skip
+    if options.only:
+        return
     time_generation(device, GPT2Config() if gpu else GPT2Config(n_embd=64, n_layer=1, n_head=2),
                     *((8, 32, 64) if gpu else (1, 3, 2)))  # fmt: skip
     time_layers(layers, (128, 1024, 8192, 65536) if gpu else (8,), device)

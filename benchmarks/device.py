@@ -4,10 +4,10 @@
 
 Every model is there in fp32, int8 and int4, as this package's `export_onnx` writes it; the dense one also as
 transformers and ONNX Runtime themselves export and quantize it ("stock"). All take turns in one process, one thread;
-median of the rounds in milliseconds. Ratios are to the dense model in int8, stock and ours; above 1 the factored
-model is faster. The limit is the ratio to ours if the products of linear layers took no time. MiniLM and BERT-base
-have random weights, which take the same time; their plans are the papers', a low rank of the same size for all layers,
-and for MiniLM those that `plans.py` has searched. --section runs one section.
+median of the rounds in milliseconds. Ratios are to the dense model in PyTorch in fp32, and in int8, stock and ours;
+above 1 the factored model is faster. The limit is the ratio to ours if the products of linear layers took no time.
+MiniLM and BERT-base have random weights, which take the same time; their plans are the papers', a low rank of the same
+size for all layers, and for MiniLM those that `plans.py` has searched. --section runs one section.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from kronecker_transformers.compression.candidates import influences, measured_l
 from kronecker_transformers.compression.estimates import best_choice
 from kronecker_transformers.compression.latency import Runtime, latency_table
 from kronecker_transformers.evaluation.sessions import open_session, session_memory, session_pass, share_of_products
-from kronecker_transformers.evaluation.timing import environment, in_turn, median_and_spread
+from kronecker_transformers.evaluation.timing import environment, forward_pass, in_turn, median_and_spread
 from kronecker_transformers.export.onnx import export_onnx, quietly
 from kronecker_transformers.export.parity import FORMS, run
 from kronecker_transformers.tasks.glue import load_glue
@@ -64,6 +64,7 @@ SIZES: dict[str, dict[str, int]] = {
     "BERT-base": {},
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
 }
+PYTORCH = "dense, PyTorch, fp32, eager"
 CALIBRATION = 512
 """Sentences."""
 SEARCHED = Path(__file__).parent / "logs" / "plans_searched.jsonl"
@@ -134,24 +135,27 @@ def encoders(name: str, options: argparse.Namespace) -> None:
     paths = {f"{side}, {form}": folder / FORMS[form] for side, folder in folders.items()
              for form in FORMS if (folder / FORMS[form]).exists()}  # fmt: skip
     sessions = {side: open_session(path, 1) for side, path in paths.items()}
-    times: dict[str, list[float]] = {side: [] for side in paths}
+    times: dict[str, list[float]] = {side: [] for side in (*paths, PYTORCH)}
     spreads = []
     for batch, length in SHAPES:
-        passes = {side: session_pass(session, batch, length) for side, session in sessions.items()}
+        passes: dict[str, Callable[[], object]] = {PYTORCH: forward_pass(dense, batch, length)}
+        passes |= {side: session_pass(session, batch, length) for side, session in sessions.items()}
         seconds = in_turn(passes, {16: 41, 128: 21}[length] if batch == 1 else 9)
         for side, found in seconds.items():
             middle, spread = median_and_spread(found)
             times[side].append(middle)
             spreads.append(spread)
-    headings = "".join(f"{f'{b}x{n}':>10s}{'stock':>7s}{'ours':>6s}{'limit':>7s}" for b, n in SHAPES)
+    headings = "".join(f"{f'{b}x{n}':>10s}{'torch':>7s}{'stock':>7s}{'ours':>6s}{'limit':>7s}" for b, n in SHAPES)
     print(f"\n{name:26s}{'MB':>7s}{'memory':>8s}{headings}")
+    print(f"{PYTORCH:41s}" + "".join(f"{time:10.2f}{'':28s}" for time in times[PYTORCH]))
     for side, path in paths.items():
         row = f"{side:26s}{path.stat().st_size / 1e6:7.1f}{(session_memory(path, 1, 128) or 0) / 1e6:8.0f}"
         for index, shape in enumerate(SHAPES):
             time = times[side][index]
             rest = time * (1 - share_of_products(path, *shape, threads=1))
             against = [times[f"dense{which}, int8"][index] for which in (", stock", "")]
-            row += f"{time:10.2f}{against[0] / time:6.2f}x{against[1] / time:5.2f}x{against[1] / rest:6.2f}x"
+            row += f"{time:10.2f}{times[PYTORCH][index] / time:6.2f}x{against[0] / time:6.2f}x"
+            row += f"{against[1] / time:5.2f}x{against[1] / rest:6.2f}x"
         print(row, flush=True)
     print(f"Spread (half the distance between quartiles): median {statistics.median(spreads):.0%}")
 
@@ -400,6 +404,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     print(f"{environment()}, onnxruntime {onnxruntime.__version__}; {instructions()}")
     torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
     for name, section in SECTIONS.items():
         if options.section in (None, name):
             section(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from ..evaluation.sessions import open_session, session_pass, share_of_products
 from ..evaluation.timing import in_turn
 from ..export.layer_graphs import layer_graphs
-from ..export.onnx import export_onnx, require_packages
+from ..export.onnx import require_packages, write_graphs
 from ..export.parity import FORMS
 from ..export.products import ProductEmbedding, linear_of, product_linear
 from ..models.factor_plan import FactorEntry
@@ -77,7 +78,9 @@ class SessionTable(LatencyTable):
         return 1e3 * statistics.median(seconds["student"]), 1e3 * statistics.median(seconds["dense"])
 
     def _exported(self, model: PreTrainedModel, folder: Path) -> Path:
-        export_onnx(model, None, folder, also=[self._form])
+        folder.mkdir()
+        fp32 = copy.deepcopy(model).cpu().float().eval()
+        write_graphs(fp32, folder, dict.fromkeys(("fp32", self._form)))
         return folder / FORMS[self._form]
 
 

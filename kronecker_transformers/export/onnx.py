@@ -93,11 +93,7 @@ def export_onnx(
     forms = dict.fromkeys(("fp32", *also))
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
-        (made / "onnx").mkdir()
-        with quietly():
-            for form in forms:
-                source = model if form == "fp32" else made / FORMS["fp32"]
-                _WRITERS[form](source, made / FORMS[form])
+        write_graphs(model, made, forms)
         batches = text_batches(model, tokenizer, texts)
         found = [checked_graph(model, made, form, batches) for form in forms]
         stock_config(model).save_pretrained(made)
@@ -110,6 +106,21 @@ def export_onnx(
         with new_folder(folder) as draft:
             shutil.copytree(made, draft, dirs_exist_ok=True)
     return found
+
+
+def write_graphs(model: PreTrainedModel, folder: Path, forms: Iterable[str]) -> None:
+    """Write graphs in a folder that exists, without a comparison.
+
+    Args:
+        model: in fp32 on the CPU, in evaluation mode.
+        folder: for the files that `parity.FORMS` names.
+        forms: fp32 first.
+    """
+    (folder / "onnx").mkdir()
+    with quietly():
+        for form in forms:
+            source = model if form == "fp32" else folder / FORMS["fp32"]
+            _WRITERS[form](source, folder / FORMS[form])
 
 
 def require_packages() -> None:

@@ -5,10 +5,11 @@
 DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler. Its
 students are distilled as in plans.py (800 steps of 64 texts, one seed), whatever they are: searched plans, low rank
 everywhere, and what is left if layers are dropped: half of them, at two learning rates, or all but one with an
-embedding of low rank. All are exported by `export_onnx` in fp32, int8 and int4. Quality is the Spearman correlation on
-STS-B's dev set, sentence by sentence; time is that of a forward pass of 1 x 128 and of 8 x 128 tokens on one thread,
-all models in turn in one process. WORK keeps trained students and graphs, so that the script can be stopped at any
-time; --draw draws the figure of a log without running anything.
+embedding of low rank; and both, half of the layers and these factored, after another 800 steps. All are exported by
+`export_onnx` in fp32, int8 and int4. Quality is the Spearman correlation on STS-B's dev set, sentence by sentence; time
+is that of a forward pass of 1 x 128 and of 8 x 128 tokens on one thread, all models in turn in one process. WORK keeps
+trained students and graphs, so that the script can be stopped at any time; --draw draws the figure of a log without
+running anything.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from common import KEEP_MEMORY, ROOT, in_parallel
+from common import KEEP_MEMORY, ROOT, in_parallel, low_rank_plan
 from datasets import disable_progress_bars
 from device import embeddings, instructions, ours
 from matplotlib.figure import Figure
@@ -36,6 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
+from kronecker_transformers.compression.search import search_plan
 from kronecker_transformers.distillation.start import keep_layers
 from kronecker_transformers.evaluation.sessions import open_session, session_pass
 from kronecker_transformers.evaluation.timing import environment, in_turn
@@ -46,12 +48,19 @@ SHAPES = ((1, 128), (8, 128))
 STUDENTS = {
     "3 of 6 layers, rate 1e-3": ("", 1e-3), "3 of 6 layers": ("", 3e-4), "searched, 7.7x": ("7.7x", 1e-3),
     "low rank, 7.7x": ("7.7x", 1e-3), "1 layer, low-rank embedding": ("7.7x", 1e-3), "searched, 21x": ("21x", 1e-3),
-    "low rank, 21x": ("21x", 1e-3),
+    "low rank, 21x": ("21x", 1e-3), "3 layers, searched, 7.7x": ("7.7x", 1e-3),
+    "3 layers, low rank, 7.7x": ("7.7x", 1e-3),
 }  # fmt: skip
 """The preset whose size they have, and the learning rate."""
 KEPT = [1, 3, 5]
 """Of the layers."""
-FORMS_SHOWN = ("fp32", "int8", "int4")
+MARKERS = {"fp32": "s", "int8": "o", "int4": "v"}
+COLORS = {
+    "dense": "black", "3 of 6 layers": "tab:gray", "1 layer, low-rank embedding": "tab:gray",
+    "searched, 7.7x": "tab:blue", "searched, 21x": "tab:blue", "low rank, 7.7x": "tab:orange",
+    "low rank, 21x": "tab:orange", "3 layers, searched, 7.7x": "tab:green", "3 layers, low rank, 7.7x": "tab:olive",
+}  # fmt: skip
+"""Of the models that are drawn."""
 STATIC = {"potion-base-4M": (3.7, 72.19 / 78.90), "potion-base-8M": (7.5, 73.24 / 78.90)}
 """Millions of parameters, and the share of all-MiniLM's mean over MTEB's STS tasks: results/README.md of model2vec."""
 FIGURE = ROOT.parent / "docs" / "frontier.png"
@@ -60,6 +69,7 @@ FIGURE = ROOT.parent / "docs" / "frontier.png"
 def made(name: str, data: Data) -> tuple[Any, list[int] | None]:
     """An untrained student, and the teacher's layers that its layers learn from if that is not one to one."""
     teacher, (size, rate) = data.teacher, STUDENTS[name]
+    plan: Any
     if name.startswith("3 of 6 layers"):
         return keep_layers(teacher, KEPT), KEPT
     if name == "1 layer, low-rank embedding":
@@ -67,6 +77,13 @@ def made(name: str, data: Data) -> tuple[Any, list[int] | None]:
         plan = with_embedding(cut, {}, budget(teacher, size))
         student = compress(cut, plan, calibration=data.calibration, tokenizer=data.tokenizer).model
         return student, [teacher.config.num_hidden_layers - 1]
+    if name.startswith("3 layers"):  # of the student with half of the layers, distilled once more
+        half: Any = load_model(data.work / "3 of 6 layers")[0].eval()
+        limit = budget(teacher, size)
+        plan = low_rank_plan(half, limit)
+        if "searched" in name:
+            plan = search_plan(half, data.calibration, parameters=limit, tokenizer=data.tokenizer).plan
+        return compress(half, plan, calibration=data.calibration, tokenizer=data.tokenizer).model, KEPT
     kind = "low rank" if name.startswith("low rank") else "searched plan"
     return factored(Run(f"{kind}, calibrated", size, rate, STEPS), data).model, None
 
@@ -97,7 +114,7 @@ def measure(options: argparse.Namespace) -> None:
     paths: dict[tuple[str, str], Path] = {}
     for name, model in models.items():
         folder = ours(model, options.work / f"graphs-{name}")
-        paths |= {(name, form): folder / FORMS[form] for form in FORMS_SHOWN}
+        paths |= {(name, form): folder / FORMS[form] for form in MARKERS}
     sessions = {key: open_session(path, 1) for key, path in paths.items()}
     times: dict[Any, list[float]] = defaultdict(list)
     for batch, length in SHAPES:
@@ -116,34 +133,40 @@ def measure(options: argparse.Namespace) -> None:
 
 def draw(log: Path) -> None:
     """The figure, from the rows of a log."""
-    rows = re.findall(
-        r"^(.{32}) *[\d,]+ +(fp32|int8|int4) +([\d.]+) +([\d.]+) +[\d.]+ +([\d.]+)$", log.read_text(), re.M
-    )
+    row = r"^(.{32}) *[\d,]+ +(fp32|int8|int4) +([\d.]+) +([\d.]+) +[\d.]+ +([\d.]+)$"
+    rows = re.findall(row, log.read_text(), re.MULTILINE)
     found = {(name.strip(), form): tuple(map(float, values)) for name, form, *values in rows}
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
     sizes, speeds = figure.subplots(1, 2, sharey=True)
-    styles = {"fp32": "s", "int8": "o", "int4": "v"}
-    for index, name in enumerate(("dense", *STUDENTS)):
+    for name, color in COLORS.items():
         for axes, column in ((sizes, 0), (speeds, 1)):
-            points = [(found[name, form][column], found[name, form][2]) for form in FORMS_SHOWN]
-            axes.plot(*zip(*points, strict=True), color=f"C{index}", linewidth=0.8, alpha=0.5)
-            for form, point in zip(FORMS_SHOWN, points, strict=True):
-                axes.plot(
-                    *point, styles[form], color=f"C{index}", label=name if form == "int8" and not column else None
-                )
+            points = [(found[name, form][column], found[name, form][2]) for form in MARKERS]
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=0.8, alpha=0.4)
+            for marker, point in zip(MARKERS.values(), points, strict=True):
+                axes.plot(*point, marker, color=color, markersize=6)
+            place = (0, 8 if name == "dense" else -13)
+            axes.annotate(
+                name, points[1], place, textcoords="offset points", fontsize="small", color=color, ha="center"
+            )
     teacher = found["dense", "fp32"][2]
     for name, (millions, share) in STATIC.items():
         sizes.plot(4 * millions, share * teacher, "*", color="grey", markersize=10)
-        sizes.annotate(name, (4 * millions, share * teacher), (4, -12), textcoords="offset points", fontsize="small")
-    for form, marker in styles.items():
-        speeds.plot([], [], marker, color="grey", label=form)
-    sizes.set(xscale="log", xlabel="megabytes", ylabel="STS-B dev, Spearman, per cent")
-    speeds.set(xscale="log", xlabel="milliseconds, 1 x 128 tokens, one thread")
-    sizes.legend(fontsize="small", loc="lower right")
-    speeds.legend(fontsize="small", loc="lower right")
-    for axes in (sizes, speeds):
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_formatter("{x:g}")
+        sizes.annotate(
+            name, (4 * millions, share * teacher), (0, -14), textcoords="offset points", fontsize="small", color="grey",
+            ha="center",
+        )  # fmt: skip
+    for form, marker in MARKERS.items():
+        speeds.plot([], [], marker, color="black", label=form, linestyle="")
+    speeds.legend(loc="lower right")
+    sizes.set(xlabel="megabytes", ylabel="STS-B dev, Spearman, per cent", ylim=(77, 88))
+    speeds.set(xlabel="milliseconds, 1 x 128 tokens, one thread")
+    for axes, ticks in ((sizes, [1, 2, 4, 8, 16, 32, 64, 128]), (speeds, [1, 2, 4, 8, 16, 32, 64])):
+        axes.set_xscale("log")
+        axes.set_xlim(ticks[0] / 1.2, ticks[-1])
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(FIGURE, dpi=110)
 
 

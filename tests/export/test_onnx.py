@@ -192,9 +192,7 @@ def test_a_graph_that_differs_is_refused_and_nothing_is_left(change, monkeypatch
 def test_a_model_that_a_form_is_too_coarse_for_is_refused_with_the_remedy(monkeypatch, tmp_path):
     model = student(kt.KroneckerBertModel, {"encoder.*.intermediate.dense": (96, 1, 4)}, num_hidden_layers=1)
     monkeypatch.setitem(parity.TOLERANCES, "int8", 1e-9)
-    with pytest.raises(
-        ValueError, match=r"model_quantized.onnx differ .* int8 is too coarse for its weights: dis"
-    ):
+    with pytest.raises(ValueError, match=r"model_quantized.onnx differ .* int8 is too coarse for its weights: dis"):
         exporting.export_onnx(model, None, tmp_path / "out", also=["int8"])
     assert list(tmp_path.iterdir()) == []
 

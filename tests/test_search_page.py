@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 from browser import chromium
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling as STPooling
 from students import CAN_EXPORT
+from tiny import bert_tokenizer, teacher
+from transformers import BertForSequenceClassification, BertModel
 
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
@@ -138,19 +143,31 @@ def test_what_goes_wrong_is_said(site, tmp_path):
         assert "picture.txt is not plain text" in wait(driver, "document.getElementById('error').textContent")
 
 
-def test_a_model_of_another_kind_is_refused(tmp_path):
-    from tiny import bert_tokenizer, teacher
-    from transformers import BertModel
-
-    teacher(BertModel).save_pretrained(tmp_path / "plain")
+@pytest.mark.parametrize(
+    ("dense_class", "mode", "message"),
+    [
+        (BertForSequenceClassification, None, "is a BertForSequenceClassification; the page needs a sentence encoder"),
+        (BertModel, "max", r"has Pooling\(modes=\('max',\).*; the page takes the mean of the tokens or the first"),
+    ],
+)
+def test_what_the_page_would_compute_wrongly_is_refused_before_anything_is_fetched(
+    dense_class, mode, message, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PATH", str(tmp_path))  # without npm
+    teacher(dense_class).save_pretrained(tmp_path / "plain")
     bert_tokenizer(tmp_path / "plain").save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"has no sentence_bert_config\.json; the page needs a model"):
-        builder().main(["--student", str(tmp_path / "plain"), "--output", str(tmp_path / "site")])
+    source = tmp_path / "plain"
+    if mode:
+        transformer = Transformer(str(source), max_seq_length=9)
+        source = tmp_path / "encoder"
+        SentenceTransformer(modules=[transformer, STPooling(32, mode)], device="cpu").save(str(source))
+    with pytest.raises(ValueError, match=message):
+        builder().main(["--student", str(source), "--output", str(tmp_path / "site")])
     assert not (tmp_path / "site").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="PATH is searched otherwise")
-def test_without_npm(tmp_path, monkeypatch):
+def test_without_npm(student, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OSError, match=r"npm was not found; install Node\.js"):
-        builder().main(["--student", "none", "--output", str(tmp_path / "site")])
+        builder().main(["--student", str(student), "--output", str(tmp_path / "site")])

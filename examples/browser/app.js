@@ -71,14 +71,17 @@ async function takeFile(file) {
   if (file.size > LARGEST) {
     return fail(`${file.name} has ${megabytes(file.size)}; the page reads up to ${megabytes(LARGEST)}. Give it a part.`);
   }
+  let text = "\0";
   try {
-    const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
-    if (text.includes("\0")) throw new TypeError();
-    take(text);
-    read();
+    text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
   } catch {
-    fail(`${file.name} is not plain text in UTF-8. Save it as text, or copy its text and paste it here.`);
+    // other bytes than those of a text
   }
+  if (text.includes("\0")) {
+    return fail(`${file.name} is not plain text in UTF-8. Save it as text, or copy its text and paste it here.`);
+  }
+  take(text);
+  read();
 }
 
 function read() {

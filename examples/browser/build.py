@@ -21,11 +21,15 @@ from collections.abc import Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from kronecker_transformers.checkpoint.files import check_new_folder, new_folder
 from kronecker_transformers.checkpoint.load import load_model
+from kronecker_transformers.checkpoint.pooling import Pooling
+from kronecker_transformers.checkpoint.sentence_modules import encoder_settings
 from kronecker_transformers.export.onnx import export_onnx
 from kronecker_transformers.export.parity import FORMS
+from kronecker_transformers.models.kronecker_family import heads_of, longest_sequence
 
 SOURCE = Path(__file__).parent
 PAGE = (
@@ -35,10 +39,7 @@ PACKAGES = {
     "onnxruntime-web@1.30.0": ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"),
     "@huggingface/tokenizers@0.2.0": ("tokenizers.min.mjs",),
 }
-MODEL = (
-    FORMS["int8"], "config.json", "tokenizer.json", "tokenizer_config.json", "sentence_bert_config.json",
-    "1_Pooling/config.json",
-)  # fmt: skip
+MODEL = (FORMS["int8"], "config.json", "tokenizer.json", "tokenizer_config.json")
 STUDENT = Path("demo_output") / "kronecker-minilm-7.7x"
 
 
@@ -61,34 +62,50 @@ def vendor(folder: Path) -> None:
                 shutil.copy(Path(scratch) / "node_modules" / package.rpartition("@")[0] / "dist" / name, folder)
 
 
-def export_model(student: str, folder: Path) -> None:
-    """What of the exported model the page reads.
+def load_encoder(student: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer, and how a text becomes a vector, for `encoder.js`.
 
     Raises:
-        ValueError: it is no sentence encoder with the files of sentence-transformers.
+        ValueError: it is no sentence encoder, or one that the page does not compute.
         OSError: it cannot be read.
     """
     model, tokenizer = load_model(student)
+    if heads_of(model):
+        raise ValueError(f"{student} is a {type(model).__name__}; the page needs a sentence encoder, without a head")
+    if tokenizer is None:
+        raise ValueError(f"{student} has no tokenizer; save that of the model in the same folder")
+    settings = encoder_settings(model, tokenizer)
+    if settings.pooling not in (Pooling(("mean",)), Pooling(("cls",))) or not settings.normalize:
+        raise ValueError(
+            f"{student} has {settings.pooling}, normalize={settings.normalize}; the page takes the mean of the tokens "
+            "or the first of them, at length 1"
+        )
+    length = settings.max_length or longest_sequence(model)
+    return model, tokenizer, {"pooling": settings.pooling.modes[0], "prompt": settings.prompt, "max_length": length}
+
+
+def export_model(model: Any, tokenizer: Any, settings: dict[str, Any], folder: Path) -> None:
+    """What of the exported model the page reads."""
     with tempfile.TemporaryDirectory() as scratch:
         export_onnx(model, tokenizer, made := Path(scratch) / "model", also=["int8"])
-        if missing := [name for name in MODEL if not (made / name).exists()]:
-            raise ValueError(f"{student} has no {missing[0]}; the page needs a model of sentence-transformers")
         for name in MODEL:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(made / name, folder / name)
+    (folder / "encoder.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def build(student: str, output: Path) -> None:
     """Write all files, or none.
 
     Raises:
-        ValueError, OSError: as `vendor` and `export_model`; or the output exists.
+        ValueError, OSError: as `load_encoder` and `vendor`; or the output exists.
     """
     check_new_folder(output)
+    encoder = load_encoder(student)
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
         vendor(made / "vendor")
-        export_model(student, made / "model")
+        export_model(*encoder, made / "model")
         for name in PAGE:
             shutil.copy(SOURCE / name, made)
         files = sorted(path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file())

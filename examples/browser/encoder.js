@@ -10,32 +10,31 @@ const GRAPH = "onnx/model_quantized.onnx";
 
 export class Encoder {
   /**
-   * @param {URL} folder as `kronecker-transformers export --format onnx --int8` writes it.
+   * @param {URL} folder as `build.py` writes it.
    * @param {(bytes: number, total: number) => void} progress told of the graph while it is fetched.
    * @throws {Error} that says what could not be fetched.
    */
   static async load(folder, progress) {
     const json = async (name) => (await fetched(new URL(name, folder))).json();
-    const [tokenizer, settings, limits, pooling, graph] = await Promise.all([
+    const [tokenizer, tokenizerSettings, settings, graph] = await Promise.all([
       json("tokenizer.json"),
       json("tokenizer_config.json"),
-      json("sentence_bert_config.json"),
-      json("1_Pooling/config.json"),
+      json("encoder.json"),
       bytesOf(await fetched(new URL(GRAPH, folder)), progress),
     ]);
     const encoder = new Encoder();
     encoder.size = graph.byteLength;
-    encoder.tokenizer = new Tokenizer(tokenizer, settings);
-    encoder.most = limits.max_seq_length;
-    encoder.first = pooling.pooling_mode === "cls" || pooling.pooling_mode_cls_token === true;
+    encoder.tokenizer = new Tokenizer(tokenizer, tokenizerSettings);
+    encoder.settings = settings;
     encoder.session = await ort.InferenceSession.create(graph, { executionProviders: ["wasm"] });
     return encoder;
   }
 
   /** @returns {Promise<Float32Array>} the mean of the last hidden states, or the first of them, of length 1. */
   async encode(text) {
-    let { ids } = this.tokenizer.encode(text);
-    if (ids.length > this.most) ids = [...ids.slice(0, this.most - 1), ids.at(-1)];
+    const { pooling, prompt, max_length: most } = this.settings;
+    let { ids } = this.tokenizer.encode(prompt + text);
+    if (ids.length > most) ids = [...ids.slice(0, most - 1), ids.at(-1)];
     const tensor = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
     const feeds = {
       input_ids: tensor(ids),
@@ -46,7 +45,7 @@ export class Encoder {
     const { last_hidden_state: states } = await this.session.run(wanted, ["last_hidden_state"]);
     const [, length, width] = states.dims;
     const vector = new Float32Array(width);
-    for (let i = 0; i < (this.first ? 1 : length) * width; i++) vector[i % width] += states.data[i];
+    for (let i = 0; i < (pooling === "cls" ? 1 : length) * width; i++) vector[i % width] += states.data[i];
     const norm = Math.hypot(...vector);
     return vector.map((value) => value / norm);
   }

@@ -56,6 +56,7 @@ from kronecker_transformers.evaluation.sessions import open_session, session_mem
 from kronecker_transformers.evaluation.timing import environment, forward_pass, in_turn, median_and_spread
 from kronecker_transformers.export.onnx import export_onnx, quietly
 from kronecker_transformers.export.parity import FORMS, run
+from kronecker_transformers.models.kronecker_matching import selected_modules
 from kronecker_transformers.tasks.glue import load_glue
 from kronecker_transformers.tasks.sentences import encode
 
@@ -201,7 +202,7 @@ def searched(options: argparse.Namespace) -> None:
     texts = splits["train"]["sentence1"][:CALIBRATION]
     presets = {"7.7x": preset_modules(teacher, "7.7x")}
     batches = calibration_batches(texts, tokenizer, teacher)
-    layers = list(measured_layers(teacher, batches, presets))
+    layers = list(measured_layers(teacher, batches, presets, selected_modules(teacher, None)))
     weights = influences(teacher, layers, batches, progress=False)
     dense = teacher.num_parameters()
     fixed = dense - sum(layer.weight.numel() for layer in layers)

@@ -121,9 +121,12 @@ def main() -> None:
     place, layers = layers_of(teacher)
     for index, layer in enumerate(layers):
         module: Any
-        for name, module, fit, held_out in linear_modules(layer, streams) if index % 2 == 0 else ():
+        names = {name for name, _ in layer.named_modules()} if index % 2 == 0 else set()
+        for name, module, moments in linear_modules(layer, streams, names):
+            if moments is None:
+                continue
             for preset, entries in presets.items():
-                found = errors(module.weight, module.bias, fit, held_out, entries[f"{place}.{index}.{name}"])
+                found = errors(module.weight, module.bias, *moments, entries[f"{place}.{index}.{name}"])
                 squares[preset][name].append([error**2 for error in found])
         for stream in streams:
             stream.advance(layer)

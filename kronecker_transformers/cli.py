@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="peak learning rate (default: 1e-3, lower for hidden sizes above 384)",
     )
     command.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    _add_only(command)
     command.set_defaults(run=_distill)
 
     command = commands.add_parser(
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ratio", type=float, metavar="X", help="search for the best plan with this ratio; needs --calibration"
     )
     _add_calibration(command, required=False)
+    _add_only(command)
     command.add_argument("--output", required=True, metavar="DIR", help="new folder for the factored model")
     command.set_defaults(run=_compress)
 
@@ -131,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--int8", action="store_true", default=None, help="in 8 bits, with --runtime onnxruntime")
     _add_calibration(command, required=True)
+    _add_only(command)
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="plan file, .yaml or .json")
     command.add_argument("--picture", metavar="FILE", help="PNG of predicted error against size")
     command.set_defaults(run=_search)
@@ -229,6 +232,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_only(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--only",
+        type=lambda text: [part for part in text.split(",") if part],
+        metavar="PATTERN",
+        help="factor these modules only, and keep all others dense: embedding, or patterns of their names, separated "
+        "by commas (default: all)",
+    )
+
+
 def _add_calibration(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument(
         "--calibration",
@@ -259,6 +272,7 @@ def _distill(arguments: argparse.Namespace, console: Console) -> None:
         data_dir=arguments.data,
         ratio=arguments.ratio,
         plan=None if arguments.plan is None else read_plan(arguments.plan),
+        only=arguments.only,
         minutes=arguments.minutes,
         steps=arguments.steps,
         column=arguments.text_column,
@@ -275,7 +289,9 @@ def _compress(arguments: argparse.Namespace, console: Console) -> None:
     check_new_folder(arguments.output)
     texts = _calibration_texts(arguments) if arguments.calibration else None
     plan = None if arguments.plan is None else read_plan(arguments.plan)
-    result = compress(arguments.teacher, plan, ratio=arguments.ratio, calibration=texts, progress=True)
+    result = compress(
+        arguments.teacher, plan, ratio=arguments.ratio, only=arguments.only, calibration=texts, progress=True
+    )
     result.save_pretrained(arguments.output)
     _show(result.report, console)
     if result.tokenizer is None:
@@ -306,6 +322,7 @@ def _search(arguments: argparse.Namespace, console: Console) -> None:
         flops=arguments.flops,
         milliseconds=arguments.milliseconds,
         runtime=runtime,
+        only=arguments.only,
         progress=True,
     )
     found.save(arguments.output)

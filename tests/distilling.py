@@ -35,7 +35,8 @@ LENGTHS = (3, 12, 7, 5, 9, 2, 11, 4)
 def pair(dense_class, **changes):
     """A dense teacher and a student of it."""
     teacher = tiny.teacher(dense_class, **changes)
-    student = compress(teacher, BERT_PLAN if teacher.config.model_type == "bert" else GPT2_PLAN).model
+    name = teacher.config.model_type
+    student = compress(teacher, GPT2_PLAN if name == "gpt2" else tiny.as_family(BERT_PLAN, name)).model
     return teacher, student
 
 
@@ -50,7 +51,7 @@ def examples(model, count=8, seed=3):
     rows = []
     for index in range(count):
         length = LENGTHS[index % len(LENGTHS)]
-        row = {"input_ids": integers(2, vocabulary, length), "attention_mask": [1] * length}
+        row = {"input_ids": integers(3, vocabulary, length), "attention_mask": [1] * length}
         if "MultipleChoice" in name:
             row = {key: [value, value[::-1]] for key, value in row.items()} | {"labels": index % 2}
         elif "SequenceClassification" in name:
@@ -64,6 +65,8 @@ def examples(model, count=8, seed=3):
             row |= {"start_positions": index % length, "end_positions": length - 1 if index else 40}
         elif "LMHead" in name:
             row["labels"] = row["input_ids"]
+        elif name.endswith("ElectraForPreTraining"):
+            row["labels"] = integers(0, 2, length)
         elif "MaskedLM" in name or "PreTraining" in name:
             row["labels"] = [i if p % 3 == index % 3 else -100 for p, i in enumerate(row["input_ids"])]
             if "PreTraining" in name:

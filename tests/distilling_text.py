@@ -16,7 +16,6 @@ def text_file(folder, lines=240):
 def saved_teacher(dense_class, folder, **changes):
     model = tiny.teacher(dense_class, **changes)
     folder.mkdir()
-    tokenizer = tiny.bert_tokenizer if "Bert" in dense_class.__name__ else tiny.gpt2_tokenizer
-    tokenizer(folder).save_pretrained(folder)
+    tiny.tokenizer_for(tiny.model_type(dense_class), folder).save_pretrained(folder)
     model.save_pretrained(folder)
     return folder

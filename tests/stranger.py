@@ -5,10 +5,6 @@ import subprocess
 import sys
 import textwrap
 
-FAMILY_CODE = {
-    "bert": {"configuration_kronecker_bert.py", "kronecker_blocks.py", "modeling_kronecker_bert.py"},
-    "gpt2": {"configuration_kronecker_gpt2.py", "modeling_kronecker_gpt2.py"},
-}
 SHARED_CODE = {
     "configuration_kronecker.py",
     "factor_plan.py",
@@ -25,7 +21,12 @@ SHARED_CODE = {
 
 def code_of(family):
     """The Python files that lie beside the weights of a model of a family."""
-    return FAMILY_CODE[family] | SHARED_CODE
+    names = {f"modeling_kronecker_{family.replace('-', '_')}.py"}
+    if family in ("bert", "gpt2"):
+        names.add(f"configuration_kronecker_{family}.py")
+    if family != "gpt2":
+        names |= {"kronecker_blocks.py", "kronecker_presets.py"}
+    return names | SHARED_CODE
 
 
 def run(code, *arguments, tmp_path, input=None):

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tiny import bert_config, gpt2_config, perturb
+from tiny import as_family, family_config, model_type, perturb
 
 from kronecker_transformers.models import DENSE_CLASSES, kronecker_matching
 
@@ -25,10 +25,12 @@ ALL_MODELS = pytest.mark.parametrize("model_class", MODELS, ids=lambda c: c.__na
 
 
 def student(model_class, plan=None, dtype=torch.float32, **changes):
-    dense, default = (bert_config, BERT_PLAN) if "Bert" in model_class.__name__ else (gpt2_config, GPT2_PLAN)
+    name = model_type(model_class)
+    if plan is None:
+        plan = GPT2_PLAN if name == "gpt2" else as_family(BERT_PLAN, name)
     if "QuestionAnswering" in model_class.__name__:
         changes = {"id2label": None, "label2id": None, **changes}
-    config = model_class.config_class.from_dense(dense(**changes), default if plan is None else plan)
+    config = model_class.config_class.from_dense(family_config(name, **changes), plan)
     return perturb(model_class(config)).to(dtype).eval()
 
 

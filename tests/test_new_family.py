@@ -1,4 +1,4 @@
-"""A third family in one file: compressed, calibrated, distilled, published, and loaded without the package."""
+"""A further family in one file: compressed, calibrated, distilled, published, and loaded without the package."""
 
 import importlib.util
 import os
@@ -11,11 +11,11 @@ from unittest.mock import patch
 import torch
 import transformers
 
-FAMILY = Path(__file__).parent / "families" / "modeling_kronecker_roberta.py"
+FAMILY = Path(__file__).parent / "families" / "modeling_kronecker_camembert.py"
 CLASSES = {
-    "RobertaModel": "AutoModel",
-    "RobertaForMaskedLM": "AutoModelForMaskedLM",
-    "RobertaForSequenceClassification": "AutoModelForSequenceClassification",
+    "CamembertModel": "AutoModel",
+    "CamembertForMaskedLM": "AutoModelForMaskedLM",
+    "CamembertForSequenceClassification": "AutoModelForSequenceClassification",
 }
 WITHOUT = """
 import sys
@@ -78,7 +78,7 @@ def scenario(folder):
     texts = [" ".join(words[i % 7 :][: 5 + i % 9]) for i in range(60)]
     for name, auto in CLASSES.items():
         torch.manual_seed(0)
-        config = transformers.RobertaConfig(**tiny.BERT_SIZES, pad_token_id=0, type_vocab_size=1, num_labels=3)
+        config = transformers.CamembertConfig(**tiny.BERT_SIZES, pad_token_id=0, type_vocab_size=1, num_labels=3)
         teacher = tiny.perturb(getattr(transformers, name)(config)).eval()
         batch = tiny.inputs(teacher)
         # searched and calibrated; and what is exact is the teacher
@@ -118,7 +118,7 @@ def scenario(folder):
             files = hub.repo(f"org/{name}").files()
             assert {"README.md", "model.safetensors", FAMILY.name, "kronecker_family.py"} <= set(files)
             assert name.encode() in files["README.md"]
-        if name != "RobertaModel":
+        if name != "CamembertModel":
             continue
         # taught on masked text, with a head that is made for it
         teacher.save_pretrained(folder / f"{name}-teacher")
@@ -126,9 +126,9 @@ def scenario(folder):
         (folder / "text.txt").write_text("\n\n".join("\n".join(texts[i : i + 4]) for i in range(0, 60, 4)))
         options = {"teacher": folder / f"{name}-teacher", "train_text": folder / "text.txt", "max_length": 24}
         results = run_example("run_mlm_kd", folder / f"{name}-mlm", disable_tqdm=True, train_heads=2, **options)
-        assert any("no model of the family of Roberta" in note for note in results["notes"])
+        assert any("no model of the family of Camembert" in note for note in results["notes"])
         student, _ = load_student(folder / f"{name}-mlm" / "student")
-        assert type(student).__name__ == "KroneckerRobertaForMaskedLM"
+        assert type(student).__name__ == "KroneckerCamembertForMaskedLM"
     print("done")
 
 

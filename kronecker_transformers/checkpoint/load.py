@@ -53,6 +53,9 @@ def load_teacher(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
     base_class = DENSE_CLASSES[FAMILIES[config.model_type].base_class]
     found = config.architectures or [base_class.__name__]  # without a head, for all that is known
     architecture = found[0] if isinstance(found, list) else found
+    modules = read_modules(source)
+    if modules is not None and "Pooling" in modules.kinds:  # whatever head its own teacher had
+        architecture = base_class.__name__
     if architecture not in classes:
         raise ValueError(
             f"teacher {str(source)!r} has the architecture {architecture!r}; supported: {', '.join(sorted(classes))}; "

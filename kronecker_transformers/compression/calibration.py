@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..models.kronecker_family import family_of
+from ..models.kronecker_family import family_of, projection_of
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, seeing, weight_of
 from .calibrated import Moments, MomentSums, calibrated_kronecker, kronecker_product, weighted_kronecker
@@ -86,6 +86,10 @@ def _calibrate(
 
         for name, weights in row_weights(dense, names, batches).items():
             note(name, _fit_embedding(factored.get_submodule(name), dense.get_submodule(name), *weights))
+        projection = family_of(factored).projection
+        if projection and projection in names:
+            fit, held_out = projection_moments(dense, factored, batches)
+            note(projection, _fit(projection_of(factored), projection_of(dense), fit, held_out))
         streams, student_streams = enter(dense, batches), enter(factored, batches)
         place, layers = layers_of(dense)
         for index, (layer, student_layer) in enumerate(zip(layers, layers_of(factored)[1], strict=True)):
@@ -149,6 +153,19 @@ def group_moments(
         return sums[False].finish(), sums[True].finish()
     except ValueError as error:
         raise ValueError(f"layer {group[0]!r}: {error}") from error
+
+
+def projection_moments(dense: Any, factored: Any, batches: Sequence[CalibrationBatch]) -> tuple[Moments, Moments]:
+    """The same for the projection after the embedding."""
+    sums = {held_out: MomentSums() for held_out in (False, True)}
+    for batch in batches:
+        ids, mask = batch.input_ids.to(dense.device), batch.attention_mask.to(dense.device)
+        with seeing({"y": projection_of(dense)}, outputs=True) as outputs:
+            dense(ids, attention_mask=mask)
+        with seeing({"x": projection_of(factored)}) as inputs:
+            factored(ids, attention_mask=mask)
+        sums[batch.held_out].add(inputs["x"][0][0][mask.bool()], outputs["y"][mask.bool()])
+    return sums[False].finish(), sums[True].finish()
 
 
 def pooler_moments(dense: Any, streams: list[Stream], student_streams: list[Stream]) -> tuple[Moments, Moments]:

@@ -12,6 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from ..evaluation.cost import REPORT_LENGTH
 from ..models.factor_plan import FactorEntry
 from ..models.kronecker_contraction import multiplications
-from ..models.kronecker_family import family_of, heads_of, pooler_of
+from ..models.kronecker_family import family_of, heads_of, pooler_of, projection_of
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, weight_of
 from .calibrated import (
     RIDGE,
@@ -35,7 +36,7 @@ from .calibrated import (
     kronecker_product,
     weighted_kronecker,
 )
-from .calibration import group_moments, pooler_moments, row_error, row_weights
+from .calibration import group_moments, pooler_moments, projection_moments, row_error, row_weights
 from .estimates import error_curves, factor_shapes, weighted_error_curve
 
 SIZES = tuple(2 ** (-k / 8) for k in range(8, 57))
@@ -77,61 +78,84 @@ class MeasuredLayer:
     weight: Tensor
     """(m, n)"""
     candidates: list[Candidate]
-    probe: tuple[Tensor, Tensor, Tensor | None]
-    """Factors and bias, of a layer with an error."""
+    probe: tuple[Tensor, Tensor, Tensor | None] | None
+    """Factors and bias, of a layer with an error; none for one that stays dense."""
     probe_error: float
 
 
 def measured_layers(
-    base: Any, batches: Sequence[CalibrationBatch], presets: Mapping[str, Mapping[str, FactorEntry]]
+    base: Any,
+    batches: Sequence[CalibrationBatch],
+    presets: Mapping[str, Mapping[str, FactorEntry]],
+    names: AbstractSet[str],
 ) -> Iterator[MeasuredLayer]:
-    """All layers that are searched, in the order in which they compute, with their candidates.
+    """All layers in the order in which they compute, with their candidates.
 
     Args:
         base: the base model of a teacher.
         batches: calibration text.
         presets: plans of which every entry becomes a candidate: name of a module to entry.
+        names: of the modules that may be factored; others have one candidate, the dense layer.
     """
     wanted: dict[str, list[FactorEntry]] = defaultdict(list)  # by the kind of the layer: a preset may factor some only
     for entries in presets.values():
         for name, entry in entries.items():
             wanted[_kind(name)].append(entry)
     family = family_of(base)
-    for name, weights in row_weights(base, [family.words, family.positions], batches).items():
-        yield _embedding(name, base.get_submodule(name).weight, *weights, wanted[name])
+    tables = (family.words, family.positions)
+    counts = row_weights(base, [name for name in tables if name in names], batches)
+    for name in tables:
+        weight = base.get_submodule(name).weight
+        yield _embedding(name, weight, *counts[name], wanted[name]) if name in counts else _kept(name, weight, 0)
+    if family.projection and projection_of(base) is not None:
+        name, weight = family.projection, projection_of(base).weight
+        moments = projection_moments(base, base, batches) if name in names else None
+        yield _linear(name, weight, REPORT_LENGTH, moments, None, wanted[name])
     place, layers = layers_of(base)
+    kinds = {_kind(name) for name in names}
     shortlists: dict[str, list[Shape]] = {}
     streams = enter(base, batches)
     for layer in layers[: len(layers) // 2]:
         for stream in streams:
             stream.advance(layer)
     middle = len(layers) // 2
-    for name, module, fit, held_out in linear_modules(layers[middle], streams):
-        shortlists[name] = _shortlist(weight_of(module), fit, held_out, wanted[_kind(f"{place}.{middle}.{name}")])
+    inside = {name for name, _ in layers[middle].named_modules() if _kind(f"{place}.{middle}.{name}") in kinds}
+    for name, module, moments in linear_modules(layers[middle], streams, inside):
+        if moments is not None:
+            presets_here = wanted[_kind(f"{place}.{middle}.{name}")]
+            shortlists[name] = _shortlist(weight_of(module), *moments, presets_here)
     streams = enter(base, batches)
     for index, layer in enumerate(layers):
-        for name, module, fit, held_out in linear_modules(layer, streams):
+        inside = {name for name, _ in layer.named_modules() if f"{place}.{index}.{name}" in names}
+        for name, module, moments in linear_modules(layer, streams, inside):
             full = f"{place}.{index}.{name}"
-            presets_here = wanted[_kind(full)]
-            yield _linear(full, weight_of(module), REPORT_LENGTH, fit, held_out, shortlists[name], presets_here)
+            shapes = shortlists.get(name)
+            yield _linear(full, weight_of(module), REPORT_LENGTH, moments, shapes, wanted[_kind(full)])
         for stream in streams:
             stream.advance(layer)
     if family.pooler and pooler_of(base) is not None:
         name, weight = family.pooler, base.get_submodule(family.pooler).weight
-        fit, held_out = pooler_moments(base, streams, streams)
-        yield _linear(name, weight, 1, fit, held_out, _shortlist(weight, fit, held_out, wanted[name]), wanted[name])
+        moments = pooler_moments(base, streams, streams) if name in names else None
+        yield _linear(name, weight, 1, moments, None, wanted[name])
 
 
-def linear_modules(layer: nn.Module, streams: list[Stream]) -> Iterator[tuple[str, nn.Module, Moments, Moments]]:
-    """The linear modules of a layer that text reaches, with the moments of their inputs and outputs."""
-    names = [name for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    for group in groups_of(layer, names, streams[0]):
-        fit, held_out = group_moments(layer, layer, group, streams, streams)
+def linear_modules(
+    layer: nn.Module, streams: list[Stream], names: AbstractSet[str]
+) -> Iterator[tuple[str, nn.Module, tuple[Moments, Moments] | None]]:
+    """The linear modules of a layer that text reaches, with moments of inputs and outputs of those with these names."""
+    linear = [name for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    for group in groups_of(layer, linear, streams[0]):
+        measured = [name for name in group if name in names]
+        both = group_moments(layer, layer, measured, streams, streams) if measured else ()
         start = 0
         for name in group:
             module = layer.get_submodule(name)
+            if name not in names:
+                yield name, module, None
+                continue
             rows = slice(start, start := start + weight_of(module).shape[0])
-            yield name, module, fit.rows(rows), held_out.rows(rows)
+            fit, held_out = (moments.rows(rows) for moments in both)
+            yield name, module, (fit, held_out)
 
 
 def _kind(name: str) -> str:
@@ -189,12 +213,15 @@ def _linear(
     name: str,
     W: Tensor,
     tokens: int,
-    fit: Moments,
-    held_out: Moments,
-    shapes: Iterable[Shape],
+    moments: tuple[Moments, Moments] | None,
+    shapes: Iterable[Shape] | None,
     presets: list[FactorEntry],
 ) -> MeasuredLayer:
-    """A linear layer with its candidates."""
+    """A linear layer with its candidates, of these shapes or of those that are the best here; without moments, kept."""
+    if moments is None:
+        return _kept(name, W, tokens)
+    fit, held_out = moments
+    shapes = _shortlist(W, fit, held_out, presets) if shapes is None else shapes
     candidates = [_candidate(W, tokens, None, 0.0)]
     tries = {shape: _try(W, fit, held_out, shape, curve) for shape, curve in _estimates(W, fit, shapes).items()}
     for shape, (curve, _, _) in tries.items():
@@ -205,6 +232,11 @@ def _linear(
                 candidates.append(_candidate(W, tokens, FactorEntry(*shape, terms), float(curve[terms - 1])))
     _, probe, error = tries[len(W), 1]
     return MeasuredLayer(name, W, candidates, probe[:3], error)
+
+
+def _kept(name: str, W: Tensor, tokens: int) -> MeasuredLayer:
+    """A layer that stays dense."""
+    return MeasuredLayer(name, W, [_candidate(W, tokens, None, 0.0)], None, 0.0)
 
 
 def _embedding(name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry]) -> MeasuredLayer:
@@ -252,6 +284,9 @@ def influences(
     wanted = outputs()
     found = []
     for layer in tqdm(layers, desc="influences", unit="layer", disable=not progress):
+        if layer.probe is None:
+            found.append(0.0)
+            continue
         with _replaced(teacher.base_model.get_submodule(layer.name), *layer.probe):
             lost = [_lost(want, got) for want, got in zip(wanted, outputs(), strict=True)]
         found.append(sum(map(noise_to_signal, lost)) / len(lost) / noise_to_signal(max(layer.probe_error, 1e-3)))
@@ -292,7 +327,9 @@ def _outputs_that_count(teacher: Any, batch: CalibrationBatch) -> list[Tensor]:
     ids, mask = batch.input_ids.to(teacher.device), batch.attention_mask.to(teacher.device)
     inputs, real, heads = {"input_ids": ids, "attention_mask": mask}, mask.bool(), heads_of(teacher)
     if any(head.kind == "choices" for head in heads):
-        return [teacher.base_model(**inputs).pooler_output.float()]
+        output = teacher.base_model(**inputs)
+        pooled = output.last_hidden_state[:, 0] if pooler_of(teacher.base_model) is None else output.pooler_output
+        return [pooled.float()]
     output = teacher(**inputs, **({"use_cache": False} if family_of(teacher).causal else {}))
     if not heads:
         hidden = output.last_hidden_state.float()
@@ -303,7 +340,9 @@ def _outputs_that_count(teacher: Any, batch: CalibrationBatch) -> list[Tensor]:
     for head in heads:
         logits = output[head.logits]
         rows = logits if head.kind in ("sequence", "next_sentence") else logits[real]
-        found.append(rows.float() if head.kind in ("sequence", "tokens") else _distributions(rows))
+        if head.kind == "replaced":
+            rows = rows.unsqueeze(-1)
+        found.append(_distributions(rows) if head.kind in ("words", "next_token", "next_sentence") else rows.float())
     return found
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from ..checkpoint.sentence_modules import modules_of, refuse_code, share_modules
 from ..checkpoint.teachers import check_teacher
 from ..evaluation.cost import Report, describe
 from ..models import FACTORED_CLASSES
+from ..models.factor_plan import FactorPlan
 from ..models.kronecker_family import family_of
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from ..models.kronecker_matching import matched_plan, selected_modules
 from ..models.kronecker_nearest import nearest_kronecker
 from .activations import CalibrationBatch, calibration_batches, weight_of
 from .calibration import calibrate
@@ -76,6 +79,7 @@ def compress(
     plan: str | Mapping[str, Any] | None = None,
     *,
     ratio: float | None = None,
+    only: str | Sequence[str] | None = None,
     calibration: Iterable[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
@@ -89,6 +93,8 @@ def compress(
             calibration text, else the first preset of the family (7.7x for BERT, kngpt2 for GPT-2).
         ratio: of a search, how many times smaller the base model becomes; default: that of the first preset, 7.7 or
             1.48.
+        only: patterns (fnmatch) of the modules that are factored, relative to the base model; "embedding" is the word
+            embedding. What a plan has for others is left out. Default: all modules.
         calibration: texts on which the factors are fitted to the teacher's layers; some hundred sentences like those
             that the student will meet. A tenth of them is held out and decides, layer by layer, whether the nearest
             factors are kept. Without any, all layers get their nearest factors.
@@ -102,7 +108,8 @@ def compress(
         TypeError: the teacher is neither a name, a folder nor a model; or a text is not a string.
         ValueError: unsupported teacher, a plan that does not fit, or weights that are not finite; with `calibration`,
             too little text, no tokenizer, or activations that are not finite; with `ratio`, a plan too, no calibration
-            text, or a ratio that cannot be met.
+            text, or a ratio that cannot be met; with `only`, a pattern that matches nothing, or a plan for other
+            modules.
         OSError: the teacher cannot be read.
     """
     teacher, tokenizer = check_teacher(teacher, tokenizer)
@@ -120,6 +127,13 @@ def compress(
         raise ValueError(f"{asked} needs calibration text, for which the best plan is searched; give some")
     budget = {"ratio": family.default_ratio if ratio is None else ratio}
     check_budgets(budget)
+    names = selected_modules(teacher.base_model, only)
+    if searched and ratio is None and only is not None:
+        raise ValueError(
+            f"only={only!r} needs a ratio: the default, {family.default_ratio}, is for a plan of all modules; give one"
+        )
+    if not searched and only is not None:
+        plan = _restricted(teacher, student_class, plan, names)
     student = None if searched else _empty_student(teacher, student_class, plan)  # refuses a plan that does not fit
     batches: list[CalibrationBatch] = []
     if calibration is not None:
@@ -128,7 +142,7 @@ def compress(
         batches = calibration_batches(calibration, tokenizer, teacher)
     found = None
     if student is None:
-        found = search_batches(teacher, batches, budget, progress=progress)
+        found = search_batches(teacher, batches, budget, names=names, progress=progress)
         student = _empty_student(teacher, student_class, found.plan)
 
     errors: dict[str, dict[str, float]] = {}
@@ -175,6 +189,18 @@ def _empty_student(teacher: PreTrainedModel, student_class: Any, plan: Any) -> P
         config.tie_word_embeddings = False
     with torch.device("meta"):
         return model_like(teacher, student_class, config)
+
+
+def _restricted(teacher: PreTrainedModel, student_class: Any, plan: Any, names: AbstractSet[str]) -> FactorPlan:
+    """What a plan has for some of the modules."""
+    config = student_class.config_class.from_dense(teacher.config, plan)
+    entries = matched_plan(teacher.base_model, config.factor_plan)
+    if not entries.keys() & names:
+        raise ValueError(
+            f"plan has entries for other modules than those that only= allows, {min(names)!r} first; its first one is "
+            f"{next(iter(entries), None)!r}; widen only=, or take another plan"
+        )
+    return FactorPlan({name: entry for name, entry in entries.items() if name in names})
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ..checkpoint.teachers import check_teacher
 from ..models import FACTORED_CLASSES
 from ..models.factor_plan import FactorEntry, FactorPlan
 from ..models.kronecker_family import longest_sequence
-from ..models.kronecker_matching import matched_plan
+from ..models.kronecker_matching import matched_plan, selected_modules
 from .activations import CalibrationBatch, calibration_batches
 from .candidates import Candidate, influences, measured_layers, noise_to_signal
 from .estimates import UNITS, best_choice
@@ -108,6 +109,7 @@ def search_plan(
     flops: float | None = None,
     milliseconds: float | None = None,
     runtime: Runtime | None = None,
+    only: str | Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
 ) -> PlanSearch:
@@ -125,6 +127,8 @@ def search_plan(
         flops: of the linear layers of the base model, for a sequence of `REPORT_LENGTH` tokens.
         milliseconds: of a forward pass of the base model on this machine, by the times of layers that are measured.
         runtime: what these are of; default: one sequence of 128 tokens, in PyTorch. Only with `milliseconds`.
+        only: patterns (fnmatch) of the modules that may be factored, relative to the base model; "embedding" is the
+            word embedding. Budgets are of the whole base model all the same. Default: all modules.
         tokenizer: of a teacher that is a loaded model.
         progress: show progress bars on standard error.
 
@@ -132,7 +136,8 @@ def search_plan(
         A plan that uses at least 99 per cent of a budget, unless less is as good.
 
     Raises:
-        TypeError, ValueError, OSError: as `compress`; or no budget, more than two, or one that cannot be met.
+        TypeError, ValueError, OSError: as `compress`; no budget, more than two, or one that cannot be met; or a pattern
+            that matches nothing.
         ImportError: times of ONNX Runtime are asked for, and what it needs is missing.
     """
     model, tokenizer = check_teacher(teacher, tokenizer)
@@ -146,8 +151,9 @@ def search_plan(
         raise ValueError(f"length={runtime.length} is more than the {most} tokens of the teacher; give a smaller one")
     if tokenizer is None:
         raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
+    names = selected_modules(model.base_model, only)
     batches = calibration_batches(calibration, tokenizer, model)
-    return search_batches(model, batches, given, runtime, progress)
+    return search_batches(model, batches, given, runtime, names, progress)
 
 
 def check_budgets(given: Mapping[str, float]) -> None:
@@ -169,12 +175,17 @@ def search_batches(
     batches: Sequence[CalibrationBatch],
     budgets: Mapping[str, float],
     runtime: Runtime | None = None,
+    names: AbstractSet[str] | None = None,
     progress: bool = False,
 ) -> PlanSearch:
-    """As `search_plan`, for a teacher that is checked and text that is encoded; budgets by their names there."""
+    """As `search_plan`, for a teacher that is checked and text that is encoded; budgets by their names there.
+
+    `names` are those of the modules that may be factored; default: all.
+    """
     training = teacher.training
+    names = selected_modules(teacher.base_model, None) if names is None else names
     try:
-        return _search(teacher.eval(), batches, budgets, runtime or Runtime(), progress)
+        return _search(teacher.eval(), batches, budgets, runtime or Runtime(), names, progress)
     finally:
         teacher.train(training)
 
@@ -184,12 +195,15 @@ def _search(
     batches: Sequence[CalibrationBatch],
     budgets: Mapping[str, float],
     runtime: Runtime,
+    names: AbstractSet[str],
     progress: bool,
 ) -> PlanSearch:
     base: Any = teacher.base_model
-    presets = _presets(teacher)
+    known_plans = _presets(teacher)
+    presets = {key: {n: e for n, e in plan.items() if n in names} for key, plan in known_plans.items()}
+    measured = measured_layers(base, batches, presets, names)
     times = latency_table(teacher, runtime) if "milliseconds" in budgets else None
-    layers = list(tqdm(measured_layers(base, batches, presets), desc="candidates", unit="layer", disable=not progress))
+    layers = list(tqdm(measured, desc="candidates", unit="layer", disable=not progress))
     weights = influences(teacher, layers, batches, progress)
     candidates, rest = [layer.candidates for layer in layers], 0.0
     if times is not None:
@@ -224,6 +238,8 @@ def _search(
     points = [(fixed + (dense - fixed) * k / UNITS, _error(v)) for k, v in enumerate(frontier) if np.isfinite(v)]
     known = {}
     for name, entries in presets.items():
+        if entries != known_plans[name]:
+            continue
         taken = [next(c for c in layer.candidates if c.entry == entries.get(layer.name)) for layer in layers]
         noise = sum(w * noise_to_signal(c.error) for w, c in zip(weights, taken, strict=True))
         known[name] = fixed + sum(c.parameters for c in taken), _error(noise)

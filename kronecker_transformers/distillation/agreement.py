@@ -83,6 +83,8 @@ def _decision(head: Head, output: Output, batch: Mapping[str, Tensor], logits: T
         return logits > 0
     if output.kind == "span":
         return logits.masked_fill(~real_positions(batch), -torch.inf).argmax(-1)
+    if output.kind == "replaced":
+        return (logits > 0)[real_positions(batch)]
     if output.kind == "tokens":
         return logits.argmax(-1)[batch[head.labels] != IGNORED if head.kind == "words" else real_positions(batch)]
     return logits.argmax(-1)
@@ -107,6 +109,6 @@ def _agreement(
         if ours.is_floating_point():
             values["scores (Spearman with the teacher's)"] = float(spearmanr(ours, theirs).statistic)
         else:
-            names = {"words": "masked words", "tokens": "labels of tokens", "choices": "choices"}
+            names = {"words": "masked words", "tokens": "labels of tokens", "choices": "choices", "replaced": "words"}
             values[f"{names.get(head.kind, 'labels')} as the teacher's"] = float((ours == theirs).float().mean())
     return values

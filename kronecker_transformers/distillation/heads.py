@@ -24,7 +24,7 @@ class Output(Head):
     """A head of one model, with the losses that its kind of labels has.
 
     `kind` is "classes" (examples, classes); "values", a regression, and "binary", many labels, both (examples,
-    outputs); "tokens" and "next_token" (examples, length, classes); or "span" (examples, length).
+    outputs); "tokens" and "next_token" (examples, length, classes); "span" or "replaced" (examples, length).
     """
 
     def targets(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -37,6 +37,8 @@ class Output(Head):
             inside = labels.clamp(0, mask.shape[-1] - 1)
             found = mask.gather(-1, inside.unsqueeze(-1)).squeeze(-1) & (labels == inside)
             return labels.masked_fill(~found, losses.IGNORED)
+        if self.kind == "replaced":
+            return labels.masked_fill(~real_positions(inputs), losses.IGNORED)
         return labels
 
     def count(self, inputs: Mapping[str, Tensor]) -> int:
@@ -51,6 +53,8 @@ class Output(Head):
             return losses.supervised_values(logits, targets)
         if self.kind == "binary":
             return losses.supervised_binary(logits, targets)
+        if self.kind == "replaced":
+            return losses.supervised_binary(logits[counted := targets != losses.IGNORED], targets[counted])
         if self.kind == "next_token":
             logits = logits[:, :-1]
         elif self.kind == "span":  # padding is no candidate, else the loss would depend on how much of it there is
@@ -67,6 +71,8 @@ class Output(Head):
             return losses.logit_kl(student, teacher, temperature)
         if self.kind == "span":
             return losses.span_logit_kl(student, teacher, mask, temperature)
+        if self.kind == "replaced":  # two classes, of which the first has the logit 0
+            student, teacher = (torch.stack((torch.zeros_like(x), x), -1) for x in (student, teacher))
         return losses.token_logit_kl(student, teacher, mask, temperature)
 
 

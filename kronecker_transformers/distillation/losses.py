@@ -50,19 +50,21 @@ def hidden_state_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return _mean_over_real((_wide(student) - _wide(teacher)).square().mean(-1), mask)
 
 
-def attention_scores(query: Tensor, key: Tensor, heads: int, scaling: float) -> Tensor:
-    """The scores O = scaling Q K^T before mask and softmax; scaling is 1 / sqrt(d) in the papers.
+def attention_scores(query: Tensor, key: Tensor, heads: int, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """The scores O = scaling Q K^T + bias before mask and softmax; in the papers, 1 / sqrt(d) and no bias.
 
     Args:
         query, key: (S, L, heads * d), head by head.
         heads: number of heads.
         scaling: factor of the scores.
+        bias: of relative positions, (heads, L, L).
 
     Returns:
         (S, heads, L, L), row i for query i, column j for key j.
     """
     Q, K = (_wide(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))  # (S, heads, L, d)
-    return (scaling * Q) @ K.transpose(-1, -2)  # the smaller tensor is scaled
+    scores = (scaling * Q) @ K.transpose(-1, -2)  # the smaller tensor is scaled
+    return scores if bias is None else scores + bias
 
 
 def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool = False) -> Tensor:
@@ -235,7 +237,7 @@ def supervised_binary(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the binary cross entropies of all labels, for multi-label classification.
 
     Args:
-        logits, labels: (examples, labels).
+        logits, labels: (..., labels).
 
     Returns:
         A scalar, in nats.

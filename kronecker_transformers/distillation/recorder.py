@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..models.kronecker_family import family_of
+from ..models.kronecker_family import family_of, projection_of
 
 
 class QueryKey(NamedTuple):
@@ -26,6 +26,8 @@ class QueryKey(NamedTuple):
     key: Tensor
     heads: int
     scaling: float
+    bias: Tensor | None = None
+    """Added to the scores, (heads, length, length)."""
 
 
 @dataclass
@@ -33,8 +35,8 @@ class Recording:
     """What one forward pass showed; what was not asked for is empty.
 
     Attributes:
-        states: the output of the embedding layer, then of each layer, then of the norm after the last layer if there is
-            one, (batch, length, hidden) each.
+        states: the output of the embedding layer, or of the projection after it, then of each layer, then of the norm
+            after the last layer if there is one, (batch, length, hidden) each.
         depth: number of layers.
         attention: query and key of each layer.
     """
@@ -45,7 +47,7 @@ class Recording:
 
     @property
     def embeddings(self) -> Tensor:
-        """Output of the embedding layer."""
+        """What goes into the first layer."""
         return self.states[0]
 
     @property
@@ -75,6 +77,7 @@ class Recorder:
         self._recording = False
         self._found: dict[str, Tensor] = {}
         self._heads = 0
+        self._bias: nn.Module | None = None
         self._layers: list[Any] = []
         self._states: list[Any] = []
         self._handles: list[RemovableHandle] = []
@@ -87,11 +90,15 @@ class Recorder:
         norms = [base.get_submodule(family.norm)] if family.norm else []
         self._heads = model.config.num_attention_heads
         self._layers = [layer.get_submodule(family.attention) for layer in layers]
-        self._states = [base.get_submodule(family.embedded), *layers, *norms]
+        embedded = base.get_submodule(family.embedded)
+        self._states = [projection_of(base) or embedded, *layers, *norms]
+        self._bias = base.get_submodule(family.position_bias) if family.position_bias else None
         if self._wants_hidden:
             for i, module in enumerate(self._states):
                 self._hook(module, f"hidden {i}")
         if self._wants_attention:
+            if self._bias is not None:
+                self._hook(self._bias, "bias 0")
             for i, layer in enumerate(self._layers):
                 if family.query == family.key:
                     self._hook(layer.get_submodule(family.query), f"query {i}", f"key {i}")
@@ -129,6 +136,7 @@ class Recorder:
             if self._wants_hidden:
                 result.states += [self._take(f"hidden {i}") for i in range(len(self._states))]
             if self._wants_attention:
+                bias = None if self._bias is None else self._take("bias 0").permute(2, 0, 1)
                 for i, layer in enumerate(self._layers):
                     query, key = self._take(f"query {i}"), self._take(f"key {i}")
                     trained = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
@@ -137,7 +145,7 @@ class Recorder:
                             f"query of layer {i} carries no gradient, so its loss would not train anything; "
                             "checkpoint with use_reentrant=False"
                         )
-                    result.attention.append(QueryKey(query, key, self._heads, layer.scaling))
+                    result.attention.append(QueryKey(query, key, self._heads, _scaling(layer), bias))
         finally:
             self._recording = False
             self._found.clear()
@@ -150,3 +158,9 @@ class Recorder:
                 "class, or set the weights of the losses that need it to 0"
             )
         return self._found[name]
+
+
+def _scaling(attention: Any) -> float:
+    """The factor of the scores; where a class does not keep it, that of its source, 1 / sqrt(d)."""
+    scaling: float = getattr(attention, "scaling", None) or attention.attention_head_size**-0.5
+    return scaling

@@ -6,7 +6,7 @@ import atexit
 import gc
 import logging
 from collections.abc import Iterator, Sized
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,17 @@ logger = logging.getLogger(__name__)
 
 _SHORT = 128
 """Tokens; with twice as many flash attention is the faster one (benchmarks/attention.py)."""
+
+
+@contextmanager
+def unchanged_cache(config: Any) -> Iterator[None]:
+    """Take back what a trainer of transformers writes into a config: that the model uses no cache for generation."""
+    before = getattr(config, "use_cache", None)
+    yield
+    if before is None:
+        vars(config).pop("use_cache", None)
+    else:
+        config.use_cache = before
 
 
 class DistillationTrainer(PublishingTrainer, SamplingTrainer):
@@ -86,9 +97,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             autocast=lambda: self.accelerator.autocast(),
             pooling=pooling or MEAN,
         )
-        use_cache = model.config.use_cache
-        super().__init__(model=model, args=args, **trainer)
-        model.config.use_cache = use_cache  # the forward passes of training say themselves that they need none
+        with unchanged_cache(model.config):  # the forward passes of training say themselves that they need none
+            super().__init__(model=model, args=args, **trainer)
         if args.n_gpu > 1:
             raise ValueError(
                 f"n_gpu={args.n_gpu} in one process is not supported; start one process per GPU with torchrun"

@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -93,6 +93,7 @@ def distill(
     data_dir: str | None = None,
     ratio: float | None = None,
     plan: str | Mapping[str, Any] | None = None,
+    only: str | Sequence[str] | None = None,
     minutes: float | None = None,
     steps: int | None = None,
     column: str = "text",
@@ -118,6 +119,7 @@ def distill(
         data_dir: folder of the official GLUE files; default: the Hub.
         ratio: how many times smaller the base model becomes; default: that of the family's first preset.
         plan: as for `compress`; default: "search".
+        only: as for `compress`.
         minutes: of training, at most; default: 30, without `steps`.
         steps: of training, instead.
         column: of a table or dataset.
@@ -164,7 +166,9 @@ def distill(
     asked = family_of(dense).default_ratio if ratio is None else ratio
     how = f"plan searched for a ratio of {asked:g}" if searched else "plan as given"
     say(f"Compression: {how}, factors calibrated on {len(lesson.calibration):,} texts")
-    result = compress(dense, plan, ratio=ratio, calibration=lesson.calibration, tokenizer=tokenizer, progress=progress)
+    result = compress(
+        dense, plan, ratio=ratio, only=only, calibration=lesson.calibration, tokenizer=tokenizer, progress=progress
+    )
     student = result.model.requires_grad_(True)
     undistilled = copy.deepcopy(student).eval()
 
@@ -183,7 +187,7 @@ def distill(
     models = {"teacher": dense, "not distilled": undistilled.to(student.device), "student": student.eval()}
     options: dict[str, Any] = {
         "teacher": base_model or source_name(dense.config.name_or_path or "") or None,
-        "command": _command(base_model or teacher, text, task, data_dir, ratio, plan, minutes, steps, seed),
+        "command": _command(base_model or teacher, text, task, data_dir, ratio, plan, only, minutes, steps, seed),
     }
     options |= {"task_name": task} if text is None else {"train_text": [source_name(os.fspath(text))]}
     number = len(lesson.sentences) - few if lesson.sentences and not heads_of(dense) else sum(map(_rows_of, final))
@@ -272,6 +276,7 @@ def _command(
     data_dir: str | None,
     ratio: float | None,
     plan: Any,
+    only: Any,
     minutes: float | None,
     steps: int | None,
     seed: int,
@@ -281,6 +286,8 @@ def _command(
         "--text": text, "--task": task, "--data": data_dir, "--ratio": ratio, "--minutes": minutes, "--steps": steps,
         "--plan": None if plan == "search" else plan if isinstance(plan, str) else "plan.yaml", "--seed": seed or None,
     }  # fmt: skip
+    if only is not None:
+        known["--only"] = only if isinstance(only, str) else ",".join(only)
     given = [str(part) for name, value in known.items() if value is not None for part in (name, value)]
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else "TEACHER"
     return ["kronecker-transformers", "distill", source, *given]

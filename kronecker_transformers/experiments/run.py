@@ -22,7 +22,7 @@ from ..checkpoint.files import check_new_folder, to_json, write_text
 from ..checkpoint.load import load_teacher, save_folder
 from ..distillation.arguments import DistillationArguments
 from ..distillation.sampling import SamplingTrainer
-from ..distillation.trainer import DistillationTrainer, is_complete
+from ..distillation.trainer import DistillationTrainer, is_complete, unchanged_cache
 from ..evaluation.timing import environment
 from ..models.kronecker_family import longest_sequence
 
@@ -130,11 +130,10 @@ def fine_tune_teacher(
     saved = folder / TEACHER
     if saved.exists():
         return load_teacher(saved)[0]
-    use_cache = model.config.use_cache
-    train_plainly(
-        model, dataset, collator, like, num_train_epochs=epochs, learning_rate=learning_rate, weight_decay=0.01
-    )
-    model.config.use_cache = use_cache
+    with unchanged_cache(model.config):
+        train_plainly(
+            model, dataset, collator, like, num_train_epochs=epochs, learning_rate=learning_rate, weight_decay=0.01
+        )
     save_once(saved, model, tokenizer)
     return model.eval()
 

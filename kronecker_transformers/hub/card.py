@@ -49,6 +49,7 @@ _USES = {
         "text-generation", [{"text": "A small model learns what"}], {"parameters": {"max_new_tokens": 40}}
     ),
     "sequence": _Use("text-classification", [{"text": "A film of rare warmth and wit."}]),
+    "replaced": _Use("feature-extraction", [{"text": _SENTENCE}]),  # for which the Hub has no task
     "tokens": _Use("token-classification", [{"text": "Ada Lovelace lived in London."}]),
     "span": _Use(
         "question-answering", [{"text": "Where did Ada Lovelace live?", "context": "Ada Lovelace lived in London."}]

@@ -1,4 +1,4 @@
-"""What the configurations of both families share: the factor plan, and the classes a checkpoint can be loaded with."""
+"""What the configurations of all families share: the factor plan, and the classes a checkpoint can be loaded with."""
 
 # ruff: noqa: E402 - the versions are looked at before anything is imported that older ones do not have
 
@@ -56,8 +56,9 @@ class KroneckerConfigMixin:
         self.factor_plan = plan.to_dict()
 
     def _check_sizes(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "n_inner", "max_position_embeddings",
-                 "type_vocab_size", "num_attention_heads")  # fmt: skip
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "n_inner", "hidden_dim", "embedding_size",
+                 "max_position_embeddings", "type_vocab_size", "num_attention_heads",
+                 "relative_attention_num_buckets")  # fmt: skip
         for name, most in (("num_hidden_layers", MOST_LAYERS), *((size, LARGEST_SIZE) for size in sizes)):
             value = getattr(self, name, None)
             least = 0 if name == "num_hidden_layers" else 1

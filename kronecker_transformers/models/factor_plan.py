@@ -155,7 +155,7 @@ class FactorPlan(Mapping[str, FactorEntry]):
             if not names:
                 raise ValueError(
                     f"plan pattern {pattern!r} matches no module that can be factored; "
-                    f"names are relative to the base model, for example {', '.join(_examples(pattern, modules))}"
+                    f"names are relative to the base model, for example {', '.join(example_names(pattern, modules))}"
                 )
             for name in names:
                 if name in matched:
@@ -183,7 +183,7 @@ class FactorPlan(Mapping[str, FactorEntry]):
         return FactorPlan(entries if entry is None else {**entries, name: entry})
 
 
-def _examples(pattern: str, modules: Mapping[str, tuple[int, int]]) -> list[str]:
+def example_names(pattern: str, modules: Mapping[str, tuple[int, int]]) -> list[str]:
     """A few names for an error message: those most like the pattern, else some that differ in kind."""
     kinds: dict[str, str] = {}
     for name in modules:

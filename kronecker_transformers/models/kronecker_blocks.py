@@ -45,7 +45,7 @@ def _in_blocks(model: PreTrainedModel, forward: Callable[..., Any], inputs: dict
         or source.device.type != "cpu"
         or source.ndim < 2
         or source.shape[0] * source.shape[1] * model.config.hidden_size <= BLOCK
-        or model.config.is_decoder
+        or getattr(model.config, "is_decoder", False)
         or inputs.get("past_key_values") is not None
         or not isinstance(inputs.get("attention_mask"), (torch.Tensor, NoneType))
         or is_watched(model)

@@ -27,7 +27,8 @@ class Head:
     Attributes:
         kind: "sequence" (examples, classes) or, for a regression, (examples, outputs); "next_sentence" (examples, 2);
             "choices" (examples, choices); "tokens" and, over the vocabulary, "words" (examples, length, classes);
-            "next_token", the same for the token that follows; "span" (examples, length).
+            "next_token", the same for the token that follows; "span" (examples, length); "replaced", whether another
+            word stood there (examples, length).
         logits: its name in the model's output.
         labels: its name in the model's input.
         share: factor of its loss in the sum over all heads of the model, as in transformers.
@@ -54,12 +55,15 @@ class Family:
         layers: the stack of layers.
         words: the word embedding.
         positions: the position embedding.
-        embedded: the module whose output goes into the first layer.
+        embedded: the module whose output goes into the first layer, or into the projection.
         attention: in a layer, the self-attention, with its `scaling`.
         query, key: in the attention; the same module where one gives query, key and value in equal parts.
         default_ratio: how many times smaller a student is by default, where its plan is searched.
         presets: plans of the papers by name, functions of a config; the first is the default.
         norm: the norm after the last layer, if there is one.
+        projection: the linear layer from the size of the embedding to that of the layers; models where the two are the
+            same lack it, as in ELECTRA.
+        position_bias: the module that gives (length, length, heads) to add to the scores of every layer, as in MPNet.
         pooler: the linear layer of the pooler, which sees the first token only; models may lack it.
         causal: whether it reads from left to right and counts positions from the left.
         pads_positions: whether positions are counted from the one after that of the padding token, as in RoBERTa.
@@ -75,6 +79,8 @@ class Family:
     default_ratio: float
     presets: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     norm: str | None = None
+    projection: str | None = None
+    position_bias: str | None = None
     pooler: str | None = None
     causal: bool = False
     pads_positions: bool = False
@@ -132,7 +138,7 @@ def family_of(model: Any) -> Family:
 
 def supported_families() -> str:
     """Their names, for messages."""
-    return " and ".join(sorted({config.dense_config_class.model_type for config in FAMILIES.values()}))
+    return ", ".join(sorted({config.dense_config_class.model_type for config in FAMILIES.values()}))
 
 
 def heads_of(model: Any) -> tuple[Head, ...]:
@@ -163,8 +169,15 @@ def pooler_of(base: Any) -> Any:
     return getattr(base, family_of(base).pooler_module or "", None)
 
 
+def projection_of(base: Any) -> Any:
+    """The projection after the embedding of a base model, a module; None where there is none."""
+    return getattr(base, family_of(base).projection or "", None)
+
+
 def longest_sequence(model: Any) -> int:
     """Tokens that a model takes at most."""
-    config = model.config
-    longest: int = config.max_position_embeddings
-    return longest - (config.pad_token_id + 1 if family_of(model).pads_positions else 0)
+    longest: int = model.config.max_position_embeddings
+    if not family_of(model).pads_positions:
+        return longest
+    padding: int = model.base_model.get_submodule(family_of(model).positions).padding_idx
+    return longest - padding - 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .factor_plan import FactorEntry, resolve_plan
+from .factor_plan import FactorEntry, example_names, resolve_plan
 from .kronecker_family import family_of
 from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
 
@@ -58,3 +59,31 @@ def matched_plan(base: Any, plan: str | Mapping[str, Any]) -> dict[str, FactorEn
     if parameters > MOST_PARAMETERS:
         raise ValueError(f"config asks for {parameters:,} parameters, more than {MOST_PARAMETERS:,}; check its sizes")
     return matched
+
+
+def selected_modules(base: Any, only: str | Iterable[str] | None) -> set[str]:
+    """Names of the modules of a base model that may be factored.
+
+    Args:
+        base: dense or factored.
+        only: patterns (fnmatch) of names; "embedding" stands for the word embedding; None for all modules.
+
+    Raises:
+        ValueError: a pattern matches nothing, or there is none.
+    """
+    modules = factorable_modules(base)
+    if only is None:
+        return set(modules)
+    patterns = [only] if isinstance(only, str) else list(only)
+    if not patterns:
+        raise ValueError("only=[] leaves no module to factor; give a pattern, or leave it out")
+    found: set[str] = set()
+    for pattern in patterns:
+        names = [family_of(base).words] if pattern == "embedding" else [n for n in modules if fnmatchcase(n, pattern)]
+        if not names:
+            raise ValueError(
+                f"only={pattern!r} matches no module that can be factored; write embedding, or a pattern of names "
+                f"relative to the base model, for example {', '.join(example_names(pattern, modules))}"
+            )
+        found.update(names)
+    return found

@@ -1,4 +1,4 @@
-"""What the models of both families share: building from the plan, tying, resizing, initialising, loading."""
+"""What the models of all families share: building from the plan, tying, resizing, initialising, loading."""
 
 from __future__ import annotations
 

@@ -14,11 +14,10 @@ from transformers import (
     AutoModel,
     BertForMaskedLM,
     BertModel,
-    DistilBertConfig,
-    DistilBertModel,
+    CamembertConfig,
+    CamembertForMaskedLM,
+    CamembertModel,
     GPT2LMHeadModel,
-    RobertaConfig,
-    RobertaForMaskedLM,
 )
 
 import kronecker_transformers as kt
@@ -26,16 +25,17 @@ from kronecker_transformers import FactorPlan, compress, describe, to_dense
 from kronecker_transformers.checkpoint.load import load_student
 from kronecker_transformers.evaluation.cost import recorded_errors
 from kronecker_transformers.models import DENSE_CLASSES
+from kronecker_transformers.models.kronecker_family import FAMILIES
 
 ALL_TEACHERS = pytest.mark.parametrize("dense_class", DENSE_CLASSES.values(), ids=lambda c: c.__name__)
 
 
 def exact_plan(model):
     """Every module that can be factored, in uneven shapes, with as many terms as make the sum exact."""
-    config_class = kt.KroneckerBertConfig if model.config.model_type == "bert" else kt.KroneckerGPT2Config
+    config_class = FAMILIES[model.config.model_type]
     plan = {}
     for i, (name, (m, n)) in enumerate(factorable_modules(config_class.from_dense(model.config, {})).items()):
-        m1, n1 = [(m, n // 4), (m // 2, n), (m // 2, n // 8), (2, n // 2), (m, 1)][i % 5]
+        m1, n1 = [(m, n // 4), (max(1, m // 2), n), (max(1, m // 2), n // 8), (2, n // 2), (m, 1)][i % 5]
         plan[name] = (m1, n1, min(m1 * n1, (m // m1) * (n // n1)))
     return FactorPlan(plan)
 
@@ -157,8 +157,8 @@ def test_cross_attention():
     ("make", "plan", "message"),
     [
         (
-            lambda: DistilBertModel(DistilBertConfig(dim=32, n_heads=4, hidden_dim=64, n_layers=1)), "7.7x",
-            "class DistilBertModel is not supported; supported are BertForMaskedLM",
+            lambda: CamembertModel(CamembertConfig(**BERT_SIZES)), "7.7x",
+            "class CamembertModel is not supported; supported are BertForMaskedLM",
         ),
         (lambda: teacher(BertModel), "3x", "plan='3x' is not a preset"),
         (lambda: teacher(BertModel), {"encoder.layer.9.*": (2, 2)}, "matches no module"),
@@ -182,9 +182,9 @@ def test_weights_that_are_not_finite(value, parameter):
 
 def test_other_families_are_not_mistaken_for_bert():
     # RoBERTa's layers have BERT's names
-    roberta = RobertaForMaskedLM(RobertaConfig(**BERT_SIZES))
-    with pytest.raises(ValueError, match="class RobertaForMaskedLM is not supported"):
-        compress(roberta)
+    camembert = CamembertForMaskedLM(CamembertConfig(**BERT_SIZES))
+    with pytest.raises(ValueError, match="class CamembertForMaskedLM is not supported"):
+        compress(camembert)
 
 
 def test_frozen_parameters_stay_frozen_and_the_name_is_kept():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from students import CAN_EXPORT, factorable_modules
-from tiny import bert_tokenizer, gpt2_tokenizer, teacher, texts
+from tiny import bert_tokenizer, gpt2_tokenizer, teacher, texts, tokenizer_for
 from transformers import (
     BertForPreTraining,
     BertForSequenceClassification,
@@ -23,6 +23,7 @@ from kronecker_transformers.evaluation.cost import REPORT_LENGTH
 from kronecker_transformers.models import FACTORED_CLASSES
 from kronecker_transformers.models.factor_plan import FactorEntry
 from kronecker_transformers.models.kronecker_contraction import multiplications
+from kronecker_transformers.models.kronecker_family import family_of
 from kronecker_transformers.models.kronecker_layers import kronecker_linear
 from kronecker_transformers.models.kronecker_nearest import nearest_kronecker
 
@@ -102,14 +103,12 @@ def test_influences_follow_what_the_head_uses(bert, tmp_path):
 @pytest.mark.parametrize("dense_class", FACTORED_CLASSES, ids=lambda dense_class: dense_class.__name__)
 def test_influences_are_measured_with_any_head(dense_class, tmp_path):
     dense = teacher(dense_class)
-    bert = dense.config.model_type == "bert"
-    tokenizer = (bert_tokenizer if bert else gpt2_tokenizer)(tmp_path)
+    tokenizer = tokenizer_for(dense.config.model_type, tmp_path)
     W = dense.get_input_embeddings().weight
     A, B, _ = nearest_kronecker(W, len(W), 1, 4)
     errors = 0.1**0.5, 0.5**0.5
-    layers = [
-        MeasuredLayer("embeddings.word_embeddings" if bert else "wte", W, [], (A, B, None), error) for error in errors
-    ]
+    words = family_of(dense).words
+    layers = [MeasuredLayer(words, W, [], (A, B, None), error) for error in errors]
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     one, two = influences(dense, layers, calibration_batches(texts(), tokenizer, dense), progress=False)
     assert 0 < one < float("inf")

@@ -16,6 +16,7 @@ from kronecker_transformers.distillation.recorder import Recorder
 from kronecker_transformers.models import DENSE_CLASSES
 
 DENSE = sorted(DENSE_CLASSES.values(), key=lambda cls: cls.__name__)
+BASES = [cls for cls in DENSE if "For" not in cls.__name__ and "LMHead" not in cls.__name__]
 
 
 @pytest.mark.parametrize("dense_class", DENSE, ids=lambda cls: cls.__name__)
@@ -46,23 +47,32 @@ def test_other_sequence_labels_under_gradient_accumulation(problem_type, tmp_pat
         assert logs[0][term] == pytest.approx(logs[1][term], rel=1e-5, abs=1e-6)
 
 
-def divergence(student, teacher, temperature):
+def divergence(student, teacher, temperature, binary=False):
     """T^2 KL of one example, mean over its positions."""
+    if binary:  # of one logit for each position
+        student, teacher = (torch.stack((x, torch.zeros_like(x)), -1) for x in (student, teacher))
     p, q = ((x / temperature).softmax(-1) for x in (teacher, student))
     return temperature**2 * float((p * (p / q).log()).sum(-1).mean())
 
 
 def stock_scores(model, hidden_states):
-    """Q K^T / sqrt(d) of each layer, (batch, heads, length, length), from the states that go into it."""
-    base = model.base_model
+    """Q K^T / sqrt(d) + bias of each layer, (batch, heads, length, length), from the states that go into it."""
+    base, name = model.base_model, tiny.model_type(type(model))
     for i, state in enumerate(hidden_states[:-1]):
-        if hasattr(base, "encoder"):
+        if name == "gpt2":
+            query, key, _ = base.h[i].attn.c_attn(base.h[i].ln_1(state)).split(state.shape[-1], -1)
+        elif name == "distilbert":
+            attention = base.transformer.layer[i].attention
+            query, key = attention.q_lin(state), attention.k_lin(state)
+        elif name == "mpnet":
+            attention = base.encoder.layer[i].attention.attn
+            query, key = attention.q(state), attention.k(state)
+        else:
             attention = base.encoder.layer[i].attention.self
             query, key = attention.query(state), attention.key(state)
-        else:
-            query, key, _ = base.h[i].attn.c_attn(base.h[i].ln_1(state)).split(state.shape[-1], -1)
         query, key = (x.unflatten(-1, (model.config.num_attention_heads, -1)).transpose(1, 2) for x in (query, key))
-        yield query @ key.mT / query.shape[-1] ** 0.5
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        yield scores + base.encoder.compute_position_bias(state) if name == "mpnet" else scores
 
 
 @pytest.mark.parametrize("dense_class", DENSE, ids=lambda cls: cls.__name__)
@@ -81,7 +91,8 @@ def test_terms_against_the_stock_outputs_in_float64(dense_class, tmp_path):
         with torch.no_grad():
             s, t = (m(**batch, output_hidden_states=True, output_attentions=True) for m in (student, teacher))
             scores = [list(stock_scores(m, o.hidden_states)) for m, o in ((student, s), (teacher, t))]
-        logits += sum(divergence(s[name][0], t[name][0], 2.0) for name in s if "logits" in name) / (
+        binary = head == "ElectraForPreTraining"
+        logits += sum(divergence(s[name][0], t[name][0], 2.0, binary) for name in s if "logits" in name) / (
             2 if "QuestionAnswering" in head else 1  # start and end count half each
         )
         for one in range(s.hidden_states[0].shape[0]):
@@ -103,9 +114,9 @@ def test_terms_against_the_stock_outputs_in_float64(dense_class, tmp_path):
             sums["pooled"] += 1 - float(u @ v / u.norm() / v.norm())
     for term, value in sums.items():
         assert log[term] == pytest.approx(value / sequences, rel=1e-4, abs=1e-6), term
-    if head not in ("BertModel", "GPT2Model"):
+    if "For" in head or "LMHead" in head:
         assert log["logits"] == pytest.approx(logits / len(rows), rel=1e-4, abs=1e-6)
-    if head not in ("BertModel", "GPT2Model", "BertForQuestionAnswering", "GPT2ForQuestionAnswering"):
+    if ("For" in head or "LMHead" in head) and "QuestionAnswering" not in head:
         with torch.no_grad():
             stock_loss = student(**collate(rows)).loss
         assert log["supervised"] == pytest.approx(float(stock_loss), rel=1e-5)
@@ -122,7 +133,7 @@ def test_question_answering_loss_is_the_stock_one_without_padding(tmp_path):
     assert log.state.log_history[0]["supervised"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("dense_class", [BertModel, GPT2LMHeadModel])
+@pytest.mark.parametrize("dense_class", BASES, ids=lambda cls: cls.__name__)
 def test_scores_are_those_of_the_eager_attention(dense_class):
     teacher, student = pair(dense_class)
     for model in (teacher, student):
@@ -137,7 +148,7 @@ def test_scores_are_those_of_the_eager_attention(dense_class):
             attentions = model(**batch, output_attentions=True).attentions
         assert len(read.attention) == len(attentions) == 3
         mask = batch["attention_mask"].bool()[:, None, None, :]
-        if dense_class is GPT2LMHeadModel:
+        if dense_class is transformers.GPT2Model:
             mask = mask & torch.ones(mask.shape[-1], mask.shape[-1], dtype=torch.bool).tril()
         for layer, expected in zip(read.attention, attentions, strict=True):
             scores = attention_scores(*layer).masked_fill(~mask, torch.finfo(torch.float32).min)

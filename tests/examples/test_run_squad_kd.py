@@ -58,7 +58,7 @@ def workplace(tmp_path):
 
 def save_teacher(folder, dense_class, **changes):
     folder.mkdir()
-    tokenizer = (tiny.bert_tokenizer if "Bert" in dense_class.__name__ else tiny.gpt2_tokenizer)(folder)
+    tokenizer = tiny.tokenizer_for(tiny.model_type(dense_class), folder)
     tiny.teacher(dense_class, **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

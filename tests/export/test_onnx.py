@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from students import CAN_EXPORT, MODELS, student
-from tiny import bert_tokenizer, gpt2_tokenizer, inputs, teacher
+from tiny import bert_tokenizer, inputs, model_type, teacher, tokenizer_for
 
 import kronecker_transformers as kt
 from kronecker_transformers.cli import main
@@ -44,7 +44,7 @@ def exported(tmp_path_factory):
         if model_class not in made:
             folder = tmp_path_factory.mktemp("onnx")
             model = student(model_class)
-            tokenizer = (bert_tokenizer if "Bert" in model_class.__name__ else gpt2_tokenizer)(folder)
+            tokenizer = tokenizer_for(model_type(model_class), folder)
             with patch.object(exporting, "SMALLEST", SMALLEST):
                 texts = ("the quick brown fox", "a dog")
                 files = exporting.export_onnx(
@@ -199,7 +199,7 @@ def test_a_model_that_a_form_is_too_coarse_for_is_refused_with_the_remedy(monkey
 
 def test_long_texts_are_cut_and_compared_some_at_a_time(tmp_path):
     model = student(kt.KroneckerGPT2LMHeadModel, n_positions=200)
-    batches = parity.text_batches(model, gpt2_tokenizer(tmp_path), ["the fox " * 500, "a dog", *["a fox"] * 10])
+    batches = parity.text_batches(model, tokenizer_for("gpt2", tmp_path), ["the fox " * 500, "a dog", *["a fox"] * 10])
     assert [tuple(batch["input_ids"].shape) for batch in batches][:2] == [(1, 128), (8, 128)]
     assert sum(len(batch["input_ids"]) for batch in batches) == 1 + 12
     assert all(batch["attention_mask"].any(1).all() for batch in batches)

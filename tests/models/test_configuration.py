@@ -72,7 +72,7 @@ def test_default_is_all_dense():
     ("make", "message"),
     [
         (lambda: KroneckerBertConfig.from_dense(GPT2Config(), "7.7x"), "model_type='gpt2' must be 'bert'"),
-        (lambda: KroneckerBertConfig.from_dense(RobertaConfig(), "7.7x"), "supported families are bert and gpt2"),
+        (lambda: KroneckerBertConfig.from_dense(RobertaConfig(), "7.7x"), "supported families are bert, dis"),
         (lambda: KroneckerGPT2Config.from_dense(BertConfig(), "kngpt2"), "model_type='bert' must be 'gpt2'"),
         (
             lambda: KroneckerBertModel(KroneckerBertConfig(factor_plan={"nowhere": (1, 1)})),

@@ -11,24 +11,21 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from stranger import code_of, run
-from tiny import bert_tokenizer, gpt2_tokenizer, inputs, perturb, teacher
+from tiny import CONFIGS, inputs, perturb, teacher, tokenizer_for
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import kronecker_transformers as kt
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import save_folder
 from kronecker_transformers.models import DENSE_CLASSES
+from kronecker_transformers.models.kronecker_family import FAMILIES
 
-PLANS = {"bert": "7.7x", "gpt2": "kngpt2"}
 PIPELINES = {
-    "BertModel": "feature-extraction",
-    "BertForMaskedLM": "fill-mask",
-    "BertForSequenceClassification": "text-classification",
-    "BertForTokenClassification": "token-classification",
-    "GPT2Model": "feature-extraction",
-    "GPT2LMHeadModel": "text-generation",
-    "GPT2ForSequenceClassification": "text-classification",
-    "GPT2ForTokenClassification": "token-classification",
+    "Model": "feature-extraction",
+    "ForMaskedLM": "fill-mask",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
 }
 
 # Runs without the package; reads a list of jobs, writes what it found.
@@ -49,7 +46,8 @@ STRANGER = """
         for key, value in saved.items():
             assert state[key].dtype == value.dtype and torch.equal(state[key], value), key
         tied = state.keys() - saved.keys()
-        assert all(key.startswith(("lm_head.", "cls.predictions.decoder.")) for key in tied), tied
+        heads = ("lm_head.", "cls.predictions.decoder.", "vocab_projector.", "generator_lm_head.")
+        assert all(key.startswith(heads) for key in tied), tied
         with torch.no_grad():
             outputs = {k: v for k, v in model.eval()(**batch).items() if isinstance(v, torch.Tensor)}
         torch.save(outputs, job["outputs"])
@@ -80,17 +78,17 @@ STRANGER = """
 
 def checkpoint(dense_class, folder, tmp_path, **changes):
     dense = teacher(dense_class, **changes)
-    result = compress(dense, PLANS[dense.config.model_type])
+    result = compress(dense, "kngpt2" if dense.config.model_type == "gpt2" else "7.7x")
     perturb(result.model, seed=7)
-    tokenizer = (bert_tokenizer if dense.config.model_type == "bert" else gpt2_tokenizer)(tmp_path)
+    tokenizer = tokenizer_for(dense.config.model_type, tmp_path)
     save_folder(folder, result.model, tokenizer, result.report.to_dict())
     return result.model
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", CONFIGS)
 def test_every_class_without_the_package(family, tmp_path):
     classes = {d.__name__: d for d in DENSE_CLASSES.values() if d.config_class.model_type == family}
-    config_class = kt.KroneckerBertConfig if family == "bert" else kt.KroneckerGPT2Config
+    config_class = FAMILIES[family]
     auto_classes = {
         ref.split(".")[1].removeprefix("Kronecker"): auto for auto, ref in config_class.auto_classes.items()
     }
@@ -105,15 +103,18 @@ def test_every_class_without_the_package(family, tmp_path):
             expected[name] = {k: v for k, v in model(**batch).items() if isinstance(v, torch.Tensor)}
         paths = {key: str(work / key) for key in ("again", "outputs", "result", "resized")}
         others = (
-            [a for a in config_class.auto_classes if a != "AutoConfig"] if name.endswith("Model") else ["AutoModel"]
+            [a for a in config_class.auto_classes if a != "AutoConfig"]
+            if auto_classes[name] == "AutoModel"
+            else ["AutoModel"]
         )
         if name.endswith("ForQuestionAnswering"):  # two labels there, three elsewhere
             others = ["AutoModel", "AutoModelForQuestionAnswering"]
         elif "AutoModelForQuestionAnswering" in others:
-            others.remove("AutoModelForQuestionAnswering") if family == "bert" else None
+            others.remove("AutoModelForQuestionAnswering") if family != "gpt2" else None
+        kind = re.sub("^[A-Z].*?(?=Model|For|LMHead)", "", name)
         jobs.append({
             "folder": str(work / "model"), "auto_class": auto_classes[name], "batch": str(work / "batch.pt"),
-            "other_auto_classes": others, "pipeline": PIPELINES.get(name), **paths,
+            "other_auto_classes": others, "pipeline": PIPELINES.get(kind), **paths,
         })  # fmt: skip
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     process = run(STRANGER, tmp_path / "jobs.json", tmp_path=tmp_path)
@@ -357,8 +358,7 @@ def test_older_versions_are_told_what_is_needed(found, family, tmp_path):
     assert process.stdout.strip() == "done", process.stderr[-3000:]
     # older versions of transformers copy only the files that the one named in auto_map imports itself
     code = (tmp_path / "model" / f"configuration_kronecker_{family}.py").read_text()
-    assert set(re.findall(r"from \.(\w+) import", code)) == {
-        "configuration_kronecker",
-        "factor_plan",
-        "kronecker_family",
-    }
+    plans = "kronecker_presets" if family == "bert" else "factor_plan"
+    imports = re.findall(r"from \.(\w+) import", code)
+    assert imports[0] == "configuration_kronecker"  # which looks at the versions
+    assert set(imports) == {"configuration_kronecker", "kronecker_family", plans}

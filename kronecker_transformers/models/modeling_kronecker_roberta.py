@@ -1,4 +1,4 @@
-"""A family in one file, for the tests: RoBERTa with Kronecker-factored layers."""
+"""RoBERTa with Kronecker-factored layers: configuration, every head, one plan."""
 
 from __future__ import annotations
 
@@ -7,20 +7,31 @@ from typing import Any
 from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
+    RobertaForMultipleChoice,
+    RobertaForQuestionAnswering,
     RobertaForSequenceClassification,
+    RobertaForTokenClassification,
     RobertaModel,
     RobertaPreTrainedModel,
 )
 
 from .configuration_kronecker import KroneckerConfigMixin
-from .configuration_kronecker_bert import BERT_PRESETS
 from .kronecker_blocks import in_blocks
-from .kronecker_family import Family, Head, register_family
+from .kronecker_family import SPAN, Family, Head, register_family
+from .kronecker_presets import encoder_presets
 from .modeling_kronecker import KroneckerPreTrainedModel
 
 
 class KroneckerRobertaConfig(KroneckerConfigMixin, RobertaConfig):
-    """The stock `RobertaConfig` and a factor plan."""
+    """The stock `RobertaConfig` and a factor plan.
+
+    Args:
+        factor_plan: plan, name of a preset (`7.7x`, `21x`), or None for an all-dense model.
+        **kwargs: as for `RobertaConfig`.
+
+    Raises:
+        TypeError, ValueError: the plan is malformed, or a preset does not divide the sizes.
+    """
 
     model_type = "kronecker_roberta"
     dense_config_class = RobertaConfig
@@ -35,7 +46,7 @@ class KroneckerRobertaConfig(KroneckerConfigMixin, RobertaConfig):
         pooler="pooler.dense",
         pads_positions=True,
         default_ratio=7.7,
-        presets=BERT_PRESETS,
+        presets=encoder_presets(),
     )
 
     factor_plan: Any = None
@@ -44,6 +55,7 @@ class KroneckerRobertaConfig(KroneckerConfigMixin, RobertaConfig):
 class KroneckerRobertaPreTrainedModel(KroneckerPreTrainedModel, RobertaPreTrainedModel):
     """Base class of the factored RoBERTa models."""
 
+    config: KroneckerRobertaConfig
     config_class = KroneckerRobertaConfig
 
 
@@ -54,11 +66,23 @@ class KroneckerRobertaModel(KroneckerRobertaPreTrainedModel, RobertaModel):
 
 
 class KroneckerRobertaForMaskedLM(KroneckerRobertaPreTrainedModel, RobertaForMaskedLM):
-    """`RobertaForMaskedLM` on a factored RoBERTa."""
+    """`RobertaForMaskedLM` on a factored RoBERTa; a tied head uses the embedding's factors."""
 
 
 class KroneckerRobertaForSequenceClassification(KroneckerRobertaPreTrainedModel, RobertaForSequenceClassification):
     """`RobertaForSequenceClassification` on a factored RoBERTa."""
+
+
+class KroneckerRobertaForTokenClassification(KroneckerRobertaPreTrainedModel, RobertaForTokenClassification):
+    """`RobertaForTokenClassification` on a factored RoBERTa."""
+
+
+class KroneckerRobertaForQuestionAnswering(KroneckerRobertaPreTrainedModel, RobertaForQuestionAnswering):
+    """`RobertaForQuestionAnswering` on a factored RoBERTa."""
+
+
+class KroneckerRobertaForMultipleChoice(KroneckerRobertaPreTrainedModel, RobertaForMultipleChoice):
+    """`RobertaForMultipleChoice` on a factored RoBERTa."""
 
 
 register_family(
@@ -67,5 +91,8 @@ register_family(
         "AutoModel": (KroneckerRobertaModel, ()),
         "AutoModelForMaskedLM": (KroneckerRobertaForMaskedLM, (Head("words"),)),
         "AutoModelForSequenceClassification": (KroneckerRobertaForSequenceClassification, (Head("sequence"),)),
+        "AutoModelForTokenClassification": (KroneckerRobertaForTokenClassification, (Head("tokens"),)),
+        "AutoModelForQuestionAnswering": (KroneckerRobertaForQuestionAnswering, SPAN),
+        "AutoModelForMultipleChoice": (KroneckerRobertaForMultipleChoice, (Head("choices"),)),
     },
 )

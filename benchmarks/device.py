@@ -18,6 +18,7 @@ import math
 import statistics
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import onnxruntime
 import torch
 from common import low_rank_plan
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
 from plans import PROBE, preset_modules
 from plans import TEACHER as MINILM
 from scipy.stats import spearmanr
@@ -52,10 +53,12 @@ from kronecker_transformers.compression.activations import calibration_batches
 from kronecker_transformers.compression.candidates import influences, measured_layers, noise_to_signal
 from kronecker_transformers.compression.estimates import best_choice
 from kronecker_transformers.compression.latency import Runtime, latency_table
-from kronecker_transformers.evaluation.sessions import open_session, session_memory, session_pass, share_of_products
+from kronecker_transformers.evaluation.sessions import session_memory, session_pass, share_of_products
 from kronecker_transformers.evaluation.timing import environment, forward_pass, in_turn, median_and_spread
 from kronecker_transformers.export.onnx import export_onnx, quietly
-from kronecker_transformers.export.parity import FORMS, run
+from kronecker_transformers.export.openvino import write_openvino, write_openvino_int8
+from kronecker_transformers.export.parity import FORMS, graph_bytes, run
+from kronecker_transformers.export.runtimes import open_session
 from kronecker_transformers.models.kronecker_matching import selected_modules
 from kronecker_transformers.tasks.glue import load_glue
 from kronecker_transformers.tasks.sentences import encode
@@ -161,6 +164,80 @@ def encoders(name: str, options: argparse.Namespace) -> None:
             row += f"{against[1] / time:5.2f}x{against[1] / rest:6.2f}x"
         print(row, flush=True)
     print(f"Spread (half the distance between quartiles): median {statistics.median(spreads):.0%}")
+
+
+def openvino(options: argparse.Namespace) -> None:
+    """Encoders in OpenVINO: fp32, bf16, and weights of 8 bits; the dense model in int8 in ONNX Runtime beside them."""
+    for name in SIZES:
+        folders = [path for path in sorted(options.work.glob(f"{name}-*")) if "stock" not in path.name]
+        paths = {"dense, ONNX Runtime, int8": options.work / f"{name}-dense" / FORMS["int8"]}
+        sessions = {side: open_session(path, 1) for side, path in paths.items()}
+        for folder in folders:
+            for form, write in (("openvino", write_openvino), ("openvino_int8", write_openvino_int8)):
+                path = folder / FORMS[form]
+                if not path.exists():
+                    path.parent.mkdir(exist_ok=True)
+                    write(folder / FORMS["fp32"], path)
+                for dtype in ("float32", "bfloat16") if form == "openvino" else ("float32",):
+                    kind = "int8" if form == "openvino_int8" else dtype
+                    side = f"{folder.name.removeprefix(name + '-')}, {kind}"
+                    paths[side], sessions[side] = path, open_session(path, 1, dtype=dtype)
+        times: dict[str, list[float]] = {side: [] for side in paths}
+        for batch, length in SHAPES:
+            passes = {side: session_pass(session, batch, length) for side, session in sessions.items()}
+            for side, found in in_turn(passes, {16: 41, 128: 21}[length] if batch == 1 else 9).items():
+                times[side].append(median_and_spread(found)[0])
+        first = "dense, ONNX Runtime, int8"
+        print(f"\n{name + ', OpenVINO ' + version('openvino'):34s}{'MB':>7s}", end="")
+        print("".join(f"{f'{b}x{n}':>10s}{'ratio':>7s}" for b, n in SHAPES))
+        for side, path in paths.items():
+            cells = [f"{time:10.2f}{times[first][i] / time:6.2f}x" for i, time in enumerate(times[side])]
+            print(f"{side:34s}{graph_bytes(path) / 1e6:7.1f}{''.join(cells)}", flush=True)
+
+
+class _Tokens(CalibrationDataReader):
+    """Random tokens, for ranges that are as good as any where weights are random."""
+
+    def __init__(self) -> None:
+        generator = np.random.default_rng(0)
+        ids = generator.integers(0, 100, (4, 2, 64))
+        self._batches = iter(
+            {"input_ids": i, "attention_mask": np.ones_like(i), "token_type_ids": np.zeros_like(i)} for i in ids
+        )
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next batch."""
+        return next(self._batches, None)
+
+
+def static(options: argparse.Namespace) -> None:
+    """Products of 8 bits with ranges that are known before (static), beside dynamic quantization and fp32."""
+    for name in SIZES:
+        paths: dict[str, Path] = {}
+        for plan in ("dense", "low-rank-7.7x"):
+            folder = options.work / f"{name}-{plan}"
+            paths |= {f"{plan}, {form}": folder / FORMS[form] for form in ("fp32", "int8")}
+            for label, form in (("QOperator", QuantFormat.QOperator), ("QDQ", QuantFormat.QDQ)):
+                path = folder / f"static-{label}.onnx"
+                if not path.exists():
+                    proto = onnx.load(folder / FORMS["fp32"])
+                    del proto.graph.value_info[:]
+                    weights = {tensor.name for tensor in proto.graph.initializer}
+                    products = [n.name for n in proto.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
+                    quantize_static(
+                        proto, path, _Tokens(), form, per_channel=True, nodes_to_quantize=products,
+                        op_types_to_quantize=["MatMul"], extra_options={"DefaultTensorType": TensorProto.FLOAT},
+                    )  # fmt: skip
+                paths[f"{plan}, static, {label}"] = path
+        sessions = {side: open_session(path, 1) for side, path in paths.items()}
+        print(f"\n{name + ', static and dynamic':34s}" + "".join(f"{f'{b}x{n}':>10s}" for b, n in SHAPES))
+        times: dict[str, list[float]] = {side: [] for side in paths}
+        for batch, length in SHAPES:
+            passes = {side: session_pass(session, batch, length) for side, session in sessions.items()}
+            for side, found in in_turn(passes, {16: 41, 128: 21}[length] if batch == 1 else 9).items():
+                times[side].append(median_and_spread(found)[0])
+        for side, found in times.items():
+            print(f"{side:34s}{''.join(f'{time:10.2f}' for time in found)}", flush=True)
 
 
 def generation(options: argparse.Namespace) -> None:
@@ -392,6 +469,8 @@ def instructions() -> str:
 SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "operators": operators,
     **{name: partial(encoders, name) for name in SIZES},
+    "static": static,
+    "openvino": openvino,
     "generation": generation,
     "searched": searched,
     "quality": quality,

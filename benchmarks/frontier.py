@@ -39,9 +39,10 @@ from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.compression.search import search_plan
 from kronecker_transformers.distillation.start import keep_layers
-from kronecker_transformers.evaluation.sessions import open_session, session_pass
+from kronecker_transformers.evaluation.sessions import session_pass
 from kronecker_transformers.evaluation.timing import environment, in_turn
 from kronecker_transformers.export.parity import FORMS
+from kronecker_transformers.export.runtimes import open_session
 
 ROUNDS = 21
 SHAPES = ((1, 128), (8, 128))

@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="peak learning rate (default: 1e-3, lower for hidden sizes above 384)",
     )
     command.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    command.add_argument("--bf16", action="store_true", help="train in bfloat16: faster on a GPU, or with AMX")
     _add_only(command)
     command.set_defaults(run=_distill)
 
@@ -153,16 +154,22 @@ def _parser() -> argparse.ArgumentParser:
             if name == "export"
             else "deprecated alias of export",
             description="Write another form of a model. onnx: graphs for ONNX Runtime, on a CPU or in a browser. "
-            "dense: the factors multiplied out, a stock model with the same outputs.",
+            "openvino: graphs for OpenVINO. dense: the factors multiplied out, a stock model with the same outputs.",
         )
-        command.add_argument("model", metavar="DIR", help="folder of the factored model; for onnx, of a dense one too")
-        command.add_argument("--format", choices=("dense", "onnx"), default="dense", help="(default: %(default)s)")
-        for form, help_text in (("int8", "8-bit weights"), ("int4", "4-bit weights"), ("fp16", "half precision")):
-            command.add_argument(f"--{form}", action="store_true", help=f"for onnx: write a graph in {help_text} too")
+        command.add_argument("model", metavar="DIR", help="folder of the model; for dense, of a factored one")
+        command.add_argument(
+            "--format", choices=("dense", "onnx", "openvino"), default="dense", help="(default: %(default)s)"
+        )
+        for form, help_text in (
+            ("int8", "onnx or openvino: write a graph in 8-bit weights too"),
+            ("int4", "onnx: write a graph in 4-bit weights too"),
+            ("fp16", "onnx: write a graph in half precision too"),
+        ):
+            command.add_argument(f"--{form}", action="store_true", help=f"for {help_text}")
         command.add_argument(
             "--text",
             metavar="FILE",
-            help="for onnx: compare the graphs with PyTorch on the first 32 sentences or "
+            help="for onnx and openvino: compare the graphs with PyTorch on the first 32 sentences or "
             "documents of this file (default: on a few English sentences)",
         )
         command.add_argument("--output", required=True, metavar="DIR", help="new folder for the result")
@@ -182,9 +189,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(default: %(default)s)")
     command.add_argument("--device", default="cpu", help="a torch device (default: %(default)s)")
     command.add_argument(
-        "--runtime", choices=("torch", "torch-compile", "onnxruntime"), default="torch", help="(default: %(default)s)"
+        "--runtime",
+        choices=("torch", "torch-compile", "onnxruntime", "openvino"),
+        default="torch",
+        help="(default: %(default)s)",
     )
-    command.add_argument("--int8", action="store_true", help="for onnxruntime: both in 8 bits")
+    command.add_argument("--int8", action="store_true", help="for onnxruntime and openvino: both in 8 bits")
     command.add_argument(
         "--rounds", type=int, default=15, metavar="N", help="timed forward passes of each model (default: %(default)s)"
     )
@@ -277,6 +287,7 @@ def _distill(arguments: argparse.Namespace, console: Console) -> None:
         steps=arguments.steps,
         column=arguments.text_column,
         learning_rate=arguments.learning_rate,
+        bf16=arguments.bf16,
         seed=arguments.seed,
         progress=True,
         show=lambda line: console.print(line, highlight=False),
@@ -348,28 +359,34 @@ def _inspect(arguments: argparse.Namespace, console: Console) -> None:
 
 def _export(arguments: argparse.Namespace, console: Console) -> None:
     check_new_folder(arguments.output)
-    if arguments.format == "onnx":
-        _export_onnx(arguments, console)
+    formats = {"int8": ("onnx", "openvino"), "int4": ("onnx",), "fp16": ("onnx",), "text": ("onnx", "openvino")}
+    for option, able in formats.items():
+        if getattr(arguments, option) and arguments.format not in able:
+            raise ValueError(f"--{option} is for --format {' or '.join(able)}; add that, or leave --{option} out")
+    if arguments.format != "dense":
+        _export_graphs(arguments, console)
         return
-    for option in ("int8", "int4", "fp16", "text"):
-        if getattr(arguments, option):
-            raise ValueError(f"--{option} is for --format onnx; add that, or leave --{option} out")
     model, tokenizer = load_student(arguments.model)
     save_folder(arguments.output, to_dense(model), tokenizer)
     console.print(f"Dense twin saved in {arguments.output}.")
 
 
-def _export_onnx(arguments: argparse.Namespace, console: Console) -> None:
-    from .export.onnx import export_onnx
-    from .export.parity import FORMS, SENTENCES
+def _export_graphs(arguments: argparse.Namespace, console: Console) -> None:
+    from .export.onnx import export_graphs
+    from .export.parity import SENTENCES
 
+    if arguments.format == "onnx":
+        forms = ["fp32", *(form for form in ("int8", "int4", "fp16") if getattr(arguments, form))]
+        runtime = "onnxruntime 1.23 or newer"
+    else:
+        forms = ["openvino", "openvino_int8"] if arguments.int8 else ["openvino"]
+        runtime = "openvino"
     texts = TextSource((arguments.text,)).lines(32) if arguments.text else SENTENCES
     model, tokenizer = load_model(arguments.model)
     console.print("The model is traced and written; this takes up to a minute.")
-    also = [form for form in FORMS if getattr(arguments, form, False)]
-    found = export_onnx(model, tokenizer, arguments.output, also=also, texts=texts)
+    found = export_graphs(model, tokenizer, arguments.output, forms, texts=texts)
     console.print(display.exported_table(model, found))
-    console.print(f"Saved in {arguments.output}. The graphs run with onnxruntime 1.23 or newer, without this package.")
+    console.print(f"Saved in {arguments.output}. The graphs run with {runtime}, without this package.")
 
 
 def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
@@ -377,15 +394,21 @@ def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
         check_file(path)
     sizes = {name: getattr(arguments, name) for name in ("batch", "length", "rounds")}
     found: Comparison
-    if arguments.runtime == "onnxruntime":
-        if (arguments.dtype, arguments.device) != (DTYPES[0], "cpu"):
-            raise ValueError("--dtype and --device are for PyTorch; leave them out with --runtime onnxruntime")
+    if arguments.runtime in ("onnxruntime", "openvino"):
+        if arguments.device != "cpu" or (arguments.runtime == "onnxruntime" and arguments.dtype != DTYPES[0]):
+            raise ValueError(
+                f"--device {arguments.device} and --dtype {arguments.dtype} are not for --runtime {arguments.runtime}; "
+                "leave them out (openvino takes --dtype bfloat16 too)"
+            )
+        if arguments.dtype == "float16":
+            raise ValueError("--dtype float16 is not for --runtime openvino on a CPU; take bfloat16 or float32")
         from .evaluation.sessions import benchmark_sessions
 
-        found = benchmark_sessions(arguments.model, arguments.against, int8=arguments.int8, **sizes)
+        how = {"engine": arguments.runtime, "dtype": arguments.dtype, "int8": arguments.int8}
+        found = benchmark_sessions(arguments.model, arguments.against, **how, **sizes)
     else:
         if arguments.int8:
-            raise ValueError("--int8 is for --runtime onnxruntime; add that, or leave --int8 out")
+            raise ValueError("--int8 is for --runtime onnxruntime or openvino; add that, or leave --int8 out")
         options = {"dtype": arguments.dtype, "device": arguments.device}
         compiled = arguments.runtime == "torch-compile"
         found = benchmark(arguments.model, arguments.against, compiled=compiled, **options, **sizes)

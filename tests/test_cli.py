@@ -181,10 +181,10 @@ class TestBadInput:
         )
 
     def test_other_family(self, tmp_path, capsys):
-        config = transformers.DistilBertConfig(dim=32, n_heads=4, hidden_dim=64, n_layers=1, vocab_size=50)
-        transformers.DistilBertModel(config).save_pretrained(tmp_path / "distilbert")
-        message = self.fails(capsys, tmp_path, "compress", tmp_path / "distilbert", "--output", tmp_path / "student")
-        assert "is of the family 'distilbert'; supported are bert and gpt2" in message
+        config = transformers.CamembertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=50)
+        transformers.CamembertModel(config).save_pretrained(tmp_path / "camembert")
+        message = self.fails(capsys, tmp_path, "compress", tmp_path / "camembert", "--output", tmp_path / "student")
+        assert "is of the family 'camembert'; supported are bert, distilbert, electra" in message
 
     def test_other_head(self, tmp_path, capsys):
         transformers.BertForNextSentencePrediction(teacher(BertForSequenceClassification).config).save_pretrained(

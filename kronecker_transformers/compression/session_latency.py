@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..evaluation.sessions import open_session, session_pass, share_of_products
+from ..evaluation.sessions import session_pass, share_of_products
 from ..evaluation.timing import in_turn
 from ..export.layer_graphs import layer_graphs
 from ..export.onnx import require_packages, write_graphs
 from ..export.parity import FORMS
 from ..export.products import ProductEmbedding, linear_of, product_linear
+from ..export.runtimes import open_session
 from ..models.factor_plan import FactorEntry
 from ..models.kronecker_layers import KroneckerLinear
 from .candidates import MeasuredLayer

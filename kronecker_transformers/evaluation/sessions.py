@@ -1,4 +1,4 @@
-"""Models in ONNX Runtime: exported, and timed in turn."""
+"""Models in ONNX Runtime or OpenVINO: exported, and timed in turn."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint.load import load_model
-from ..export.onnx import export_onnx
-from ..export.parity import FORMS, run
+from ..export.onnx import export_graphs
+from ..export.parity import FORMS, graph_bytes, run
+from ..export.runtimes import OpenVINOSession, open_session
 from .cost import describe
 from .timing import (
     Comparison,
@@ -33,6 +34,8 @@ from .timing import (
     peak_memory,
 )
 
+ENGINES = {"onnxruntime": ("fp32", "int8"), "openvino": ("openvino", "openvino_int8")}
+"""The forms of graphs that a runtime runs: in fp32 and in 8 bits."""
 PRODUCTS = ("MatMul", "Gemm", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits")
 """Operators of linear layers; a `MatMul` of two activations, as in attention by hand, is counted among them."""
 
@@ -43,10 +46,12 @@ def benchmark_sessions(
     *,
     batch: int = 1,
     length: int = 128,
+    engine: str = "onnxruntime",
     int8: bool = False,
+    dtype: str = "float32",
     rounds: int = 15,
 ) -> Comparison:
-    """As `timing.benchmark`, with both models exported by `export_onnx` and run by ONNX Runtime on the CPU.
+    """As `timing.benchmark`, with both models exported by `export_graphs` and run by ONNX Runtime or OpenVINO.
 
     Bytes are those of the graphs, and memory is that of a process which opens one and runs it. The limit is what is
     left of the time without that of the products of linear layers.
@@ -56,14 +61,16 @@ def benchmark_sessions(
         against: the same.
         batch: sequences.
         length: tokens of each.
-        int8: in 8 bits, both.
+        engine: onnxruntime or openvino, on the CPU.
+        int8: in 8 bits, both; in OpenVINO their weights alone.
+        dtype: in which OpenVINO computes what is not quantized: float32 or bfloat16.
         rounds: in which both take turns, after two to warm up.
 
     Raises:
         ImportError, ValueError, OSError: as `export_onnx` and `timing.benchmark`.
     """
     check_sizes(batch, length, rounds)
-    form = "int8" if int8 else "fp32"
+    form = ENGINES[engine][int8]
     sources = {"model": model, "against": against}
     loaded: dict[str, Any] = {k: s if isinstance(s, PreTrainedModel) else load_model(s)[0] for k, s in sources.items()}
     for key, side in loaded.items():
@@ -72,43 +79,32 @@ def benchmark_sessions(
     with tempfile.TemporaryDirectory() as scratch:
         paths = {}
         for key, side in loaded.items():
-            export_onnx(side, None, Path(scratch) / key, also=[form])
+            export_graphs(side, None, Path(scratch) / key, [form])
             paths[key] = Path(scratch) / key / FORMS[form]
-        passes = {key: session_pass(open_session(path), batch, length, words=words[key]) for key, path in paths.items()}
+        sessions = {key: open_session(path, dtype=dtype) for key, path in paths.items()}
+        passes = {key: session_pass(session, batch, length, words=words[key]) for key, session in sessions.items()}
         seconds = in_turn(passes, rounds)
         measurements: dict[str, Any] = {}
         for key, path in paths.items():
             cost, (middle, spread) = describe(loaded[key], length).factored, median_and_spread(seconds[key])
             measurements[key] = Measurement(
-                name=name_of(sources[key]), parameters=cost.parameters, bytes=path.stat().st_size,
+                name=name_of(sources[key]), parameters=cost.parameters, bytes=graph_bytes(path),
                 flops=batch * cost.total_flops, milliseconds=middle, spread=spread,
-                limit_milliseconds=middle * (1 - share_of_products(path, batch, length, words=words[key])),
+                limit_milliseconds=middle * (1 - _share(sessions[key], path, batch, length, words[key])),
                 peak_bytes=session_memory(path, batch, length, words[key]),
             )  # fmt: skip
-    rates, machine = machine_rates(torch.float32), f"{environment()}, onnxruntime {version('onnxruntime')}"
+    rates, machine = machine_rates(torch.float32), f"{environment()}, {engine} {version(engine)}"
     return Comparison(
-        **measurements, batch=batch, length=length, dtype="int8" if int8 else "float32", device="cpu", compiled=False,
-        gemm_rate=rates[0], copy_rate=rates[1], environment=machine, runtime="onnxruntime",
+        **measurements, batch=batch, length=length, dtype="int8" if int8 else dtype, device="cpu", compiled=False,
+        gemm_rate=rates[0], copy_rate=rates[1], environment=machine, runtime=engine,
     )  # fmt: skip
 
 
-def open_session(path: str | os.PathLike[str] | bytes, threads: int | None = None, profile: str = "") -> Any:
-    """A session on the CPU, whose idle threads do not take time from those of other sessions.
-
-    Args:
-        path: of a graph, or its bytes.
-        threads: default: those of PyTorch.
-        profile: prefix of the file for a profile; none is made without.
-    """
-    from onnxruntime import InferenceSession, SessionOptions
-
-    options = SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, profile
-    return InferenceSession(path, options, providers=["CPUExecutionProvider"])
+def _share(session: Any, path: Path, batch: int, length: int, words: int) -> float:
+    """The share of the time that products take; a session of OpenVINO knows it of its last run."""
+    if isinstance(session, OpenVINOSession):
+        return session.share_of_products()
+    return share_of_products(path, batch, length, words=words)
 
 
 def session_pass(session: Any, batch: int, length: int, past: int = 0, words: int = 100) -> Callable[[], Any]:

@@ -1,9 +1,11 @@
-"""A factored model, or a dense one, as graphs for ONNX Runtime, in a folder that others read as it is.
+"""A factored model, or a dense one, as graphs for ONNX Runtime or OpenVINO, in a folder that others read as it is.
 
 onnx/model.onnx             fp32
 onnx/model_quantized.onnx   int8: products with dynamic quantization, a scale for each output; tables by rows
 onnx/model_q4.onnx          int4: weights in blocks of 32, a scale for each
 onnx/model_fp16.onnx        fp16, for a GPU or WebGPU
+openvino/openvino_model.xml and .bin                    fp32, for OpenVINO
+openvino/openvino_model_qint8_quantized.xml and .bin    weights in 8 bits, for OpenVINO
 config.json                 that of the stock model: the graphs need no code of this package
 tokenizer, and the files of sentence-transformers where the model has them
 """
@@ -40,6 +42,7 @@ from ..checkpoint.sentence_modules import modules_of
 from ..checkpoint.teachers import check_finite
 from ..models import DENSE_CLASSES
 from ..models.kronecker_family import family_of, has_choices, heads_of
+from .openvino import require_openvino, write_openvino, write_openvino_int8
 from .parity import FORMS, SENTENCES, ExportedFile, checked_graph, has_past, text_batches
 from .products import as_products
 
@@ -80,17 +83,34 @@ def export_onnx(
             whose outputs differ from the model's.
         OSError: the folder cannot be written; as with every other error, nothing is left behind.
     """
+    return export_graphs(model, tokenizer, folder, ("fp32", *also), texts=texts)
+
+
+def export_graphs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | os.PathLike[str],
+    forms: Iterable[str],
+    *,
+    texts: Sequence[str] = SENTENCES,
+) -> list[ExportedFile]:
+    """As `export_onnx`, with graphs of these forms alone, among them those for OpenVINO.
+
+    Raises:
+        ImportError, ValueError, OSError: as there.
+    """
     require_packages()
-    also = tuple(also)
-    if unknown := [form for form in also if form not in FORMS]:
-        raise ValueError(f"also={unknown[0]!r} is no form of a graph; choose from {', '.join(FORMS)}")
+    forms = tuple(dict.fromkeys(forms))
+    if unknown := [form for form in forms if form not in FORMS]:
+        raise ValueError(f"{unknown[0]!r} is no form of a graph; choose from {', '.join(FORMS)}")
+    if for_openvino := [form for form in forms if form.startswith("openvino")]:
+        require_openvino(int8="openvino_int8" in for_openvino)
     if not texts:
         raise ValueError("texts=[] leave nothing to compare the graphs with PyTorch on; give some sentences")
     heads_of(model)  # refuses other classes
     check_finite(model)
     check_new_folder(folder)
     model = copy.deepcopy(model).cpu().float().eval()
-    forms = dict.fromkeys(("fp32", *also))
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
         write_graphs(model, made, forms)
@@ -114,13 +134,21 @@ def write_graphs(model: PreTrainedModel, folder: Path, forms: Iterable[str]) -> 
     Args:
         model: in fp32 on the CPU, in evaluation mode.
         folder: for the files that `parity.FORMS` names.
-        forms: fp32 first.
+        forms: which of them.
     """
-    (folder / "onnx").mkdir()
+    forms = set(forms)
+    source = folder / FORMS["fp32"]
+    source.parent.mkdir()
     with quietly():
-        for form in forms:
-            source = model if form == "fp32" else folder / FORMS["fp32"]
-            _WRITERS[form](source, folder / FORMS[form])
+        _WRITERS["fp32"](model, source)
+        for form in sorted(forms - {"fp32"}):
+            target = folder / FORMS[form]
+            target.parent.mkdir(exist_ok=True)
+            _WRITERS[form](source, target)
+    if "fp32" not in forms:
+        source.unlink()
+        with contextlib.suppress(OSError):  # other forms are there
+            source.parent.rmdir()
 
 
 def require_packages() -> None:
@@ -240,6 +268,7 @@ def _write_fp16(source: Path, target: Path) -> None:
 
 _WRITERS: dict[str, Callable[[Any, Path], None]] = {
     "fp32": _write_fp32, "int8": _write_int8, "int4": _write_int4, "fp16": _write_fp16,
+    "openvino": write_openvino, "openvino_int8": write_openvino_int8,
 }  # fmt: skip
 
 

@@ -13,15 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.kronecker_family import has_choices, heads_of, longest_sequence
+from .runtimes import open_session
 
 FORMS = {
     "fp32": "onnx/model.onnx",
     "int8": "onnx/model_quantized.onnx",
     "int4": "onnx/model_q4.onnx",
     "fp16": "onnx/model_fp16.onnx",
+    "openvino": "openvino/openvino_model.xml",
+    "openvino_int8": "openvino/openvino_model_qint8_quantized.xml",
 }
-"""Names in the folder, as transformers.js and others look for them."""
-TOLERANCES = {"fp32": 1e-4, "int8": 0.3, "int4": 0.5, "fp16": 0.02}
+"""Names in the folder, as transformers.js, sentence-transformers and others look for them."""
+TOLERANCES = {"fp32": 1e-4, "int8": 0.3, "int4": 0.5, "fp16": 0.02, "openvino": 1e-4, "openvino_int8": 0.3}
 """Of the outputs: in fp32 the largest difference from PyTorch's, relative to the largest output; in others the norm of
 the differences, relative to that of the outputs. More means that something is wrong, not rounded."""
 LENGTH, BATCH = 128, 8
@@ -93,10 +96,8 @@ def checked_graph(
     Raises:
         ValueError: it gives other outputs.
     """
-    from onnxruntime import InferenceSession
-
     name = FORMS[form]
-    session = InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+    session = open_session(folder / name)
     peaks, norms = np.zeros(2), np.zeros(2)  # of the differences and of what PyTorch gives; NaN stays NaN
     for batch in batches:
         expected, found = model(**batch), run(session, batch)
@@ -111,16 +112,22 @@ def checked_graph(
             peaks = np.maximum(peaks, [np.abs(values).max() for values in pair])
             norms = np.hypot(norms, [np.linalg.norm(values) for values in pair])
     difference, relative_error = (float(gap / max(whole, 1e-30)) for gap, whole in (peaks, norms))
-    file = ExportedFile(name, (folder / name).stat().st_size, difference, relative_error)
-    measured, limit = file.difference if form == "fp32" else file.relative_error, TOLERANCES[form]
+    file = ExportedFile(name, graph_bytes(folder / name), difference, relative_error)
+    exact = form in ("fp32", "openvino")
+    measured, limit = file.difference if exact else file.relative_error, TOLERANCES[form]
     if not measured <= limit:
         remedy = "report this, with the model's config.json"
-        if form != "fp32":  # a model that was not distilled may be as fragile as that
+        if not exact:  # a model that was not distilled may be as fragile as that
             remedy = f"{form} is too coarse for its weights: distil it first, or export it without {form}"
         raise ValueError(
             f"outputs of {name} differ from PyTorch's by {measured:.2g} of their size, more than {limit:g}; {remedy}"
         )
     return file
+
+
+def graph_bytes(path: Path) -> int:
+    """Size of a graph with its weights, which OpenVINO has in a file beside it."""
+    return sum(file.stat().st_size for file in {path, path.with_suffix(".bin")} if file.exists())
 
 
 def run(session: Any, batch: Mapping[str, Any], with_past: bool = False) -> dict[str, np.ndarray]:

@@ -66,6 +66,12 @@ def auto_class(model: Any) -> str:
     return next(auto for auto, reference in references.items() if reference.endswith(f".{factored.__name__}"))
 
 
+def _with_mask(example: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """An example with the mask token of a tokenizer."""
+    mask = getattr(tokenizer, "mask_token", None) or "[MASK]"
+    return {**example, "text": example["text"].replace("[MASK]", mask)}
+
+
 def model_card(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -97,7 +103,7 @@ def model_card(
     """
     folder = Path(folder)
     records = Path(records or folder)
-    model, _ = load_model(folder)
+    model, tokenizer = load_model(folder)
     record = _read(records / RESULTS_FILE)
     options, training = record.get("options", {}), record.get("training", {})
     source = options.get("teacher") or _read(records / REPORT_FILE).get("teacher")
@@ -131,7 +137,7 @@ def model_card(
         datasets=_datasets(options) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
-        widget=[_SIMILARITY] if is_sentence_encoder else use.widget,
+        widget=[_SIMILARITY] if is_sentence_encoder else [_with_mask(example, tokenizer) for example in use.widget],
         inference=use.inference,
     )
     code = [file for file in published_files(folder) if file.is_code]

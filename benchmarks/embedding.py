@@ -1,0 +1,137 @@
+"""The word embedding alone as a product of low rank: sizes of multilingual encoders, and what all-MiniLM loses.
+
+    python benchmarks/embedding.py --data DIR --work WORK > benchmarks/logs/embedding.txt
+
+DIR holds the folders glue (the official files) and text. Sizes are counted on models without weights. all-MiniLM-L6-v2,
+without its pooler, is compressed with calibrated factors for its embedding and distilled for --minutes on running text
+and the sentences of five GLUE tasks, without labels (`kronecker_transformers.distill`, all parameters train, one seed).
+STS-B: Spearman correlation on the dev set. SST-2: dev accuracy of a logistic regression on embeddings of 4,000
+sentences. Finished runs are lines of logs/embedding.jsonl, and are not made again. --table shows them without a run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RunLog, runs_parser, unlabelled_text
+from datasets import disable_progress_bars
+from encoders import similarity, teacher
+from plans import PROBE
+from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import BertConfig, XLMRobertaConfig
+from transformers.utils.logging import disable_progress_bar
+
+from kronecker_transformers import KroneckerBertModel, KroneckerXLMRobertaModel, compress, distill
+from kronecker_transformers.checkpoint.load import load_student
+from kronecker_transformers.display import results_table
+from kronecker_transformers.experiments.lessons import text_lesson
+from kronecker_transformers.tasks.glue import load_glue
+from kronecker_transformers.tasks.language_modeling import TextSource
+from kronecker_transformers.tasks.sentences import encode
+
+LOG = RunLog("embedding")
+RANKS = (128, 64, 32)
+SMALL: dict[str, Any] = {"vocab_size": 250_037, "hidden_size": 384, "intermediate_size": 1536}
+MODELS: dict[str, tuple[Any, Any]] = {
+    "all-MiniLM-L6-v2": (
+        KroneckerBertModel, BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6)
+    ),
+    "multilingual MiniLM-L12, multilingual-e5-small": (KroneckerBertModel, BertConfig(**SMALL)),
+    "XLM-R base": (
+        KroneckerXLMRobertaModel, XLMRobertaConfig(vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1)
+    ),
+}  # fmt: skip
+
+
+def plan(config: Any, rank: int | None) -> dict[str, tuple[int, int, int]]:
+    """The embedding at one rank; none for the dense model."""
+    return {} if rank is None else {"embeddings.word_embeddings": (config.vocab_size, 1, rank)}
+
+
+def sizes() -> dict[str, list[str]]:
+    """Parameters of encoders without a pooler, dense and at each rank."""
+    rows = {}
+    for name, (model_class, config) in MODELS.items():
+        counts = []
+        for rank in (None, *RANKS):
+            with torch.device("meta"):
+                model = model_class(
+                    model_class.config_class.from_dense(config, plan(config, rank)), add_pooling_layer=False
+                )
+            counts.append(model.num_parameters())
+        dense, *others = counts
+        rows[name] = [f"{dense / 1e6:.1f} M, {4 * dense / 1e6:.0f} MB"]
+        rows[name] += [f"{n / 1e6:.1f} M, {4 * n / 1e6:.0f} MB, {dense / n:.2f}x" for n in others]
+    return rows
+
+
+def sentiment(model: Any, tokenizer: Any, data: Path) -> float:
+    """Accuracy on SST-2's dev set, in per cent."""
+    splits = load_glue("sst2", data / "glue", ["train", "validation"])
+    some, judged = splits["train"].select(range(PROBE)), splits["validation"]
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    encoded = partial(encode, model, tokenizer)
+    probe.fit(encoded(some["sentence"][:]).numpy(), some["label"][:])
+    return 100 * float(probe.score(encoded(judged["sentence"][:]).numpy(), judged["label"][:]))
+
+
+def perform(rank: int | None, minutes: float, text: Path, options: Any) -> None:
+    """Make and judge one student; without a rank, the teacher."""
+    model, tokenizer = teacher()
+    if rank is None:
+        student = model
+    elif not minutes:
+        texts = text_lesson(model, tokenizer, TextSource((str(text),)), 0).calibration
+        student = compress(model, plan(model.config, rank), calibration=texts, tokenizer=tokenizer).model
+    else:
+        folder = options.work / f"rank-{rank}"
+        shutil.rmtree(folder, ignore_errors=True)
+        distill(
+            model, text, folder, plan=plan(model.config, rank), minutes=minutes, tokenizer=tokenizer,
+            base_model="sentence-transformers/all-MiniLM-L6-v2",
+        )  # fmt: skip
+        student, _ = load_student(folder)
+    scores = {
+        "stsb": similarity(student.eval(), tokenizer, options.data),
+        "sst2": sentiment(student, tokenizer, options.data),
+    }
+    LOG.add({"rank": rank, "minutes": minutes}, {"parameters": student.num_parameters(), **scores})
+
+
+def table(console: Console) -> None:
+    """Sizes, and all finished runs."""
+    console.print(LOG.environments(), highlight=False)
+    console.print(results_table("Encoders", ["dense", *(f"rank {rank}" for rank in RANKS)], sizes()))
+    rows = {}
+    for line in LOG.lines():
+        how = f", {line['minutes']:g} minutes" if line["minutes"] else ", not distilled"
+        name = "teacher" if line["rank"] is None else f"embedding of rank {line['rank']}{how}"
+        rows[name] = [f"{line['parameters']:,}", f"{line['stsb']:.2f}", f"{line['sst2']:.2f}"]
+    console.print(results_table("all-MiniLM-L6-v2", ["parameters", "STS-B dev", "SST-2 dev"], rows))
+
+
+def main() -> None:
+    """Run what is missing, then show it."""
+    parser = runs_parser("The word embedding alone.", "text and students")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training (default: %(default)s)")
+    options = parser.parse_args()
+    disable_progress_bar()
+    disable_progress_bars()
+    if not options.table:
+        options.work.mkdir(parents=True, exist_ok=True)
+        text = unlabelled_text(options.data, options.work)
+        for rank, minutes in ((None, 0.0), *((rank, 0.0) for rank in RANKS), (64, options.minutes)):
+            if not LOG.find({"rank": rank, "minutes": minutes}):
+                perform(rank, minutes, text, options)
+    table(Console(width=150))
+
+
+if __name__ == "__main__":
+    main()

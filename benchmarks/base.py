@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import RunLog, low_rank_plan, runs_parser, unlabelled_text
 from datasets import disable_progress_bars
 from encoders import curve, similarity
@@ -67,7 +68,7 @@ UNTRAINED = [
     Run(plan, start, ratio)
     for ratio in RATIOS
     for plan, start in (
-        ("papers", "nearest"), ("papers", "calibrated"), ("low rank", "calibrated"), ("searched", "calibrated")
+        ("papers", "nearest"), ("searched", "calibrated"), ("papers", "calibrated"), ("low rank", "calibrated")
     )
 ]  # fmt: skip
 
@@ -163,8 +164,14 @@ def perform(run: Run, text: Path, options: Any) -> None:
         )  # fmt: skip
         student, tokenizer = load_student(folder)
         results = {"rows": found.rows, "training": found.training, "curve": curve(said)}
-    score = similarity(student.eval(), tokenizer, options.data)
+    score = judged(student.eval(), tokenizer, options)
     LOG.add(asdict(run), {"parameters": student.num_parameters(), "stsb": score, **results})
+
+
+def judged(model: Any, tokenizer: Any, options: Any) -> float:
+    """STS-B, in the precision of the training."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+        return similarity(model, tokenizer, options.data)
 
 
 def rows() -> Iterator[tuple[str, list[Any]]]:
@@ -201,7 +208,7 @@ def main() -> None:
     parser = runs_parser("A sentence encoder of BERT-base's size.", "teacher, text, plans and students")
     parser.add_argument("--minutes", type=float, default=0.0, help="of training of each student (default: none)")
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="(default: both)")
-    parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
+    parser.add_argument("--bf16", action="store_true", help="train and judge in bfloat16")
     options = parser.parse_args()
     disable_progress_bar()
     disable_progress_bars()
@@ -210,7 +217,7 @@ def main() -> None:
         text = unlabelled_text(options.data, options.work)
         if not LOG.find(TEACHER_RUN):
             model, tokenizer = teacher(options.work)
-            score = similarity(model, tokenizer, options.data)
+            score = judged(model, tokenizer, options)
             LOG.add(TEACHER_RUN, {"parameters": model.num_parameters(), "stsb": score})
         runs = [run for run in UNTRAINED if run.ratio in options.ratios]
         if options.minutes:

@@ -8,6 +8,7 @@ they compute. A part of the text is held out: a layer whose nearest factors do b
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from ..models.kronecker_family import family_of, projection_of
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, seeing, weight_of
 from .calibrated import Moments, MomentSums, calibrated_kronecker, kronecker_product, weighted_kronecker
+from .outputs import HeldOutOutputs
+
+logger = logging.getLogger(__name__)
 
 UNSEEN = 1.0
 """Occurrences that every row of an embedding is taken to have beside those in the text (Laplace smoothing)."""
@@ -43,7 +47,9 @@ def calibrate(
 ) -> dict[str, LayerErrors]:
     """Give a student, in place, the factors and biases that suit calibration text. Deterministic.
 
-    Modules that text alone does not reach, those of cross-attention, keep their nearest factors.
+    Modules that text alone does not reach, those of cross-attention, keep their nearest factors. What is best layer by
+    layer need not be best for the model: where its outputs on held-out text do not come nearer to the teacher's, all
+    layers get their nearest factors back, with a warning.
 
     Args:
         teacher: a dense model; it is not changed.
@@ -63,8 +69,22 @@ def calibrate(
             f"chunk_size_feed_forward={chunk} must be 0 for calibration; set it so in the teacher's config"
         )
     training = teacher.training
+    factored = [module for module in student.modules() if _is_factored(module)]
+    nearest = {p: p.detach().clone() for module in factored for p in module.parameters(recurse=False)}
     try:
-        errors = _calibrate(teacher.eval().base_model, student.eval().base_model, batches, progress)
+        judged = HeldOutOutputs(teacher.eval(), batches)
+        before = judged.lost(student.eval())
+        errors = _calibrate(teacher.base_model, student.base_model, batches, progress)
+        after = judged.lost(student)
+        if sum(after) >= sum(before):
+            logger.warning(
+                "the calibrated student is no nearer to its teacher on held-out text than the nearest factors (errors "
+                "of its outputs: %s, nearest: %s), so it keeps these; use a plan that is searched, or more text",
+                *(", ".join(f"{value:.3f}" for value in values) for values in (after, before)),
+            )
+            for parameter, value in nearest.items():
+                parameter.copy_(value)
+            errors = _calibrate(teacher.base_model, student.base_model, batches, progress, fit=False)
     finally:
         teacher.train(training)
     prefix = "" if student.base_model is student else f"{student.base_model_prefix}."
@@ -72,9 +92,9 @@ def calibrate(
 
 
 def _calibrate(
-    dense: Any, factored: Any, batches: Sequence[CalibrationBatch], progress: bool
+    dense: Any, factored: Any, batches: Sequence[CalibrationBatch], progress: bool, fit: bool = True
 ) -> dict[str, LayerErrors]:
-    """The same for base models."""
+    """The same for base models, layer by layer alone; without `fit` the factors are measured and kept."""
     names = [name for name, module in factored.named_modules() if _is_factored(module)]
     _check_amount(batches, factored)
     errors: dict[str, LayerErrors] = {}
@@ -85,25 +105,25 @@ def _calibrate(
             bar.update()
 
         for name, weights in row_weights(dense, names, batches).items():
-            note(name, _fit_embedding(factored.get_submodule(name), dense.get_submodule(name), *weights))
+            note(name, _fit_embedding(factored.get_submodule(name), dense.get_submodule(name), *weights, fit))
         projection = family_of(factored).projection
         if projection and projection in names:
-            fit, held_out = projection_moments(dense, factored, batches)
-            note(projection, _fit(projection_of(factored), projection_of(dense), fit, held_out))
+            moments = projection_moments(dense, factored, batches)
+            note(projection, _fit(projection_of(factored), projection_of(dense), *moments, fit))
         streams, student_streams = enter(dense, batches), enter(factored, batches)
         place, layers = layers_of(dense)
         for index, (layer, student_layer) in enumerate(zip(layers, layers_of(factored)[1], strict=True)):
             inner = [name for name, module in student_layer.named_modules() if _is_factored(module)]
             for group in groups_of(student_layer, inner, student_streams[0]):
-                for name, found in _fit_group(layer, student_layer, group, streams, student_streams):
+                for name, found in _fit_group(layer, student_layer, group, streams, student_streams, fit):
                     note(f"{place}.{index}.{name}", found)
             for stream, student_stream in zip(streams, student_streams, strict=True):
                 stream.advance(layer)
                 student_stream.advance(student_layer)
         pooler = family_of(factored).pooler
         if pooler and pooler in names:
-            fit, held_out = pooler_moments(dense, streams, student_streams)
-            note(pooler, _fit(factored.get_submodule(pooler), dense.get_submodule(pooler), fit, held_out))
+            moments = pooler_moments(dense, streams, student_streams)
+            note(pooler, _fit(factored.get_submodule(pooler), dense.get_submodule(pooler), *moments, fit))
     return {name: errors[name] for name in names if name in errors}
 
 
@@ -122,15 +142,20 @@ def _check_amount(batches: Sequence[CalibrationBatch], student: nn.Module) -> No
 
 
 def _fit_group(
-    layer: nn.Module, student_layer: nn.Module, group: list[str], streams: list[Stream], student_streams: list[Stream]
+    layer: nn.Module,
+    student_layer: nn.Module,
+    group: list[str],
+    streams: list[Stream],
+    student_streams: list[Stream],
+    fit: bool,
 ) -> Iterator[tuple[str, LayerErrors]]:
     """Fit modules of one layer that share their input."""
-    fit, held_out = group_moments(layer, student_layer, group, streams, student_streams)
+    text, held_out = group_moments(layer, student_layer, group, streams, student_streams)
     start = 0
     for name in group:
         module: Any = student_layer.get_submodule(name)
         rows = slice(start, start := start + module.out_features)
-        yield name, _fit(module, layer.get_submodule(name), fit.rows(rows), held_out.rows(rows))
+        yield name, _fit(module, layer.get_submodule(name), text.rows(rows), held_out.rows(rows), fit)
 
 
 def group_moments(
@@ -177,12 +202,14 @@ def pooler_moments(dense: Any, streams: list[Stream], student_streams: list[Stre
     return sums[False].finish(), sums[True].finish()
 
 
-def _fit(module: KroneckerLinear, dense: nn.Module, fit: Moments, held_out: Moments) -> LayerErrors:
+def _fit(module: KroneckerLinear, dense: nn.Module, text: Moments, held_out: Moments, fit: bool) -> LayerErrors:
     """Calibrated factors and bias for one module, if they are better than those it has on text that is held out."""
-    bias: Any = module.bias  # all layers of BERT and GPT-2 that a plan may name have one
+    bias: Any = module.bias  # all layers of the families that a plan may name have one
     m1, terms, n1 = module.A.shape
-    found = calibrated_kronecker(weight_of(dense), fit, m1, n1, terms)
     nearest = held_out.relative_error(module.A, module.B, bias)
+    if not fit:
+        return LayerErrors(nearest, nearest)
+    found = calibrated_kronecker(weight_of(dense), text, m1, n1, terms)
     calibrated = held_out.relative_error(found.A, found.B, found.bias)
     if calibrated >= nearest:
         return LayerErrors(nearest, nearest)
@@ -221,12 +248,17 @@ def row_weights(
     return weights
 
 
-def _fit_embedding(module: KroneckerEmbedding, dense: nn.Module, fit: Tensor, held_out: Tensor) -> LayerErrors:
+def _fit_embedding(
+    module: KroneckerEmbedding, dense: nn.Module, text: Tensor, held_out: Tensor, fit: bool
+) -> LayerErrors:
     """Factors that suit the rows by their weights, if they are better than those it has on text that is held out."""
     W: Any = dense.weight
     m1, terms, n1 = module.A.shape
-    A, B = weighted_kronecker(W, fit, m1, n1, terms)
-    nearest, calibrated = row_error(W, module.A, module.B, held_out), row_error(W, A, B, held_out)
+    nearest = row_error(W, module.A, module.B, held_out)
+    if not fit:
+        return LayerErrors(nearest, nearest)
+    A, B = weighted_kronecker(W, text, m1, n1, terms)
+    calibrated = row_error(W, A, B, held_out)
     if calibrated >= nearest:
         return LayerErrors(nearest, nearest)
     module.A.copy_(A)

@@ -8,7 +8,6 @@ of a layer is measured by giving this layer alone an error.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..evaluation.cost import REPORT_LENGTH
 from ..models.factor_plan import FactorEntry
 from ..models.kronecker_contraction import multiplications
-from ..models.kronecker_family import family_of, heads_of, pooler_of, projection_of
+from ..models.kronecker_family import family_of, pooler_of, projection_of
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, weight_of
 from .calibrated import (
     RIDGE,
@@ -38,6 +37,7 @@ from .calibrated import (
 )
 from .calibration import group_moments, pooler_moments, projection_moments, row_error, row_weights
 from .estimates import error_curves, factor_shapes, weighted_error_curve
+from .outputs import HeldOutOutputs
 
 SIZES = tuple(2 ** (-k / 8) for k in range(8, 57))
 """Sizes of candidates, as shares of the dense weight: from 1/2 to 1/128."""
@@ -49,8 +49,6 @@ PROBE = 1 / 8
 """Size at which shapes are tried, and at which influences are measured."""
 SWEEPS = 2
 """Of a try."""
-PROBE_TOKENS = 1024
-"""Tokens on which influences are measured."""
 Shape = tuple[int, int]
 """(m1, n1)"""
 
@@ -271,33 +269,16 @@ def influences(
     Measured on held-out text, with one layer at a time as its probe: that of the outputs comes from their correlation
     with the teacher's; several kinds of outputs, as those of a teacher for pre-training, are averaged.
     """
-    judged, tokens = [], 0
-    for batch in batches:
-        if batch.held_out and tokens < PROBE_TOKENS:
-            judged.append(batch)
-            tokens += int(batch.attention_mask.sum())
-
-    def outputs() -> list[Tensor]:
-        rows = zip(*(_outputs_that_count(teacher, batch) for batch in judged), strict=True)
-        return [torch.cat(kind) - torch.cat(kind).mean(0) for kind in rows]
-
-    wanted = outputs()
+    judged = HeldOutOutputs(teacher, batches)
     found = []
     for layer in tqdm(layers, desc="influences", unit="layer", disable=not progress):
         if layer.probe is None:
             found.append(0.0)
             continue
         with _replaced(teacher.base_model.get_submodule(layer.name), *layer.probe):
-            lost = [_lost(want, got) for want, got in zip(wanted, outputs(), strict=True)]
+            lost = judged.lost(teacher)
         found.append(sum(map(noise_to_signal, lost)) / len(lost) / noise_to_signal(max(layer.probe_error, 1e-3)))
     return found
-
-
-def _lost(wanted: Tensor, got: Tensor) -> float:
-    """Relative error of the best multiple of what was got, both centred: root of 1 - their correlation squared."""
-    product = float((wanted * got).sum())
-    norms = float(wanted.square().sum()) * float(got.square().sum())
-    return math.sqrt(max(0.0, 1 - product * abs(product) / norms)) if norms > 0 else 0.0
 
 
 def noise_to_signal(error: float) -> float:
@@ -320,32 +301,3 @@ def _replaced(module: Any, A: Tensor, B: Tensor, bias: Tensor | None) -> Iterato
         module.weight.data = weight
         if bias is not None:
             module.bias.data = old_bias
-
-
-def _outputs_that_count(teacher: Any, batch: CalibrationBatch) -> list[Tensor]:
-    """What a teacher is used for, a row for each token or sequence: see `search.search_plan`."""
-    ids, mask = batch.input_ids.to(teacher.device), batch.attention_mask.to(teacher.device)
-    inputs, real, heads = {"input_ids": ids, "attention_mask": mask}, mask.bool(), heads_of(teacher)
-    if any(head.kind == "choices" for head in heads):
-        output = teacher.base_model(**inputs)
-        pooled = output.last_hidden_state[:, 0] if pooler_of(teacher.base_model) is None else output.pooler_output
-        return [pooled.float()]
-    output = teacher(**inputs, **({"use_cache": False} if family_of(teacher).causal else {}))
-    if not heads:
-        hidden = output.last_hidden_state.float()
-        return [hidden[real], torch.stack([row[kept].mean(0) for row, kept in zip(hidden, real, strict=True)])]
-    if heads[0].kind == "span":
-        return [torch.stack([output[head.logits] for head in heads], -1).float()[real]]
-    found = []
-    for head in heads:
-        logits = output[head.logits]
-        rows = logits if head.kind in ("sequence", "next_sentence") else logits[real]
-        if head.kind == "replaced":
-            rows = rows.unsqueeze(-1)
-        found.append(_distributions(rows) if head.kind in ("words", "next_token", "next_sentence") else rows.float())
-    return found
-
-
-def _distributions(logits: Tensor) -> Tensor:
-    """Roots of probabilities, the distance of which is that of Hellinger."""
-    return logits.float().softmax(-1).sqrt()

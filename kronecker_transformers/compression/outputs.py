@@ -1,0 +1,82 @@
+"""What a model is used for, as rows: how far a student's are from its teacher's on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.kronecker_family import family_of, heads_of, pooler_of
+from .activations import CalibrationBatch
+
+PROBE_TOKENS = 1024
+"""Held-out tokens on which outputs are compared, at least where there are so many."""
+
+
+class HeldOutOutputs:
+    """The outputs that count of a teacher on held-out text, centred: see `search.search_plan`.
+
+    Args:
+        teacher: dense, with any head that is supported.
+        batches: from `calibration_batches`; so many of those that are held out as give `PROBE_TOKENS`.
+    """
+
+    def __init__(self, teacher: Any, batches: Sequence[CalibrationBatch]) -> None:
+        self._batches: list[CalibrationBatch] = []
+        tokens = 0
+        for batch in batches:
+            if batch.held_out and tokens < PROBE_TOKENS:
+                self._batches.append(batch)
+                tokens += int(batch.attention_mask.sum())
+        self._wanted = self._outputs(teacher)
+
+    def lost(self, model: Any) -> list[float]:
+        """Relative error of a model's outputs, up to a common factor and their mean, of each kind: from 0 to 1.
+
+        That is the root of 1 - the square of their correlation with the teacher's.
+        """
+        return [_lost(*pair) for pair in zip(self._wanted, self._outputs(model), strict=True)]
+
+    @torch.no_grad()
+    def _outputs(self, model: Any) -> list[Tensor]:
+        rows = zip(*(_outputs_that_count(model, batch) for batch in self._batches), strict=True)
+        return [torch.cat(kind) - torch.cat(kind).mean(0) for kind in rows]
+
+
+def _lost(wanted: Tensor, got: Tensor) -> float:
+    """Relative error of the best multiple of what was got, both centred: root of 1 - their correlation squared."""
+    product = float((wanted * got).sum())
+    norms = float(wanted.square().sum()) * float(got.square().sum())
+    return math.sqrt(max(0.0, 1 - product * abs(product) / norms)) if norms > 0 else 0.0
+
+
+def _outputs_that_count(model: Any, batch: CalibrationBatch) -> list[Tensor]:
+    """A row for each token or sequence, of each kind of outputs."""
+    ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+    inputs, real, heads = {"input_ids": ids, "attention_mask": mask}, mask.bool(), heads_of(model)
+    if any(head.kind == "choices" for head in heads):
+        output = model.base_model(**inputs)
+        pooled = output.last_hidden_state[:, 0] if pooler_of(model.base_model) is None else output.pooler_output
+        return [pooled.float()]
+    output = model(**inputs, **({"use_cache": False} if family_of(model).causal else {}))
+    if not heads:
+        hidden = output.last_hidden_state.float()
+        return [hidden[real], torch.stack([row[kept].mean(0) for row, kept in zip(hidden, real, strict=True)])]
+    if heads[0].kind == "span":
+        return [torch.stack([output[head.logits] for head in heads], -1).float()[real]]
+    found = []
+    for head in heads:
+        logits = output[head.logits]
+        rows = logits if head.kind in ("sequence", "next_sentence") else logits[real]
+        if head.kind == "replaced":
+            rows = rows.unsqueeze(-1)
+        found.append(_distributions(rows) if head.kind in ("words", "next_token", "next_sentence") else rows.float())
+    return found
+
+
+def _distributions(logits: Tensor) -> Tensor:
+    """Roots of probabilities, the distance of which is that of Hellinger."""
+    return logits.float().softmax(-1).sqrt()

@@ -19,7 +19,17 @@ from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Normalize, Pooling
 from stranger import run
-from transformers import AutoModel, BertForMaskedLM, BertModel, GPT2Model
+from transformers import (
+    AutoModel,
+    BertForMaskedLM,
+    BertModel,
+    DistilBertModel,
+    ElectraModel,
+    GPT2Model,
+    MPNetModel,
+    RobertaModel,
+    XLMRobertaModel,
+)
 
 from kronecker_transformers import compress, to_dense
 from kronecker_transformers.checkpoint.load import load_student, load_teacher, save_folder
@@ -37,7 +47,7 @@ def encoder(folder, dense_class=BertModel, modules=None, mode="mean", include_pr
     """A teacher in the folder, saved by sentence-transformers itself."""
     plain = folder.with_name(f"{folder.name}-plain")
     plain.mkdir(parents=True)
-    tokenizer = (tiny.gpt2_tokenizer if dense_class is GPT2Model else tiny.bert_tokenizer)(plain)
+    tokenizer = tiny.tokenizer_for(tiny.model_type(dense_class), plain)
     tiny.teacher(dense_class).save_pretrained(plain)
     tokenizer.save_pretrained(plain)
     transformer = Transformer(str(plain), max_seq_length=9)
@@ -147,6 +157,22 @@ def test_gpt2_with_its_last_token(tmp_path):
     teacher = encoder(tmp_path / "teacher", GPT2Model, mode="lasttoken")
     compress(teacher, exact(load_teacher(teacher)[0])).save_pretrained(tmp_path / "student")
     torch.testing.assert_close(embeddings(tmp_path / "student"), embeddings(teacher), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dense_class", [DistilBertModel, ElectraModel, MPNetModel, RobertaModel, XLMRobertaModel])
+def test_encoders_of_other_families(dense_class, tmp_path):
+    folder = encoder(tmp_path / "teacher", dense_class)
+    wanted = embeddings(folder)
+    # as all-mpnet-base-v2 has it: the head of the model that it was made from, without its weights
+    config = json.loads((folder / "config.json").read_text())
+    name = dense_class.__name__.replace("Model", "ForMaskedLM")
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+    dense, tokenizer = load_teacher(folder)
+    assert type(dense) is dense_class
+    table = dense.get_input_embeddings().weight
+    plan = {"embeddings.word_embeddings": (len(table), 1, table.shape[1])}  # exact
+    compress(dense, plan, tokenizer=tokenizer).save_pretrained(tmp_path / "student")
+    torch.testing.assert_close(embeddings(tmp_path / "student"), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_every_way_of_saving_carries_them(tmp_path):

@@ -1,4 +1,4 @@
-"""Distil a text classifier into a factored one: GLUE tasks, or files of your own; BERT and GPT-2.
+"""Distil a text classifier into a factored one: GLUE tasks, or files of your own; encoders and GPT-2.
 
     python examples/run_glue_kd.py --teacher path/to/bert --task_name sst2 --data_dir path/to/GLUE --output_dir out/sst2
     python examples/run_glue_kd.py --teacher path/to/bert --train_file train.tsv --validation_file dev.tsv \
@@ -47,7 +47,7 @@ from kronecker_transformers.tasks.glue import glue_task, write_predictions
 class Options(StudentOptions):
     """The script's own options."""
 
-    teacher: str = field(metadata={"help": "Folder or Hub name of a BERT or GPT-2, fine-tuned on the task or not."})
+    teacher: str = field(metadata={"help": "Folder or Hub name of an encoder or GPT-2, fine-tuned on the task or not."})
     output_dir: str = field(metadata={"help": "New folder for the teacher, checkpoints, student and results.json."})
     task_name: str | None = field(
         default=None, metadata={"help": "cola, mnli, mrpc, qnli, qqp, rte, sst2 or stsb; or give your own files."}

@@ -1,4 +1,4 @@
-"""Distil a question answerer into a factored one: SQuAD 1.1 and 2.0, or files of your own; BERT and GPT-2.
+"""Distil a question answerer into a factored one: SQuAD 1.1 and 2.0, or files of your own; encoders and GPT-2.
 
     python examples/run_squad_kd.py --teacher path/to/bert --data_dir path/to/SQuAD --output_dir output/squad
     python examples/run_squad_kd.py --teacher path/to/bert --version v2.0 --train_file train.json \
@@ -40,7 +40,7 @@ from kronecker_transformers.tasks.squad_metric import Version
 class Options(StudentOptions):
     """The script's own options."""
 
-    teacher: str = field(metadata={"help": "Folder or Hub name of a BERT or GPT-2, fine-tuned on SQuAD or not."})
+    teacher: str = field(metadata={"help": "Folder or Hub name of an encoder or GPT-2, fine-tuned on SQuAD or not."})
     output_dir: str = field(metadata={"help": "New folder for the teacher, checkpoints, student and results.json."})
     version: Version = field(default="v1.1", metadata={"help": "In v2.0 questions may have no answer."})
     data_dir: str | None = field(

@@ -1,4 +1,4 @@
-"""Smaller and faster BERT and GPT-2 models: embedding and linear layers become Kronecker products.
+"""BERT, GPT-2 and their kin, smaller and faster: embedding and linear layers become Kronecker products.
 
 Importing this package registers its models with the Auto classes of transformers; all else is loaded when it is used.
 """

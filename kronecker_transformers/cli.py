@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     presets = "; ".join(f"{name}: {', '.join(family.presets)}" for name, family in families.items() if family.presets)
     parser = argparse.ArgumentParser(
         prog="kronecker-transformers",
-        description="Make BERT and GPT-2 models smaller and faster: layers become sums of Kronecker products.",
+        description="Make BERT, GPT-2 and their kin smaller and faster: layers become sums of Kronecker products.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

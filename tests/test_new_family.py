@@ -12,11 +12,7 @@ import torch
 import transformers
 
 FAMILY = Path(__file__).parent / "families" / "modeling_kronecker_camembert.py"
-CLASSES = {
-    "CamembertModel": "AutoModel",
-    "CamembertForMaskedLM": "AutoModelForMaskedLM",
-    "CamembertForSequenceClassification": "AutoModelForSequenceClassification",
-}
+CLASSES = {"CamembertModel": "AutoModel", "CamembertForMaskedLM": "AutoModelForMaskedLM"}
 WITHOUT = """
 import sys
 sys.modules["kronecker_transformers"] = None

@@ -90,7 +90,7 @@ def compress(
         teacher: a name on the Hub, a folder, or a loaded model, with any head that is supported.
         plan: name of a preset, a `FactorPlan`, a mapping from pattern to ``(m1, n1, terms)``, or "search": the best
             plan of the `ratio` that `search_plan` finds for the calibration text. Default: "search" where there is
-            calibration text, else the first preset of the family (7.7x for BERT, kngpt2 for GPT-2).
+            calibration text, else the first preset of the family (7.7x for encoders, kngpt2 for GPT-2).
         ratio: of a search, how many times smaller the base model becomes; default: that of the first preset, 7.7 or
             1.48.
         only: patterns (fnmatch) of the modules that are factored, relative to the base model; "embedding" is the word

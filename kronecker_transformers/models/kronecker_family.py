@@ -1,7 +1,7 @@
 """A family of models, such as BERT or GPT-2, as data: where its parts are, what its heads give, which plans it has.
 
-Each family has a configuration file and a modeling file, with one `Family` and one call of `register_family`. Whatever
-compresses, distils, measures or publishes a model asks `family_of`, for dense models too.
+Each family has one file, with one `Family` and one call of `register_family`; BERT and GPT-2 have their configurations
+in files of their own. Whatever compresses, distils, measures or publishes a model asks `family_of`, for dense ones too.
 """
 
 from __future__ import annotations

@@ -109,6 +109,7 @@ def test_a_causal_model(tmp_path):
         assert all(c.milliseconds > 0 or layer.name in ("wte", "wpe") for c in layer.candidates)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, capsys):
     teacher(BertModel, num_hidden_layers=1).save_pretrained(tmp_path / "bert")
     bert_tokenizer(tmp_path).save_pretrained(tmp_path / "bert")

@@ -5,7 +5,7 @@ import torch
 import transformers
 from students import ALL_MODELS, BERT_PLAN, MODELS, factored_modules, first_output, student
 from tiny import bert_config, gpt2_config, inputs
-from transformers import AutoModel, BertConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, BertConfig, GPT2Config, GPT2LMHeadModel, MPNetConfig
 
 import kronecker_transformers as kt
 from kronecker_transformers import to_dense
@@ -18,6 +18,8 @@ from kronecker_transformers.models import DENSE_CLASSES, kronecker_blocks
         (kt.KroneckerBertModel, BertConfig(), {}, 109_482_240),
         (kt.KroneckerBertModel, BertConfig(), "7.7x", 14_211_852),
         (kt.KroneckerBertModel, BertConfig(), "21x", 5_228_272),
+        # beside BERT-base: 5 words of 96 more, 2 positions more, no token types, 32 biases of 12 heads
+        (kt.KroneckerMPNetModel, MPNetConfig(max_position_embeddings=514), "7.7x", 14_211_852 + 480 + 384),
         (kt.KroneckerGPT2LMHeadModel, GPT2Config(), {}, 124_439_808),
         (kt.KroneckerGPT2LMHeadModel, GPT2Config(), "kngpt2", 83_907_506),
     ],

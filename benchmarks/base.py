@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from common import RunLog, low_rank_plan, runs_parser, unlabelled_text
 from datasets import disable_progress_bars
-from encoders import curve, similarity
+from encoders import curve, show_curve, similarity
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -196,11 +196,8 @@ def table(console: Console) -> None:
     headings = ["parameters", "minutes", "steps", "STS-B dev", "of the teacher"]
     console.print(results_table("all-mpnet-base-v2 and its students", headings, dict(rows())))
     for line in LOG.lines():
-        if points := line.get("curve"):
-            console.print(
-                f"Fidelity by step, {line['ratio']:g}x, {line['plan']}, {line['minutes']:g} minutes:",
-                ", ".join(f"{step} {value:.3f}" for step, value in points.items()), highlight=False,
-            )  # fmt: skip
+        if "plan" in line:
+            show_curve(console, f"{line['ratio']:g}x, {line['plan']}, {line['minutes']:g} minutes", line)
 
 
 def main() -> None:

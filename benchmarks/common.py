@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from kronecker_transformers.evaluation.timing import environment
@@ -34,6 +37,8 @@ QUIET: dict[str, Any] = {
     "logging_steps": 100,
 }
 """Options of all trainings."""
+PROBE = 4000
+"""Sentences that a probe learns from."""
 GLUE_TASKS = ("sst2", "mrpc", "cola", "rte", "stsb")
 """Of which the official files are at hand."""
 
@@ -137,6 +142,14 @@ class RunLog:
         """Keep a run that has just finished."""
         with self._lock, self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**key, **results, "environment": environment()}) + "\n")
+
+
+def probe(encoded: Callable[[list[str]], Any], sst2: Mapping[str, Any]) -> float:
+    """Accuracy on SST-2's dev set of a logistic regression on the embeddings of 4,000 sentences, in per cent."""
+    train, judged = sst2["train"].select(range(PROBE)), sst2["validation"]
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    model.fit(encoded(train["sentence"][:]), train["label"][:])
+    return 100 * float(model.score(encoded(judged["sentence"][:]), judged["label"][:]))
 
 
 def spread(values: list[float]) -> str | None:

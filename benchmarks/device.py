@@ -18,7 +18,6 @@ import math
 import statistics
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,12 @@ import onnx
 import onnx_ir
 import onnxruntime
 import torch
-from common import low_rank_plan
+from common import low_rank_plan, probe
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_dynamic, quantize_static
-from plans import PROBE, preset_modules
+from onnxruntime.quantization import quantize_dynamic
 from plans import TEACHER as MINILM
+from plans import preset_modules
 from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -56,8 +52,7 @@ from kronecker_transformers.compression.latency import Runtime, latency_table
 from kronecker_transformers.evaluation.sessions import session_memory, session_pass, share_of_products
 from kronecker_transformers.evaluation.timing import environment, forward_pass, in_turn, median_and_spread
 from kronecker_transformers.export.onnx import export_onnx, quietly
-from kronecker_transformers.export.openvino import write_openvino, write_openvino_int8
-from kronecker_transformers.export.parity import FORMS, graph_bytes, run
+from kronecker_transformers.export.parity import FORMS, run
 from kronecker_transformers.export.runtimes import open_session
 from kronecker_transformers.models.kronecker_matching import selected_modules
 from kronecker_transformers.tasks.glue import load_glue
@@ -126,18 +121,21 @@ def ours(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
+def exported(name: str, dense: PreTrainedModel, work: Path) -> dict[str, Path]:
+    """Folders of the dense model of a size and of its students, exported if they are not there yet."""
+    folders = {"dense": ours(dense, work / f"{name}-dense")}
+    for plan, content in plans(name, dense.config).items():
+        folder = work / f"{name}-{plan.replace(' ', '-')}"
+        folders[plan] = folder if folder.exists() else ours(compress(dense, content).model, folder)
+    return folders
+
+
 def encoders(name: str, options: argparse.Namespace) -> None:
     """Encoders of one size."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = SIZES[name]
     dense = BertModel(BertConfig(**sizes)).eval()
-    folders = {
-        "dense, stock": stock(dense, options.work / f"{name}-stock"),
-        "dense": ours(dense, options.work / f"{name}-dense"),
-    }
-    for plan, content in plans(name, dense.config).items():
-        folder = options.work / f"{name}-{plan.replace(' ', '-')}"
-        folders[plan] = folder if folder.exists() else ours(compress(dense, content).model, folder)
+    folders = {"dense, stock": stock(dense, options.work / f"{name}-stock"), **exported(name, dense, options.work)}
     paths = {f"{side}, {form}": folder / FORMS[form] for side, folder in folders.items()
              for form in FORMS if (folder / FORMS[form]).exists()}  # fmt: skip
     sessions = {side: open_session(path, 1) for side, path in paths.items()}
@@ -164,80 +162,6 @@ def encoders(name: str, options: argparse.Namespace) -> None:
             row += f"{against[1] / time:5.2f}x{against[1] / rest:6.2f}x"
         print(row, flush=True)
     print(f"Spread (half the distance between quartiles): median {statistics.median(spreads):.0%}")
-
-
-def openvino(options: argparse.Namespace) -> None:
-    """Encoders in OpenVINO: fp32, bf16, and weights of 8 bits; the dense model in int8 in ONNX Runtime beside them."""
-    for name in SIZES:
-        folders = [path for path in sorted(options.work.glob(f"{name}-*")) if "stock" not in path.name]
-        paths = {"dense, ONNX Runtime, int8": options.work / f"{name}-dense" / FORMS["int8"]}
-        sessions = {side: open_session(path, 1) for side, path in paths.items()}
-        for folder in folders:
-            for form, write in (("openvino", write_openvino), ("openvino_int8", write_openvino_int8)):
-                path = folder / FORMS[form]
-                if not path.exists():
-                    path.parent.mkdir(exist_ok=True)
-                    write(folder / FORMS["fp32"], path)
-                for dtype in ("float32", "bfloat16") if form == "openvino" else ("float32",):
-                    kind = "int8" if form == "openvino_int8" else dtype
-                    side = f"{folder.name.removeprefix(name + '-')}, {kind}"
-                    paths[side], sessions[side] = path, open_session(path, 1, dtype=dtype)
-        times: dict[str, list[float]] = {side: [] for side in paths}
-        for batch, length in SHAPES:
-            passes = {side: session_pass(session, batch, length) for side, session in sessions.items()}
-            for side, found in in_turn(passes, {16: 41, 128: 21}[length] if batch == 1 else 9).items():
-                times[side].append(median_and_spread(found)[0])
-        first = "dense, ONNX Runtime, int8"
-        print(f"\n{name + ', OpenVINO ' + version('openvino'):34s}{'MB':>7s}", end="")
-        print("".join(f"{f'{b}x{n}':>10s}{'ratio':>7s}" for b, n in SHAPES))
-        for side, path in paths.items():
-            cells = [f"{time:10.2f}{times[first][i] / time:6.2f}x" for i, time in enumerate(times[side])]
-            print(f"{side:34s}{graph_bytes(path) / 1e6:7.1f}{''.join(cells)}", flush=True)
-
-
-class _Tokens(CalibrationDataReader):
-    """Random tokens, for ranges that are as good as any where weights are random."""
-
-    def __init__(self) -> None:
-        generator = np.random.default_rng(0)
-        ids = generator.integers(0, 100, (4, 2, 64))
-        self._batches = iter(
-            {"input_ids": i, "attention_mask": np.ones_like(i), "token_type_ids": np.zeros_like(i)} for i in ids
-        )
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next batch."""
-        return next(self._batches, None)
-
-
-def static(options: argparse.Namespace) -> None:
-    """Products of 8 bits with ranges that are known before (static), beside dynamic quantization and fp32."""
-    for name in SIZES:
-        paths: dict[str, Path] = {}
-        for plan in ("dense", "low-rank-7.7x"):
-            folder = options.work / f"{name}-{plan}"
-            paths |= {f"{plan}, {form}": folder / FORMS[form] for form in ("fp32", "int8")}
-            for label, form in (("QOperator", QuantFormat.QOperator), ("QDQ", QuantFormat.QDQ)):
-                path = folder / f"static-{label}.onnx"
-                if not path.exists():
-                    proto = onnx.load(folder / FORMS["fp32"])
-                    del proto.graph.value_info[:]
-                    weights = {tensor.name for tensor in proto.graph.initializer}
-                    products = [n.name for n in proto.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
-                    quantize_static(
-                        proto, path, _Tokens(), form, per_channel=True, nodes_to_quantize=products,
-                        op_types_to_quantize=["MatMul"], extra_options={"DefaultTensorType": TensorProto.FLOAT},
-                    )  # fmt: skip
-                paths[f"{plan}, static, {label}"] = path
-        sessions = {side: open_session(path, 1) for side, path in paths.items()}
-        print(f"\n{name + ', static and dynamic':34s}" + "".join(f"{f'{b}x{n}':>10s}" for b, n in SHAPES))
-        times: dict[str, list[float]] = {side: [] for side in paths}
-        for batch, length in SHAPES:
-            passes = {side: session_pass(session, batch, length) for side, session in sessions.items()}
-            for side, found in in_turn(passes, {16: 41, 128: 21}[length] if batch == 1 else 9).items():
-                times[side].append(median_and_spread(found)[0])
-        for side, found in times.items():
-            print(f"{side:34s}{''.join(f'{time:10.2f}' for time in found)}", flush=True)
 
 
 def generation(options: argparse.Namespace) -> None:
@@ -363,7 +287,6 @@ def quality(options: argparse.Namespace) -> None:
     """
     pairs = load_glue("stsb", options.data / "glue", ["validation"])["validation"]
     sentiment = load_glue("sst2", options.data / "glue", ["train", "validation"])
-    some, judged = sentiment["train"].select(range(PROBE)), sentiment["validation"]
     print(f"\n{'':32s}{'form':>6s}{'MB':>7s}{'STS-B dev':>11s}{'SST-2 dev':>11s}")
     for source in options.models:
         model, tokenizer = load_model(source)
@@ -372,9 +295,7 @@ def quality(options: argparse.Namespace) -> None:
             encoded = partial(embeddings, open_session(folder / FORMS[form], 1), tokenizer)
             first, second = (encoded(pairs[name][:]) for name in ("sentence1", "sentence2"))
             score = 100 * spearmanr((first * second).sum(1), pairs["label"][:]).statistic
-            probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-            probe.fit(encoded(some["sentence"][:]), some["label"][:])
-            accuracy = 100 * probe.score(encoded(judged["sentence"][:]), judged["label"][:])
+            accuracy = probe(encoded, sentiment)
             size = (folder / FORMS[form]).stat().st_size / 1e6
             print(f"{Path(source).name:32s}{form:>6s}{size:7.1f}{score:11.2f}{accuracy:11.2f}", flush=True)
 
@@ -469,8 +390,6 @@ def instructions() -> str:
 SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
     "operators": operators,
     **{name: partial(encoders, name) for name in SIZES},
-    "static": static,
-    "openvino": openvino,
     "generation": generation,
     "searched": searched,
     "quality": quality,

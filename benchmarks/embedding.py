@@ -17,14 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RunLog, runs_parser, unlabelled_text
+from common import RunLog, probe, runs_parser, unlabelled_text
 from datasets import disable_progress_bars
 from encoders import similarity, teacher
-from plans import PROBE
 from rich.console import Console
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from transformers import BertConfig, XLMRobertaConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -37,6 +33,7 @@ from kronecker_transformers.tasks.language_modeling import TextSource
 from kronecker_transformers.tasks.sentences import encode
 
 LOG = RunLog("embedding")
+SPLITS = ["train", "validation"]
 RANKS = (128, 64, 32)
 SMALL: dict[str, Any] = {"vocab_size": 250_037, "hidden_size": 384, "intermediate_size": 1536}
 MODELS: dict[str, tuple[Any, Any]] = {
@@ -72,16 +69,6 @@ def sizes() -> dict[str, list[str]]:
     return rows
 
 
-def sentiment(model: Any, tokenizer: Any, data: Path) -> float:
-    """Accuracy on SST-2's dev set, in per cent."""
-    splits = load_glue("sst2", data / "glue", ["train", "validation"])
-    some, judged = splits["train"].select(range(PROBE)), splits["validation"]
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    encoded = partial(encode, model, tokenizer)
-    probe.fit(encoded(some["sentence"][:]).numpy(), some["label"][:])
-    return 100 * float(probe.score(encoded(judged["sentence"][:]).numpy(), judged["label"][:]))
-
-
 def perform(rank: int | None, minutes: float, text: Path, options: Any) -> None:
     """Make and judge one student; without a rank, the teacher."""
     model, tokenizer = teacher()
@@ -100,7 +87,7 @@ def perform(rank: int | None, minutes: float, text: Path, options: Any) -> None:
         student, _ = load_student(folder)
     scores = {
         "stsb": similarity(student.eval(), tokenizer, options.data),
-        "sst2": sentiment(student, tokenizer, options.data),
+        "sst2": probe(partial(encode, student, tokenizer), load_glue("sst2", options.data / "glue", SPLITS)),
     }
     LOG.add({"rank": rank, "minutes": minutes}, {"parameters": student.num_parameters(), **scores})
 

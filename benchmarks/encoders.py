@@ -125,6 +125,13 @@ def curve(said: list[str]) -> dict[str, float]:
     return {point[1].replace(",", ""): float(point[2]) for point in points if point}
 
 
+def show_curve(console: Console, name: str, line: dict[str, Any]) -> None:
+    """The curve of a run, if its line has one."""
+    if points := line.get("curve"):
+        values = ", ".join(f"{step} {value:.3f}" for step, value in points.items())
+        console.print(f"Fidelity by step, {name}: {values}", highlight=False)
+
+
 def finished(run: Run) -> dict[str, Any] | None:
     """Results of a run."""
     return LOG.find(asdict(run))
@@ -181,11 +188,8 @@ def table(console: Console) -> None:
     headings += ["neighbours in common", "STS-B dev"]
     console.print(results_table("Sentence encoders", headings, rows))
     for line in LOG.lines():
-        if points := line.get("curve"):
-            console.print(
-                f"Fidelity by step, {line['ratio']:g}x, {line['kind']}, rate {line['rate']:g}:",
-                ", ".join(f"{step} {value:.3f}" for step, value in points.items()), highlight=False,
-            )  # fmt: skip
+        if line["kind"] != "teacher":
+            show_curve(console, f"{line['ratio']:g}x, {line['kind']}, rate {line['rate']:g}", line)
 
 
 def main() -> None:

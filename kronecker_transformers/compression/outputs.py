@@ -34,9 +34,10 @@ class HeldOutOutputs:
         self._wanted = self._outputs(teacher)
 
     def lost(self, model: Any) -> list[float]:
-        """Relative error of a model's outputs, up to a common factor and their mean, of each kind: from 0 to 1.
+        """Relative error of a model's outputs, up to a common factor and their mean, of each kind.
 
-        That is the root of 1 - the square of their correlation with the teacher's.
+        That is the root of 1 - the square of their correlation with the teacher's: 0 for the teacher's own, 1 for
+        outputs that say nothing of these, above 1 where they run against them.
         """
         return [_lost(*pair) for pair in zip(self._wanted, self._outputs(model), strict=True)]
 
@@ -48,9 +49,11 @@ class HeldOutOutputs:
 
 def _lost(wanted: Tensor, got: Tensor) -> float:
     """Relative error of the best multiple of what was got, both centred: root of 1 - their correlation squared."""
-    product = float((wanted * got).sum())
-    norms = float(wanted.square().sum()) * float(got.square().sum())
-    return math.sqrt(max(0.0, 1 - product * abs(product) / norms)) if norms > 0 else 0.0
+    power, product, own = (float((a * b).sum()) for a, b in ((wanted, wanted), (wanted, got), (got, got)))
+    if power == 0:
+        return 0.0  # nothing to lose
+    correlation = product * abs(product) / (power * own) if math.isfinite(product) and 0 < own < math.inf else 0.0
+    return math.sqrt(max(0.0, 1 - correlation))
 
 
 def _outputs_that_count(model: Any, batch: CalibrationBatch) -> list[Tensor]:

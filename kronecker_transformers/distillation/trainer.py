@@ -37,11 +37,13 @@ _SHORT = 128
 def unchanged_cache(config: Any) -> Iterator[None]:
     """Take back what a trainer of transformers writes into a config: that the model uses no cache for generation."""
     before = getattr(config, "use_cache", None)
-    yield
-    if before is None:
-        vars(config).pop("use_cache", None)
-    else:
-        config.use_cache = before
+    try:
+        yield
+    finally:
+        if before is None:
+            vars(config).pop("use_cache", None)
+        else:
+            config.use_cache = before
 
 
 class DistillationTrainer(PublishingTrainer, SamplingTrainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.load import load_model
 from ..export.onnx import export_graphs
 from ..export.parity import FORMS, graph_bytes, run
-from ..export.runtimes import OpenVINOSession, open_session
+from ..export.runtimes import OPENVINO_TYPES, is_for_openvino, open_session
 from .cost import describe
 from .timing import (
     Comparison,
@@ -67,9 +68,14 @@ def benchmark_sessions(
         rounds: in which both take turns, after two to warm up.
 
     Raises:
-        ImportError, ValueError, OSError: as `export_onnx` and `timing.benchmark`.
+        ImportError, ValueError, OSError: as `export_onnx` and `timing.benchmark`; or an engine or a dtype that is not
+            among these.
     """
     check_sizes(batch, length, rounds)
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is not known; choose from {', '.join(ENGINES)}")
+    if dtype not in (known := tuple(OPENVINO_TYPES) if engine == "openvino" else ("float32",)):
+        raise ValueError(f"dtype={dtype!r} is not for {engine} on a CPU; choose from {', '.join(known)}")
     form = ENGINES[engine][int8]
     sources = {"model": model, "against": against}
     loaded: dict[str, Any] = {k: s if isinstance(s, PreTrainedModel) else load_model(s)[0] for k, s in sources.items()}
@@ -90,21 +96,14 @@ def benchmark_sessions(
             measurements[key] = Measurement(
                 name=name_of(sources[key]), parameters=cost.parameters, bytes=graph_bytes(path),
                 flops=batch * cost.total_flops, milliseconds=middle, spread=spread,
-                limit_milliseconds=middle * (1 - _share(sessions[key], path, batch, length, words[key])),
-                peak_bytes=session_memory(path, batch, length, words[key]),
+                limit_milliseconds=middle * (1 - share_of_products(path, batch, length, words=words[key], dtype=dtype)),
+                peak_bytes=session_memory(path, batch, length, words[key], dtype),
             )  # fmt: skip
     rates, machine = machine_rates(torch.float32), f"{environment()}, {engine} {version(engine)}"
     return Comparison(
         **measurements, batch=batch, length=length, dtype="int8" if int8 else dtype, device="cpu", compiled=False,
         gemm_rate=rates[0], copy_rate=rates[1], environment=machine, runtime=engine,
     )  # fmt: skip
-
-
-def _share(session: Any, path: Path, batch: int, length: int, words: int) -> float:
-    """The share of the time that products take; a session of OpenVINO knows it of its last run."""
-    if isinstance(session, OpenVINOSession):
-        return session.share_of_products()
-    return share_of_products(path, batch, length, words=words)
 
 
 def session_pass(session: Any, batch: int, length: int, past: int = 0, words: int = 100) -> Callable[[], Any]:
@@ -137,6 +136,7 @@ def share_of_products(
     threads: int | None = None,
     words: int = 100,
     also: Sequence[str] = (),
+    dtype: str = "float32",
 ) -> float:
     """The share of the time of all nodes that the products of linear layers take, by the runtime's own profile.
 
@@ -144,13 +144,17 @@ def share_of_products(
         path: of a graph.
         batch, length, words: as for `session_pass`.
         threads: as for `open_session`.
-        also: further operators that count as products.
+        also: further operators that count as products, in ONNX Runtime.
+        dtype: as for `open_session`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        session = open_session(path, threads, profile=str(Path(folder) / "profile"))
+        session = open_session(path, threads, profile=str(Path(folder) / "profile"), dtype=dtype)
         forward = session_pass(session, batch, length, words=words)
         for _ in range(6):
             forward()
+        if is_for_openvino(path):
+            share: float = session.share_of_products()
+            return share
         events = json.loads(Path(session.end_profiling()).read_text())
     begin = [event["ts"] for event in events if event["name"] == "model_run"][1]  # the first run is for warming up
     spent = [
@@ -161,7 +165,9 @@ def share_of_products(
     return sum(time for kind, time in spent if kind in (*PRODUCTS, *also)) / sum(time for _, time in spent)
 
 
-def session_memory(path: str | os.PathLike[str], batch: int, length: int, words: int = 100) -> int | None:
+def session_memory(
+    path: str | os.PathLike[str], batch: int, length: int, words: int = 100, dtype: str = "float32"
+) -> int | None:
     """Peak memory, in bytes, of a process of its own that opens a graph and runs it once; what its imports hold aside.
 
     None where the system does not tell (other than Linux).
@@ -171,16 +177,15 @@ def session_memory(path: str | os.PathLike[str], batch: int, length: int, words:
     """
     if not Path("/proc/self/status").exists():
         return None
-    code = f"from {__name__} import _print_memory; _print_memory(*{(os.fspath(path), batch, length, words)!r})"
+    code = f"from {__name__} import _print_memory; _print_memory(*{(os.fspath(path), batch, length, words, dtype)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"memory of {os.fspath(path)!r} could not be measured: {done.stderr.strip()[-500:]}")
     return int(done.stdout.split()[-1])
 
 
-def _print_memory(path: str, batch: int, length: int, words: int) -> None:
-    import onnxruntime  # noqa: F401 - before the memory is counted
-
+def _print_memory(path: str, batch: int, length: int, words: int, dtype: str) -> None:
+    importlib.import_module("openvino" if is_for_openvino(path) else "onnxruntime")  # before the memory is counted
     with peak_memory() as extra:
-        session_pass(open_session(path), batch, length, words=words)()
+        session_pass(open_session(path, dtype=dtype), batch, length, words=words)()
     print(extra())

@@ -190,8 +190,14 @@ def distill(
     models = {"teacher": dense, "not distilled": undistilled.to(student.device), "student": student.eval()}
     options: dict[str, Any] = {
         "teacher": base_model or source_name(dense.config.name_or_path or "") or None,
-        "command": _command(base_model or teacher, text, task, data_dir, ratio, plan, only, minutes, steps, bf16, seed),
-    }
+        "command": _command(
+            base_model or teacher,
+            text=text, text_column=None if column == "text" else column, task=task, data=data_dir, ratio=ratio,
+            plan=None if searched else plan if isinstance(plan, str) else "plan.yaml",
+            only=only if only is None or isinstance(only, str) else ",".join(only), minutes=minutes, steps=steps,
+            learning_rate=learning_rate, bf16=bf16, seed=seed or None,
+        ),
+    }  # fmt: skip
     options |= {"task_name": task} if text is None else {"train_text": [source_name(os.fspath(text))]}
     number = len(lesson.sentences) - few if lesson.sentences and not heads_of(dense) else sum(map(_rows_of, final))
     record: dict[str, Any] = {
@@ -272,31 +278,14 @@ def _draw(draft: Path, search: PlanSearch | None, watch: Watch, reached: float) 
             plan_picture(search, draft / "plan.png")
 
 
-def _command(
-    teacher: Any,
-    text: Any,
-    task: str | None,
-    data_dir: str | None,
-    ratio: float | None,
-    plan: Any,
-    only: Any,
-    minutes: float | None,
-    steps: int | None,
-    bf16: bool,
-    seed: int,
-) -> list[str]:
-    """A command line that does the same, for the record."""
-    known = {
-        "--text": text, "--task": task, "--data": data_dir, "--ratio": ratio, "--minutes": minutes, "--steps": steps,
-        "--plan": None if plan == "search" else plan if isinstance(plan, str) else "plan.yaml", "--seed": seed or None,
-    }  # fmt: skip
-    if only is not None:
-        known["--only"] = only if isinstance(only, str) else ",".join(only)
-    given = [str(part) for name, value in known.items() if value is not None for part in (name, value)]
-    if bf16:
-        given.append("--bf16")
+def _command(teacher: Any, **options: Any) -> list[str]:
+    """A command line that does the same, for the record; options that are None or False are left out."""
     source = os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else "TEACHER"
-    return ["kronecker-transformers", "distill", source, *given]
+    command = ["kronecker-transformers", "distill", source]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return command
 
 
 def _train(

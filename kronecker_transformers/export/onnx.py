@@ -101,8 +101,8 @@ def export_graphs(
     """
     require_packages()
     forms = tuple(dict.fromkeys(forms))
-    if unknown := [form for form in forms if form not in FORMS]:
-        raise ValueError(f"{unknown[0]!r} is no form of a graph; choose from {', '.join(FORMS)}")
+    if unknown := [form for form in forms or ("",) if form not in FORMS]:
+        raise ValueError(f"form={unknown[0]!r} is no form of a graph; choose from {', '.join(FORMS)}")
     if for_openvino := [form for form in forms if form.startswith("openvino")]:
         require_openvino(int8="openvino_int8" in for_openvino)
     if not texts:

@@ -10,6 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16"}
+"""In which OpenVINO computes what is not quantized."""
+
+
+def is_for_openvino(path: str | os.PathLike[str] | bytes) -> bool:
+    """Whether a graph is one for OpenVINO."""
+    return not isinstance(path, bytes) and os.fspath(path).endswith(".xml")
+
 
 def open_session(
     path: str | os.PathLike[str] | bytes, threads: int | None = None, profile: str = "", dtype: str = "float32"
@@ -19,15 +27,15 @@ def open_session(
     Args:
         path: of a graph, or the bytes of one for ONNX Runtime.
         threads: default: those of PyTorch.
-        profile: for ONNX Runtime, prefix of the file for a profile; none is made without.
-        dtype: for OpenVINO, in which it computes what is not quantized: float32 or bfloat16.
+        profile: for ONNX Runtime, prefix of the file for a profile; for OpenVINO any word. Without, nothing is counted.
+        dtype: for OpenVINO, one of `OPENVINO_TYPES`.
 
     Returns:
         A session of ONNX Runtime, or what behaves as one.
     """
     threads = threads or torch.get_num_threads()
-    if not isinstance(path, bytes) and os.fspath(path).endswith(".xml"):
-        return OpenVINOSession(path, threads, dtype)
+    if is_for_openvino(path):
+        return OpenVINOSession(str(path), threads, dtype, bool(profile))
     from onnxruntime import InferenceSession, SessionOptions
 
     options = SessionOptions()
@@ -54,15 +62,17 @@ class OpenVINOSession:
     Args:
         path: of its .xml file.
         threads: that compute.
-        dtype: float32 or bfloat16.
+        dtype: one of `OPENVINO_TYPES`.
+        profile: measure every node, for `share_of_products`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], threads: int, dtype: str = "float32") -> None:
+    def __init__(self, path: str, threads: int, dtype: str = "float32", profile: bool = False) -> None:
         import openvino
 
-        hint = {"float32": "f32", "bfloat16": "bf16"}[dtype]
-        options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint, "PERF_COUNT": True}
-        self.model = openvino.Core().compile_model(os.fspath(path), "CPU", options)
+        options = {
+            "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[dtype], "PERF_COUNT": profile
+        }  # fmt: skip
+        self.model = openvino.Core().compile_model(path, "CPU", options)
         self._request = self.model.create_infer_request()
 
     def get_inputs(self) -> list[Port]:

@@ -56,13 +56,13 @@ class Family:
         words: the word embedding.
         positions: the position embedding.
         embedded: the module whose output goes into the first layer, or into the projection.
-        attention: in a layer, the self-attention, with its `scaling`.
+        attention: in a layer, the self-attention, with its `scaling`; without, scores are divided by sqrt(d).
         query, key: in the attention; the same module where one gives query, key and value in equal parts.
         default_ratio: how many times smaller a student is by default, where its plan is searched.
         presets: plans of the papers by name, functions of a config; the first is the default.
         norm: the norm after the last layer, if there is one.
-        projection: the linear layer from the size of the embedding to that of the layers; models where the two are the
-            same lack it, as in ELECTRA.
+        projection: the linear layer from the size of the embedding to that of the layers, as in ELECTRA; models where
+            the two are the same lack it.
         position_bias: the module that gives (length, length, heads) to add to the scores of every layer, as in MPNet.
         pooler: the linear layer of the pooler, which sees the first token only; models may lack it.
         causal: whether it reads from left to right and counts positions from the left.

@@ -189,6 +189,15 @@ def test_outputs_are_compared_up_to_scale_and_mean(tmp_path):
     assert judged.lost(student)[0] == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_outputs_that_say_nothing_are_lost(value, tmp_path):
+    dense = teacher(BertModel)
+    judged = HeldOutOutputs(dense, calibration_batches(texts(), bert_tokenizer(tmp_path), dense))
+    broken = copy.deepcopy(dense)
+    torch.nn.init.constant_(broken.encoder.layer[-1].output.LayerNorm.weight, value)
+    assert judged.lost(broken) == pytest.approx([1, 1], abs=0.05)  # what is left of a constant is rounding
+
+
 def test_words_that_the_text_does_not_repeat_keep_the_nearest_factors():
     dense = teacher(BertModel)
     student = compress(dense, {"embeddings.word_embeddings": (64, 8)}).model

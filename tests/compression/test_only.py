@@ -1,5 +1,7 @@
 """Some modules are factored, all others stay dense: --only."""
 
+import json
+
 import pytest
 import torch
 from tiny import CONFIGS, family_config, inputs, teacher, texts, tokenizer_for
@@ -105,6 +107,10 @@ def test_command_line_and_distillation(tmp_path, capsys):
     assert main(["compress", str(folder), "--only", "x.*", "--output", str(tmp_path / "none")]) == 1
     assert "only='x.*' matches no module" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
-    done = distill(folder, text, tmp_path / "distilled", ratio=1.4, only="embedding", steps=2)
+    options = {"ratio": 1.4, "only": "embedding", "steps": 2, "learning_rate": 1e-4, "bf16": True}
+    done = distill(folder, text, tmp_path / "distilled", **options)
     assert list(done.model.config.factor_plan) == ["wte"]
-    assert "--only embedding" in (tmp_path / "distilled" / "README.md").read_text()
+    assert next(done.model.parameters()).dtype == torch.float32
+    command = json.loads((tmp_path / "distilled" / "results.json").read_text())["options"]["command"]
+    rest = ["--ratio", "1.4", "--only", "embedding", "--steps", "2", "--learning-rate", "0.0001", "--bf16"]
+    assert command == ["kronecker-transformers", "distill", str(folder), "--text", str(text), *rest]

@@ -70,7 +70,7 @@ def test_on_the_command_line(dense, tmp_path, capsys):
         (["--int8"], "--int8 is for --runtime onnxruntime or openvino; add that, or leave --int8 out"),
         (
             ["--runtime", "onnxruntime", "--dtype", "bfloat16"],
-            "--dtype bfloat16 are not for --runtime onnxruntime",
+            "dtype='bfloat16' is not for onnxruntime on a CPU; choose from float32",
         ),
     ],
 )
@@ -80,6 +80,10 @@ def test_options_that_do_not_go_together(options, message, capsys):
 
 
 def test_refusals_come_before_the_export(dense):
+    with pytest.raises(ValueError, match="engine='tvm' is not known; choose from onnxruntime, openvino"):
+        benchmark_sessions(dense, dense, engine="tvm")
+    with pytest.raises(ValueError, match="dtype='float16' is not for openvino on a CPU; choose from float32, bfloat16"):
+        benchmark_sessions(dense, dense, engine="openvino", dtype="float16")
     with pytest.raises(ValueError, match="length=41 is more than the 40 tokens of BertModel"):
         benchmark_sessions(dense, dense, length=41)
     with pytest.raises(ValueError, match="rounds=1 must be at least 2"):

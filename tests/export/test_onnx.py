@@ -215,6 +215,8 @@ def test_refusals_come_before_the_work(monkeypatch, tmp_path):
         exporting.export_onnx(model, None, tmp_path / "full")
     with pytest.raises(ValueError, match="'int2' is no form of a graph; choose from fp32, int8, int4, fp16"):
         exporting.export_onnx(model, None, tmp_path / "a", also=["int8", "int2"])
+    with pytest.raises(ValueError, match="form='' is no form of a graph; choose from fp32"):
+        exporting.export_graphs(model, None, tmp_path / "a", [])
     with pytest.raises(ValueError, match=r"texts=\[\] leave nothing to compare"):
         exporting.export_onnx(model, None, tmp_path / "a", texts=[])
     other = transformers.CamembertModel(transformers.CamembertConfig(num_hidden_layers=1))

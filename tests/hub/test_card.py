@@ -11,7 +11,13 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from safetensors import safe_open
 from tiny import bert_tokenizer, teacher, tokenizer_for
-from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2LMHeadModel,
+    RobertaForMaskedLM,
+)
 from transformers.pipelines import SUPPORTED_TASKS
 
 from kronecker_transformers import compress
@@ -67,6 +73,14 @@ def test_every_class_and_its_twin(dense_class, tmp_path):
         for url in re.findall(r"\((https?://[^)]*)\)", card.text):
             assert urlparse(url).netloc == "huggingface.co"
             assert re.fullmatch(r"/[\w.-]+/[\w.-]+", urlparse(url).path)
+
+
+def test_the_example_has_the_mask_of_the_tokenizer(tmp_path):
+    tokenizer = tokenizer_for("roberta", tmp_path)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    model = compress(teacher(RobertaForMaskedLM), "7.7x").model
+    card = model_card(save_folder(tmp_path / "model", model, tokenizer), "org/tiny")
+    assert card.data.widget == [{"text": "Paris is the <mask> of France."}]
 
 
 def test_sizes_are_those_of_the_files(tmp_path):

@@ -86,6 +86,7 @@ def measured_layers(
     batches: Sequence[CalibrationBatch],
     presets: Mapping[str, Mapping[str, FactorEntry]],
     names: AbstractSet[str],
+    progress: bool = False,
 ) -> Iterator[MeasuredLayer]:
     """All layers in the order in which they compute, with their candidates.
 
@@ -94,6 +95,7 @@ def measured_layers(
         batches: calibration text.
         presets: plans of which every entry becomes a candidate: name of a module to entry.
         names: of the modules that may be factored; others have one candidate, the dense layer.
+        progress: show a progress bar while the shapes are chosen, which takes most of the time.
     """
     wanted: dict[str, list[FactorEntry]] = defaultdict(list)  # by the kind of the layer: a preset may factor some only
     for entries in presets.values():
@@ -118,7 +120,8 @@ def measured_layers(
             stream.advance(layer)
     middle = len(layers) // 2
     inside = {name for name, _ in layers[middle].named_modules() if _kind(f"{place}.{middle}.{name}") in kinds}
-    for name, module, moments in linear_modules(layers[middle], streams, inside):
+    modules = linear_modules(layers[middle], streams, inside)
+    for name, module, moments in tqdm(modules, desc="shapes", unit="layer", leave=False, disable=not progress):
         if moments is not None:
             presets_here = wanted[_kind(f"{place}.{middle}.{name}")]
             shortlists[name] = _shortlist(weight_of(module), *moments, presets_here)

@@ -201,7 +201,7 @@ def _search(
     base: Any = teacher.base_model
     known_plans = _presets(teacher)
     presets = {key: {n: e for n, e in plan.items() if n in names} for key, plan in known_plans.items()}
-    measured = measured_layers(base, batches, presets, names)
+    measured = measured_layers(base, batches, presets, names, progress)
     times = latency_table(teacher, runtime) if "milliseconds" in budgets else None
     layers = list(tqdm(measured, desc="candidates", unit="layer", disable=not progress))
     weights = influences(teacher, layers, batches, progress)

@@ -46,6 +46,13 @@ def unchanged_cache(config: Any) -> Iterator[None]:
             config.use_cache = before
 
 
+def attention_kernel(arguments: DistillationArguments, length: int) -> AbstractContextManager[Any]:
+    """For short sequences in bf16 on a CPU the plain form: flash attention is slower there."""
+    if arguments.bf16 and arguments.device.type == "cpu" and length <= _SHORT:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
+
 class DistillationTrainer(PublishingTrainer, SamplingTrainer):
     """Trains a student on a teacher's hidden states, attention and outputs, and on labels where there are any.
 
@@ -234,14 +241,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the base class, with the attention that is the faster one, in the backward pass too."""
-        with self._attention_kernel(inputs):
+        with attention_kernel(self.args, inputs["input_ids"].shape[-1]):
             return super().training_step(model, inputs, num_items_in_batch)
-
-    def _attention_kernel(self, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
-        """For short sequences in bf16 on a CPU the plain form: flash attention is slower there."""
-        if self.args.bf16 and self.args.device.type == "cpu" and inputs["input_ids"].shape[-1] <= _SHORT:
-            return sdpa_kernel(SDPBackend.MATH)
-        return nullcontext()
 
     def _check_finite(self, values: dict[str, Tensor]) -> None:
         if torch.stack([value.detach() for value in values.values()]).isfinite().all():

@@ -6,6 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..distillation import Objective
 from ..distillation.agreement import Judge
+from ..distillation.trainer import attention_kernel
 
 LOOKS = 12
 """Points of the curves."""
@@ -62,16 +64,19 @@ def affordable_steps(
     It is only a plan: the training ends by time if the machine has become slower.
     """
     copied = copy.deepcopy(student).to(arguments.device).train()
-    objective = Objective(copied, teacher.to(arguments.device), arguments.weights())
+    autocast = partial(torch.autocast, arguments.device.type, torch.bfloat16, enabled=arguments.bf16)
+    objective = Objective(copied, teacher.to(arguments.device), arguments.weights(), autocast=autocast)
     objective.attach(copied)
     optimizer = torch.optim.AdamW(copied.parameters())
     seconds = []
     for batch in [*batches, *batches]:  # the first time to warm up
         batch = {name: value.to(arguments.device) for name, value in batch.items() if isinstance(value, Tensor)}
         start = time.perf_counter()
-        losses = objective.values(copied, batch, objective.count(batch))
-        loss = torch.stack(list(losses.values())).sum()
-        loss.backward()
+        with attention_kernel(arguments, batch["input_ids"].shape[-1]):
+            with autocast():
+                losses = objective.values(copied, batch, objective.count(batch))
+            loss = torch.stack(list(losses.values())).sum()
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for an accelerator

@@ -207,8 +207,12 @@ def test_bad_input_leaves_nothing_behind(changes, message, tmp_path, monkeypatch
     assert set(tmp_path.iterdir()) == before
 
 
-def test_more_minutes_are_more_steps(monkeypatch):
-    """The number of steps follows from the pace of a step, on a clock that goes 1/128 s at each look at it."""
+@pytest.mark.parametrize("bf16", [False, True])
+def test_more_minutes_are_more_steps(monkeypatch, bf16):
+    """The number of steps follows from the pace of a step, on a clock that goes 1/128 s at each look at it.
+
+    The steps that are tried compute as those of the training will.
+    """
     import itertools
     from types import SimpleNamespace
 
@@ -221,8 +225,12 @@ def test_more_minutes_are_more_steps(monkeypatch):
     teacher, student = pair(transformers.BertModel)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     batches = [dict(collate(examples(student)))] * 6
-    arguments = SimpleNamespace(device=torch.device("cpu"), weights=lambda: {"hidden_mse": 1.0})
+    arguments = SimpleNamespace(device=torch.device("cpu"), bf16=bf16, weights=lambda: {"hidden_mse": 1.0})
+    dtypes = set()
+    for model in (teacher, student):  # a hook is copied with its module
+        model.encoder.layer[0].output.dense.register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
     few, many = (module.affordable_steps(student, teacher, arguments, batches, minutes) for minutes in (0.5, 2.0))
     assert (few, many) == (0.5 * 60 * 128, 2 * 60 * 128)
+    assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
     assert module.affordable_steps(student, teacher, arguments, batches, 0) == module.LOOKS
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

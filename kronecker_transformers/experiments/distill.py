@@ -61,6 +61,8 @@ FIDELITY = (
 )
 RATE, HIDDEN = 1e-3, 384
 """Learning rate of a model of this hidden size; it falls with the square of the size, as found at 384 and 768."""
+WARMUP = 0.1
+"""Share of the steps in which it rises."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +308,7 @@ def _train(
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationArguments(
             output_dir=scratch, objective=lesson.objective, **lesson.weights, max_steps=steps or 1, max_minutes=limit,
-            per_device_train_batch_size=lesson.batch, learning_rate=rate, warmup_steps=lesson.warmup, dropout=0.0,
+            per_device_train_batch_size=lesson.batch, learning_rate=rate, warmup_steps=WARMUP, dropout=0.0,
             seed=seed, bf16=bf16, use_cpu=bf16 and not torch.cuda.is_available(),
             save_strategy="no", include_num_input_tokens_seen="non_padding", report_to=[],
             disable_tqdm=True, remove_unused_columns=False, accelerator_config={"dispatch_batches": False},

@@ -56,7 +56,6 @@ class Lesson:
     """The same as sentences, for teachers without a head."""
     calibration: list[str] = field(default_factory=list)
     weights: Mapping[str, Any] = field(default_factory=dict)
-    warmup: float = 0.1
     scores: Callable[[PreTrainedModel], dict[str, float]] | None = None
     """The task's own metrics."""
 
@@ -73,12 +72,12 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     make: Callable[[TextSource, int], Iterable[Example]]
     needs = {"words": ("pad", "mask", "cls", "sep"), "next_token": ("eos",)}.get(str(kind), ("pad",))
     check_special_tokens(tokenizer, *needs)
-    length, batch, objective, warmup = min(longest, 128), 32, "kronecker_bert", 0.1
+    length, batch, objective = min(longest, 128), 32, "kronecker_bert"
     weights = dict(WEIGHTS)
     if kind is None:
         settings = encoder_settings(teacher, tokenizer)
         length, batch = min(length, settings.max_length or length), 64
-        objective, weights, warmup = "sentence_encoder", {}, 0.5
+        objective, weights = "sentence_encoder", {}
         make = partial(_sentences, tokenizer, length, settings.prompt)
     elif kind == "next_token":
         length, batch = min(longest, 256), 16
@@ -105,9 +104,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
             "examples; give at least a few hundred lines, better some thousand"
         )
     calibration = lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION]  # from all over the beginning
-    return Lesson(
-        batch, length, objective, partial(make, train), collate, kept, sentences, calibration, weights, warmup
-    )
+    return Lesson(batch, length, objective, partial(make, train), collate, kept, sentences, calibration, weights)
 
 
 def labelled_lesson(

@@ -46,16 +46,17 @@ PIECE = ".zip.{:03d}"
 SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
 RATIOS, PRESETS = (7.7, 21.0), {7.7: "7.7x", 21.0: "21x"}
 PLANS = ("papers", "searched", "low rank")
-TEACHER_RUN = {"part": "teacher"}
+TEACHER_RUN: dict[str, Any] = {"part": "teacher"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A student; without minutes it is not distilled."""
+    """A student, and the precision of its training and of its judgement; without minutes it is not distilled."""
 
     plan: str
     start: str
     ratio: float
+    bf16: bool = False
     minutes: float = 0.0
     seed: int = 0
 
@@ -66,12 +67,9 @@ class Run:
 
 
 UNTRAINED = [
-    Run(plan, start, ratio)
-    for ratio in RATIOS
-    for plan, start in (
-        ("papers", "nearest"), ("searched", "calibrated"), ("papers", "calibrated"), ("low rank", "calibrated")
-    )
+    ("papers", "nearest"), ("searched", "calibrated"), ("papers", "calibrated"), ("low rank", "calibrated")
 ]  # fmt: skip
+"""Plans and starts."""
 
 
 def fetch(work: Path) -> Path:
@@ -161,40 +159,37 @@ def perform(run: Run, text: Path, options: Any) -> None:
 
         found = distill(
             model, text, folder, plan=plan, minutes=run.minutes, seed=run.seed, tokenizer=tokenizer,
-            base_model="sentence-transformers/all-mpnet-base-v2", bf16=options.bf16, show=say,
+            base_model="sentence-transformers/all-mpnet-base-v2", bf16=run.bf16, show=say,
         )  # fmt: skip
         student, tokenizer = load_student(folder)
         results = {"rows": found.rows, "training": found.training, "curve": curve(said)}
-    score = judged(student.eval(), tokenizer, options)
+    score = judged(student.eval(), tokenizer, options.data, run.bf16)
     LOG.add(asdict(run), {"parameters": student.num_parameters(), "stsb": score, **results})
 
 
-def judged(model: Any, tokenizer: Any, options: Any) -> float:
+def judged(model: Any, tokenizer: Any, data: Path, bf16: bool) -> float:
     """STS-B, in the precision of the training."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-        return similarity(model, tokenizer, options.data)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return similarity(model, tokenizer, data)
 
 
 def rows() -> Iterator[tuple[str, list[Any]]]:
     """One for each run that is finished."""
-    line = LOG.find(TEACHER_RUN)
-    whole = line["stsb"] if line else 100.0
-    if line:
-        yield "teacher", [f"{line['parameters']:,}", None, None, f"{whole:.2f}", None]
+    whole = {line["bf16"]: line["stsb"] for line in LOG.lines() if "part" in line}
     for line in LOG.lines():
-        if "plan" not in line:
-            continue
-        name = f"{line['ratio']:g}x, {line['plan']}, {line['start']}"
+        name = f"{line['ratio']:g}x, {line['plan']}, {line['start']}" if "plan" in line else line["part"]
         training = line.get("training")
-        minutes = f"{training['seconds'] / 60:.0f}" if training else None
-        cells = [f"{line['parameters']:,}", minutes, training and training["steps"], f"{line['stsb']:.2f}"]
-        yield name + (f", {line['minutes']:g} minutes" if training else ""), [*cells, f"{line['stsb'] / whole:.1%}"]
+        yield f"{name}, {line['minutes']:g} minutes" if training else name, [
+            f"{line['parameters']:,}", "bf16" if line["bf16"] else "fp32",
+            f"{training['seconds'] / 60:.0f}" if training else None, training and training["steps"],
+            f"{line['stsb']:.2f}", f"{line['stsb'] / whole[line['bf16']]:.1%}",
+        ]  # fmt: skip
 
 
 def table(console: Console) -> None:
     """All finished runs."""
     console.print(LOG.environments(), highlight=False)
-    headings = ["parameters", "minutes", "steps", "STS-B dev", "of the teacher"]
+    headings = ["parameters", "precision", "minutes", "steps", "STS-B dev", "of the teacher"]
     console.print(results_table("all-mpnet-base-v2 and its students", headings, dict(rows())))
     for line in LOG.lines():
         if "plan" in line:
@@ -214,13 +209,15 @@ def main() -> None:
     if not options.table:
         options.work.mkdir(parents=True, exist_ok=True)
         text = unlabelled_text(options.data, options.work)
-        if not LOG.find(TEACHER_RUN):
+        bf16 = options.bf16
+        if not LOG.find(TEACHER_RUN | {"bf16": bf16}):
             model, tokenizer = teacher(options.work)
-            score = judged(model, tokenizer, options)
-            LOG.add(TEACHER_RUN, {"parameters": model.num_parameters(), "stsb": score})
-        runs = [run for run in UNTRAINED if run.ratio in options.ratios and run.plan in options.plans]
-        if options.minutes:
-            runs += [Run("searched", "calibrated", ratio, options.minutes) for ratio in options.ratios]
+            score = judged(model, tokenizer, options.data, bf16)
+            LOG.add(TEACHER_RUN | {"bf16": bf16}, {"parameters": model.num_parameters(), "stsb": score})
+        chosen = [(plan, start) for plan, start in UNTRAINED if plan in options.plans]
+        runs = [Run(plan, start, ratio, bf16) for ratio in options.ratios for plan, start in chosen]
+        if options.minutes and "searched" in options.plans:
+            runs += [Run("searched", "calibrated", ratio, bf16, options.minutes) for ratio in options.ratios]
         for run in runs:
             if not LOG.find(asdict(run)):
                 perform(run, text, options)

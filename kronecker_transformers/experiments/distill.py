@@ -60,7 +60,7 @@ FIDELITY = (
     "random pairs"
 )
 RATE, HIDDEN = 1e-3, 384
-"""Learning rate of a model of this hidden size; it falls with the square of the size, as found at 384 and 768."""
+"""Learning rate of a model of this hidden size, and of smaller ones; above, it falls with the square of the size."""
 WARMUP = 0.1
 """Share of the steps in which it rises."""
 

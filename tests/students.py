@@ -54,14 +54,13 @@ def first_output(output):
     return next(value for key, value in output.items() if key not in ("loss", "past_key_values"))
 
 
-def has_long_tests(model_class):
-    """Whether long tests of a class, dense or factored, are left to the slow run: of new families' heads, most."""
-    name = model_class.__name__
-    is_new = model_type(model_class) not in ("bert", "gpt2")
-    return is_new and "For" in name and not name.endswith(("ElectraForPreTraining", "MPNetForMaskedLM"))
-
-
-EVERY_HEAD = [
-    pytest.param(cls, marks=pytest.mark.slow) if has_long_tests(cls) else cls for cls in DENSE_CLASSES.values()
+ONE_OF_EACH_KIND = {
+    "BertModel", "BertForPreTraining", "BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification",
+    "BertForQuestionAnswering", "BertForMultipleChoice", "GPT2LMHeadModel", "MPNetModel", "ElectraForPreTraining",
+}  # fmt: skip
+"""Stock classes whose long tests are in the default run."""
+LONG_TESTS = [
+    cls if cls.__name__ in ONE_OF_EACH_KIND else pytest.param(cls, marks=pytest.mark.slow)
+    for cls in DENSE_CLASSES.values()
 ]
-"""Stock classes, those whose long tests are slow marked as such."""
+"""All stock classes, for long tests."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 import transformers
 
@@ -36,6 +37,7 @@ def run(*command, folder):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_family_is_one_file(tmp_path):
     assert len(FAMILY.read_text().splitlines()) < 80
     assert run(__file__, tmp_path, folder=tmp_path)[-1] == "done"

@@ -7,7 +7,6 @@ import tiny
 import torch
 import transformers
 from distilling import ALL_TERMS, assert_same_step, collate, examples, make_trainer, one_step, pair
-from students import EVERY_HEAD
 from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 from kronecker_transformers import compress
@@ -19,7 +18,7 @@ from kronecker_transformers.models import DENSE_CLASSES
 BASES = [cls for cls in DENSE_CLASSES.values() if "For" not in cls.__name__ and "LMHead" not in cls.__name__]
 
 
-@pytest.mark.parametrize("dense_class", EVERY_HEAD, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("dense_class", DENSE_CLASSES.values(), ids=lambda cls: cls.__name__)
 def test_gradient_accumulation_and_padding_change_nothing(dense_class, tmp_path):
     whole = one_step(dense_class, tmp_path)
     assert whole[1], "there are gradients to compare"
@@ -75,7 +74,7 @@ def stock_scores(model, hidden_states):
         yield scores + base.encoder.compute_position_bias(state) if name == "mpnet" else scores
 
 
-@pytest.mark.parametrize("dense_class", EVERY_HEAD, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("dense_class", DENSE_CLASSES.values(), ids=lambda cls: cls.__name__)
 def test_terms_against_the_stock_outputs_in_float64(dense_class, tmp_path):
     """Each sequence alone, without padding, through eager attention and the loss of transformers itself."""
     log, _ = one_step(dense_class, tmp_path, temperature=2.0)

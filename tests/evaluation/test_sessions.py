@@ -49,6 +49,7 @@ def test_products_and_memory(graph):
         assert 0 < session_memory(graph, 2, 8, words=64) < 2e9
 
 
+@pytest.mark.slow
 def test_on_the_command_line(dense, tmp_path, capsys):
     dense.save_pretrained(tmp_path / "dense")
     compress(dense, {"encoder.*.intermediate.dense": (96, 1, 4)}).save_pretrained(tmp_path / "student")

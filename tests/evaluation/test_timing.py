@@ -124,6 +124,7 @@ def test_rates_of_the_machine():
 
 
 @LINUX
+@pytest.mark.slow
 def test_memory_of_a_process_grows_with_the_model(folders, tmp_path):
     large = teacher(BertModel, intermediate_size=96_000)  # 74 MB
     large.save_pretrained(tmp_path / "large")

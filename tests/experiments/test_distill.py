@@ -8,7 +8,7 @@ import torch
 import transformers
 from distilling_text import saved_teacher, text_file
 from safetensors.torch import load_file
-from students import EVERY_HEAD
+from students import LONG_TESTS
 
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
@@ -28,7 +28,7 @@ QUALITY = {
 }
 
 
-@pytest.mark.parametrize("dense_class", EVERY_HEAD, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("dense_class", LONG_TESTS, ids=lambda cls: cls.__name__)
 def test_every_head(dense_class, tmp_path):
     teacher = saved_teacher(dense_class, tmp_path / "teacher")
     lines = []

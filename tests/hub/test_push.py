@@ -13,7 +13,6 @@ import torch
 from huggingface_hub import ModelCard, SpaceCard, constants
 from loopback_hub import Fault, Hub
 from stranger import code_of
-from students import has_long_tests
 from tiny import bert_tokenizer, inputs, model_type, perturb, teacher, tokenizer_for
 from transformers import BertForSequenceClassification
 from transformers.pipelines import SUPPORTED_TASKS
@@ -117,10 +116,10 @@ def test_what_is_pushed_loads_without_the_package(hub, model, folder, tmp_path):
         assert torch.equal(output, expected)
 
 
+@pytest.mark.slow
 def test_every_class_and_its_twin_by_their_names(hub, tmp_path):
     jobs, expected = [], []
-    classes = {ours: stock for ours, stock in DENSE_CLASSES.items() if not has_long_tests(stock)}
-    for student_class, dense_class in classes.items():
+    for student_class, dense_class in DENSE_CLASSES.items():
         family = model_type(student_class)
         place, name = tmp_path / dense_class.__name__, f"org/{dense_class.__name__}"
         place.mkdir()

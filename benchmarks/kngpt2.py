@@ -41,7 +41,8 @@ from transformers import (
 from kronecker_transformers.checkpoint.load import save_folder
 from kronecker_transformers.display import results_table
 from kronecker_transformers.tasks.glue_metric import headline
-from kronecker_transformers.tasks.language_modeling import TextSource, TextStream, block_examples
+from kronecker_transformers.tasks.language_modeling import block_examples
+from kronecker_transformers.tasks.text import TextSource, TextStream
 
 LOG = RunLog("kngpt2")
 VOCABULARY, LAYERS, HIDDEN, HEADS, LENGTH = 13_824, 6, 384, 6, 256

@@ -33,8 +33,9 @@ from kronecker_transformers.experiments.run import (
 )
 from kronecker_transformers.models.kronecker_family import longest_sequence
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
-from kronecker_transformers.tasks.language_modeling import TextSource, TextStream, block_examples, training_steps
+from kronecker_transformers.tasks.language_modeling import block_examples
 from kronecker_transformers.tasks.perplexity import NORMALISATIONS, perplexity
+from kronecker_transformers.tasks.text import TextSource, TextStream, training_steps
 
 
 @dataclass

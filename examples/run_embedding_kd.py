@@ -37,16 +37,10 @@ from kronecker_transformers.experiments.run import (
     train_and_save,
 )
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
-from kronecker_transformers.tasks.language_modeling import (
-    Example,
-    TextSource,
-    TextStream,
-    length_group,
-    sentence_examples,
-    training_steps,
-)
+from kronecker_transformers.tasks.language_modeling import sentence_examples
 from kronecker_transformers.tasks.sentences import encode, neighbour_agreement, similarity_fidelity
 from kronecker_transformers.tasks.tables import read_table
+from kronecker_transformers.tasks.text import Example, TextSource, TextStream, length_group, training_steps
 
 
 @dataclass

@@ -46,14 +46,8 @@ from kronecker_transformers.experiments.run import (
 )
 from kronecker_transformers.models.kronecker_family import heads_of
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
-from kronecker_transformers.tasks.language_modeling import (
-    Example,
-    TextSource,
-    TextStream,
-    length_group,
-    masked_examples,
-    training_steps,
-)
+from kronecker_transformers.tasks.language_modeling import masked_examples
+from kronecker_transformers.tasks.text import Example, TextSource, TextStream, length_group, training_steps
 
 logger = logging.getLogger(__name__)
 

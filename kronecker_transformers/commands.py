@@ -22,7 +22,7 @@ from .evaluation.timing import Comparison, benchmark
 from .export.dense import to_dense
 from .hub.card import has_own_card, model_card
 from .hub.push import Pushed, card_metadata, files_to_push, push, push_space
-from .tasks.language_modeling import TextSource
+from .tasks.text import TextSource
 
 
 def run_distill(arguments: argparse.Namespace, console: Console) -> None:

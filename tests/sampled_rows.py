@@ -13,7 +13,7 @@ import torch.distributed
 from distilling import make_trainer, pair
 from transformers import BertModel, TrainerCallback
 
-from kronecker_transformers.tasks.language_modeling import TextStream, length_group
+from kronecker_transformers.tasks.text import TextStream, length_group
 
 ROWS, BATCH, EPOCHS = 32, 2, 2
 STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")

@@ -41,10 +41,7 @@ from ..evaluation.timing import environment, in_turn
 from ..hub.card import folder_metadata, model_card
 from ..models.factor_plan import FactorPlan
 from ..models.kronecker_family import family_of, heads_of
-from ..tasks.language_modeling import (
-    TextSource,
-    TextStream,
-)
+from ..tasks.text import TextSource, TextStream
 from .lessons import Lesson, labelled_lesson, text_lesson
 from .run import check_special_tokens
 from .watch import LOOKS, TRIED, Watch, affordable_steps

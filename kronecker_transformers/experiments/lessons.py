@@ -19,13 +19,8 @@ from transformers import (
 
 from ..checkpoint.sentence_modules import encoder_settings
 from ..models.kronecker_family import heads_of, longest_sequence
-from ..tasks.language_modeling import (
-    Example,
-    TextSource,
-    block_examples,
-    masked_examples,
-    sentence_examples,
-)
+from ..tasks.language_modeling import block_examples, masked_examples, sentence_examples
+from ..tasks.text import Example, TextSource
 from .classification import check_unnamed_labels, judged, load_classifier, load_task, tokenized
 from .masked_language import collator_for
 from .run import check_special_tokens

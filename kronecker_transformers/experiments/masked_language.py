@@ -21,7 +21,7 @@ from ..checkpoint.load import load_teacher
 from ..distillation import DistillationArguments
 from ..distillation.losses import IGNORED, hidden_state_mse
 from ..models.kronecker_family import DENSE_CLASSES, FAMILIES, heads_of, pooler_of
-from ..tasks.language_modeling import Example, TextSource, TextStream
+from ..tasks.text import Example, TextSource, TextStream
 from .run import TEACHER, save_once, train_plainly
 
 Batch = dict[str, torch.Tensor]

@@ -16,7 +16,7 @@ from ..checkpoint.load import source_name
 from ..compression.activations import calibration_batches
 from ..compression.plan_file import read_plan
 from ..distillation import DistillationArguments, start_student
-from ..tasks.language_modeling import TextSource
+from ..tasks.text import TextSource
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from kronecker_transformers.distillation.sampling import LengthGroups
-from kronecker_transformers.tasks.language_modeling import TextStream
+from kronecker_transformers.tasks.text import TextStream
 
 SCRIPT = Path(__file__).parents[1] / "sampled_rows.py"
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerState
 
-from kronecker_transformers.tasks.language_modeling import TextSource, masked_examples
+from kronecker_transformers.tasks.language_modeling import masked_examples
+from kronecker_transformers.tasks.text import TextSource
 
 PLAN = "embeddings.word_embeddings: {m1: 64, n1: 8}\nencoder.layer.*.intermediate.dense: {m1: 4, n1: 2}\n"
 WORDS = tiny.TEXT.split()

@@ -83,7 +83,7 @@ def test_a_student_learns(tmp_path):
 
 
 def test_what_is_held_out_is_not_learnt_from(tmp_path):
-    from kronecker_transformers.tasks.language_modeling import TextSource
+    from kronecker_transformers.tasks.text import TextSource
 
     source = TextSource((str(text_file(tmp_path)),))
     held_out, train = source.part(0, 0.1).lines(), source.part(0.1, 1).lines()

@@ -36,8 +36,8 @@ class DistillationArguments(_Weights, TrainingArguments):
     """`TrainingArguments`, and the objective of a distillation.
 
     Raises:
-        ValueError: an unknown objective, a weight below 0 or not finite, all weights 0, or a temperature or limit of
-            minutes that is not above 0.
+        ValueError: an unknown objective, a weight below 0 or not finite, all weights 0, a temperature or limit of
+            minutes that is not above 0, or Muon beside an optimizer that is not AdamW.
     """
 
     objective: str = field(
@@ -68,6 +68,10 @@ class DistillationArguments(_Weights, TrainingArguments):
             "help": "Scale the learning rate of each factor (see kronecker_transformers.distillation.optimizer)."
         },
     )
+    muon: bool = field(
+        default=False,
+        metadata={"help": "Update the factors of linear layers by Muon; all else by AdamW, which optim must be."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +95,11 @@ class DistillationArguments(_Weights, TrainingArguments):
 
         if self.max_minutes is not None and not (math.isfinite(self.max_minutes) and self.max_minutes > 0):
             raise ValueError(f"max_minutes={self.max_minutes} must be a finite number > 0; leave it out for no limit")
+        optim = getattr(self.optim, "value", self.optim)
+        if self.muon and optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(f"muon=True goes with optim='adamw_torch', not {optim!r}; leave one of both out")
+        if self.muon and not self.factor_learning_rates:
+            raise ValueError("muon=True needs factor_learning_rates=True; leave one of both out")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(
                 f"dropout={self.dropout} must be at least 0 and below 1; leave it out to keep the config's"

@@ -1,4 +1,6 @@
-"""Learning rates for factors: a step moves the product as far as it would move a dense weight.
+"""How factors learn: at rates of their own, and by steps that move all their directions alike (Muon).
+
+Rates: a step moves the product as far as it would move a dense weight.
 
 Adam moves every entry by about the learning rate, whatever its size. The factors of W = sum over r of A_r (x) B_r have
 entries of very different sizes: of a 384 x 384 weight at 7.7x those of the large factor are several times smaller than
@@ -20,10 +22,19 @@ the scale of the gradient.
 
 Qiu et al., "Compute Better Spent" (ICML 2024), argue for structure-aware learning rates from the fan-in of each factor;
 those assume factors at their initial scale for training from scratch, where here they come from a trained weight.
+
+Muon (Jordan et al., 2024) takes, in place of the gradient's running mean M = U S V^T, its orthogonal factor U V^T: a
+direction that seldom has a gradient moves as far as one that always has. Factors of low rank have few columns, and each
+must do something of its own. Steps have the root mean square of Adam's (0.2; Liu et al., "Muon is scalable for LLM
+training", 2025), so the rates above hold. In equally many steps students of an encoder come nearer to their teacher
+than by Adam (docs/results.md).
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,3 +86,82 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
             if group.get("weight_decay"):
                 own["weight_decay"] = group["weight_decay"] / (2 * scales[factor])
             optimizer.add_param_group({**options, **own, "params": [factor]})
+
+
+MOMENTUM = 0.95
+STEP_RMS = 0.2
+"""Root mean square of the entries of a step at learning rate 1, as Adam's."""
+_NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+_UNFOLDINGS = (((0, 1, 2), 1), ((0, 1, 2), 2), ((1, 0, 2), 1))
+"""Of a factor (m1, R, n1), as an order of its axes and how many of them are for rows."""
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, but Muon for the factors of linear layers. Those of embeddings, with their sparse gradients, are AdamW's.
+
+    Args:
+        groups: of parameters, as for AdamW; one that holds a factor of a linear layer holds nothing else.
+        model: whose parameters they are.
+        **options: as for AdamW, but for `fused`.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], model: nn.Module, **options: Any) -> None:
+        factors = {X for module in model.modules() if isinstance(module, KroneckerLinear) for X in (module.A, module.B)}
+        super().__init__(
+            [{**group, "fused": None, "muon": not factors.isdisjoint(group["params"])} for group in groups], **options
+        )
+
+    def step(self, closure: Any = None) -> Any:
+        """One step of all parameters that have a gradient."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        self._step_factors()
+        return loss
+
+    @torch.no_grad()
+    def _step_factors(self) -> None:
+        alike: dict[Any, list[tuple[nn.Parameter, Tensor, float]]] = defaultdict(list)
+        for group in self.param_groups:
+            for X in group["params"] if group["muon"] else ():
+                if X.grad is None:
+                    continue
+                state = self.state[X]
+                if not state:
+                    state |= {
+                        "step": torch.tensor(0.0),
+                        "momentum": torch.zeros_like(X),
+                    }  # AdamW loads none without step
+                state["step"] += 1
+                state["momentum"].lerp_(X.grad, 1 - MOMENTUM)
+                X.mul_(1 - group["lr"] * group["weight_decay"])
+                update = X.grad.lerp(state["momentum"], MOMENTUM)  # as Nesterov's
+                alike[X.shape, X.device].append((X, update, group["lr"]))
+        for (shape, _), items in alike.items():
+            order, rows = max(_UNFOLDINGS, key=lambda unfolding: min(_sides(shape, *unfolding)))
+            sides = _sides(shape, order, rows)
+            steps = orthogonalized(torch.stack([update.permute(order).reshape(sides) for _, update, _ in items]))
+            for (X, _, rate), step in zip(items, steps, strict=True):
+                step = step.reshape([shape[axis] for axis in order]).permute(order)  # each order is its own inverse
+                X.sub_(step, alpha=rate * STEP_RMS * max(sides) ** 0.5)
+
+
+def _sides(shape: torch.Size, order: tuple[int, ...], rows: int) -> tuple[int, int]:
+    """Sizes of the matrix."""
+    sizes = [shape[axis] for axis in order]
+    return math.prod(sizes[:rows]), math.prod(sizes[rows:])
+
+
+def orthogonalized(X: Tensor) -> Tensor:
+    """About U V^T of each X = U S V^T (batch, p, q), with singular values near 1: five steps of Newton and Schulz."""
+    a, b, c = _NEWTON_SCHULZ
+    tall = X.shape[1] > X.shape[2]
+    X = X.mT if tall else X
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    for _ in range(_ITERATIONS):
+        gram = X @ X.mT
+        X = a * X + (b * gram + c * gram @ gram) @ X
+    return X.mT if tall else X

@@ -23,7 +23,7 @@ from ..checkpoint.sentence_modules import modules_of
 from ..hub.trainer import STATE_FILE, PublishingTrainer
 from .arguments import DistillationArguments
 from .objective import Objective, check_tokenizers
-from .optimizer import scale_learning_rates
+from .optimizer import MuonAdamW, scale_learning_rates
 from .progress import Progress, follow_time
 from .sampling import SamplingTrainer
 
@@ -182,6 +182,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
                 logger.warning(
                     "factor_learning_rates is for Adam; with optim=%s all learn at one rate", self.args.optim
                 )
+        if fresh and self.args.muon:
+            optimizer = self.optimizer = MuonAdamW(optimizer.param_groups, self.model)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:

@@ -306,6 +306,7 @@ def _train(
         arguments = DistillationArguments(
             output_dir=scratch, objective=lesson.objective, **lesson.weights, max_steps=steps or 1, max_minutes=limit,
             per_device_train_batch_size=lesson.batch, learning_rate=rate, warmup_steps=WARMUP, dropout=0.0,
+            muon=lesson.objective == "sentence_encoder",
             seed=seed, bf16=bf16, use_cpu=bf16 and not torch.cuda.is_available(),
             save_strategy="no", include_num_input_tokens_seen="non_padding", report_to=[],
             disable_tqdm=True, remove_unused_columns=False, accelerator_config={"dispatch_batches": False},

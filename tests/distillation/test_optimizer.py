@@ -7,7 +7,15 @@ from torch import nn
 from transformers import BertForMaskedLM, GPT2LMHeadModel
 
 from kronecker_transformers import KroneckerLinear
-from kronecker_transformers.distillation.optimizer import learning_rate_scales, product_rms, scale_learning_rates
+from kronecker_transformers.distillation import DistillationArguments
+from kronecker_transformers.distillation.optimizer import (
+    MuonAdamW,
+    learning_rate_scales,
+    orthogonalized,
+    product_rms,
+    scale_learning_rates,
+)
+from kronecker_transformers.models.kronecker_layers import KroneckerEmbedding
 
 SHAPES = [(12, 10, 6, 5, 1), (12, 10, 2, 5, 3), (12, 10, 12, 1, 4), (8, 30, 4, 1, 2)]
 
@@ -141,3 +149,88 @@ def test_optimizers_whose_steps_depend_on_the_gradient_keep_one_rate(optim, scal
     trainer.train()
     assert (len({group["initial_lr"] for group in trainer.optimizer.param_groups}) > 2) == scaled
     assert ("all learn at one rate" in caplog.text) != scaled
+
+
+@pytest.mark.parametrize("sizes", [(3, 20, 8), (3, 8, 20), (1, 6, 6), (2, 5, 1)])
+def test_singular_vectors_stay_and_singular_values_become_about_one(sizes):
+    X = torch.randn(sizes)
+    U, _, Vt = torch.linalg.svd(X.double(), full_matrices=False)
+    values = U.mT @ orthogonalized(X).double() @ Vt.mT
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(values, torch.diag_embed(diagonal), rtol=0, atol=2e-3)
+    assert 0.6 < float(diagonal.min()) <= float(diagonal.max()) < 1.25
+    assert float(orthogonalized(torch.zeros(sizes)).abs().max()) == 0
+
+
+def muon(model, rate, **options):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, **{"weight_decay": 0.0, **options})
+    scale_learning_rates(optimizer, model)
+    return MuonAdamW(optimizer.param_groups, model)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_of_muon_is_as_long_as_one_of_adam_whatever_the_gradient(shape, size):
+    model = layer(*shape)
+    scales, before = learning_rate_scales(model), {X: X.detach().clone() for X in model.parameters()}
+    optimizer = muon(model, 1e-2)
+    torch.manual_seed(5)
+    for X in model.parameters():
+        X.grad = size * torch.randn_like(X)
+    optimizer.step()
+    for X, old in before.items():
+        step = (X.detach() - old) / (1e-2 * scales[X])
+        assert float((step * X.grad).sum()) < 0
+        assert 0.1 < float(step.square().mean().sqrt()) < 0.25
+        # all directions move alike: for a factor of low rank, those of its one matrix
+        if 1 in (X.shape[0], X.shape[2]) and X.shape[1] > 1:
+            values = torch.linalg.svdvals(step.flatten(1) if X.shape[2] == 1 else step[0])
+            assert float(values.max() / values.min()) < 2
+
+
+def test_muon_leaves_all_but_linear_factors_to_adam():
+    def trained(make):
+        torch.manual_seed(0)
+        model = nn.Sequential(KroneckerEmbedding(12, 10, 12, 1, 3), layer(8, 10, 8, 1, 2), nn.LayerNorm(8))
+        optimizer = make(model, 1e-2, weight_decay=0.1)
+        for step in range(5):
+            model(torch.arange(12).roll(step)).square().sum().backward()
+            if step == 0:
+                model[1].A.grad = None  # a parameter without a gradient stays
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    once, again, stock = trained(muon), trained(muon), trained(adam)
+    for name, value in once.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert not torch.allclose(once[1].A, stock[1].A)
+    # the gradients of what is before and after depend on the factors, so only the first step compares
+    torch.manual_seed(0)
+    model = nn.Sequential(KroneckerEmbedding(12, 10, 12, 1, 3), layer(8, 10, 8, 1, 2), nn.LayerNorm(8))
+    groups = {id(p): group["muon"] for group in muon(model, 1e-2).param_groups for p in group["params"]}
+    assert {name for name, p in model.named_parameters() if groups[id(p)]} == {"1.A", "1.B"}
+
+
+def test_a_run_with_muon_resumes_bit_for_bit(tmp_path):
+    options = {"muon": True, "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "weight_decay": 0.01}
+    models = []
+    for resume in (False, tmp_path / "checkpoint-3"):
+        teacher, student = pair(BertForMaskedLM)
+        trainer = make_trainer(student, teacher, tmp_path, **options)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        models.append(trainer.model.state_dict())
+    assert sum("momentum" in state for state in trainer.optimizer.state.values()) > 10
+    torch.testing.assert_close(models[1], models[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "sgd"}, "muon=True goes with optim='adamw_torch', not 'sgd'"),
+        ({"factor_learning_rates": False}, "muon=True needs factor_learning_rates=True"),
+    ],
+)
+def test_muon_refuses(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        DistillationArguments(str(tmp_path), muon=True, **options)

@@ -1,4 +1,4 @@
-"""One learning rate for dense, 7.7x and 21x students: the rule of `distillation.optimizer` against plain Adam.
+"""One learning rate for dense, 7.7x and 21x students: the rule of `distillation.optimizer`, Muon, and plain Adam.
 
     python benchmarks/learning_rates.py --data DIR
 
@@ -49,8 +49,11 @@ RATES = {"fresh": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "good": (1e-4, 3e-4, 1e-3, 3e-
 STEPS = {"fresh": 150, "good": 60, "start": 400}
 LOOKS = (10, 25, 50, 60, 100, 150)
 WEIGHTS = {"embedding_mse": 1.0, "hidden_mse": 1.0, "pooled": 1.0}
-STUDENTS = (("dense", False), ("7.7x", True), ("21x", True), ("7.7x", False), ("21x", False))
-"""Plan, and whether the rule is used; a dense student has no factors."""
+STUDENTS = (
+    ("dense", False), ("7.7x", "muon"), ("21x", "muon"), ("7.7x", True), ("21x", True), ("7.7x", False), ("21x", False)
+)  # fmt: skip
+"""Plan, and whether the rule is used, with Adam or with Muon; a dense student has no factors."""
+NAMES = {True: "rule", "muon": "rule and Muon", False: "plain Adam"}
 
 
 def runs() -> Iterator[dict[str, Any]]:
@@ -110,7 +113,9 @@ class Bench:
             model.load_state_dict(self._good[factored].state_dict())
         return to_dense(model) if plan == "dense" else model
 
-    def distil(self, model: PreTrainedModel, rate: float, rule: bool, steps: int, schedule: str) -> dict[int, float]:
+    def distil(
+        self, model: PreTrainedModel, rate: float, rule: bool | str, steps: int, schedule: str
+    ) -> dict[int, float]:
         """Train a student; the curve of its objective on held-out lines."""
         looks = Looks(self.teacher, self.batches)
         looks.look(model, 0)
@@ -118,7 +123,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as scratch:
             arguments = DistillationArguments(
                 output_dir=scratch, max_steps=steps, learning_rate=rate, warmup_steps=10,
-                lr_scheduler_type=schedule, factor_learning_rates=rule, per_device_train_batch_size=32, dropout=0.0,
+                lr_scheduler_type=schedule, factor_learning_rates=bool(rule), muon=rule == "muon",
+                per_device_train_batch_size=32, dropout=0.0,
                 seed=1, logging_steps=10_000, save_strategy="no", report_to=[], disable_tqdm=True,
                 **weights,
             )  # fmt: skip
@@ -132,7 +138,7 @@ class Bench:
 
 def label(run: dict[str, Any]) -> str:
     """Name of a row or curve."""
-    return run["plan"] if run["plan"] == "dense" else f"{run['plan']}, {'rule' if run['rule'] else 'plain Adam'}"
+    return run["plan"] if run["plan"] == "dense" else f"{run['plan']}, {NAMES[run['rule']]}"
 
 
 def show(console: Console) -> None:

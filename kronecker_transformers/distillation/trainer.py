@@ -285,6 +285,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             "seconds": round(self.progress.seconds(), 1),
             "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "learning_rate": args.learning_rate,
+            "optimizer": "Muon and AdamW" if args.muon else str(getattr(args.optim, "value", args.optim)),
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
             "objective": args.weights(),
             "seed": args.seed,

@@ -292,10 +292,12 @@ def _training(training: Mapping[str, Any]) -> str | None:
     if not training:
         return None
     terms = ", ".join(f"{weight:g} {name}" for name, weight in training["objective"].items())
+    optimizer = f" ({training['optimizer']})" if "optimizer" in training else ""
     return (
         f"{training['steps']:,} steps of {training['batch']} samples ({training['samples']:,} samples, "
         f"{training['tokens']:,} tokens, {training['seconds'] / 60:.1f} minutes), learning rate "
-        f"{training['learning_rate']:g}, {training['precision']}, seed {training['seed']}; objective: {terms}"
+        f"{training['learning_rate']:g}{optimizer}, {training['precision']}, seed {training['seed']}; "
+        f"objective: {terms}"
     )
 
 

@@ -34,7 +34,8 @@ RECORD = {
     "metrics": {"student": {"accuracy": 0.87654, "f1": 0.8}},
     "protocol": "dev set",
     "training": {"steps": 1200, "samples": 38400, "tokens": 1234567, "seconds": 600.0, "batch": 32,
-                 "learning_rate": 1e-4, "precision": "bfloat16", "objective": {"hidden_mse": 1.0}, "seed": 3},
+                 "learning_rate": 1e-4, "optimizer": "Muon and AdamW",
+                 "precision": "bfloat16", "objective": {"hidden_mse": 1.0}, "seed": 3},
     "environment": "CPU Babbage, 2 threads",
 }  # fmt: skip
 BENCHMARK = {
@@ -115,7 +116,8 @@ def test_what_is_known_is_taken_over(tmp_path):
         "20.0 ms for 1 x 128 tokens in float32 on cpu, 2.50 times as fast as bert with 50.0 ms (CPU Babbage).",
         "Teacher: google-bert/bert-tiny",
         "Data: GLUE mrpc",
-        "1,200 steps of 32 samples (38,400 samples, 1,234,567 tokens, 10.0 minutes), learning rate 0.0001, bfloat16, "
+        "1,200 steps of 32 samples (38,400 samples, 1,234,567 tokens, 10.0 minutes), learning rate 0.0001 "
+        "(Muon and AdamW), bfloat16, "
         "seed 3; objective: 1 hidden_mse",
         "Machine and versions: CPU Babbage, 2 threads",
         "`python examples/run_glue_kd.py --teacher bert --seed 3`",

@@ -5,16 +5,17 @@
 DIR holds the folders glue (the official files) and text. The teacher comes from five packages of the package registry,
 each of which holds a piece of it; its SHA-256 is checked. Students have the papers' shapes, low rank everywhere, or a
 plan that is searched, with nearest or calibrated factors: first as they are, then distilled as sentence encoders by
-`kronecker_transformers.distill` (--minutes, one after the other). Text for search, calibration and distillation:
-running text and the training sentences of five GLUE tasks, without labels. Judged by the cosines of embeddings on
-STS-B's dev set, which none of this has seen. WORK keeps teacher, text, plans and students; finished runs are lines of
-logs/base.jsonl, and are not made again. --table shows them without a run.
+`kronecker_transformers.distill` (--minutes, one after the other), with all layers or fewer (--layers). Text for search,
+calibration and distillation: running text and the training sentences of five GLUE tasks, without labels. Judged by the
+cosines of embeddings on STS-B's dev set, which none of this has seen. WORK keeps teacher, text, plans and students;
+finished runs are lines of logs/base.jsonl, and are not made again. --table shows them without a run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,7 @@ PIECE = ".zip.{:03d}"
 SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
 RATIOS, PRESETS = (7.7, 21.0), {7.7: "7.7x", 21.0: "21x"}
 PLANS = ("papers", "searched", "low rank")
+DEPTH = 12
 TEACHER_RUN: dict[str, Any] = {"part": "teacher"}
 
 
@@ -56,6 +58,7 @@ class Run:
     plan: str
     start: str
     ratio: float
+    layers: int = DEPTH
     bf16: bool = False
     minutes: float = 0.0
     seed: int = 0
@@ -142,7 +145,7 @@ def perform(run: Run, text: Path, options: Any) -> None:
     """Make and judge one student."""
     model, tokenizer = teacher(options.work)
     texts = text_lesson(model, tokenizer, TextSource((str(text),)), 0).calibration
-    plan = plan_of(run, model, tokenizer, texts, options.work)
+    plan = plan_of(run, model, tokenizer, texts, options.work) if run.layers == DEPTH else None
     start = time.monotonic()
     if not run.minutes:
         calibration = texts if run.start == "calibrated" else None
@@ -158,11 +161,17 @@ def perform(run: Run, text: Path, options: Any) -> None:
             print(line, file=sys.stderr, flush=True)
 
         found = distill(
-            model, text, folder, plan=plan, minutes=run.minutes, seed=run.seed, tokenizer=tokenizer,
+            model, text, folder, minutes=run.minutes, seed=run.seed, tokenizer=tokenizer, layers=run.layers,
             base_model="sentence-transformers/all-mpnet-base-v2", bf16=run.bf16, show=say,
+            **({"plan": plan} if run.layers == DEPTH else {"ratio": run.ratio}),
         )  # fmt: skip
         student, tokenizer = load_student(folder)
-        results = {"rows": found.rows, "training": found.training, "curve": curve(said)}
+        record = json.loads((folder / "results.json").read_text())
+        begin = next(i for i, line in enumerate(said) if line.startswith("Compression"))
+        results = {
+            "models": found.models, "rows": found.rows, "training": found.training,
+            "dense_training": record.get("dense_training"), "curve": curve(said[begin:]),
+        }  # fmt: skip
     score = judged(student.eval(), tokenizer, options.data, run.bf16)
     LOG.add(asdict(run), {"parameters": student.num_parameters(), "stsb": score, **results})
 
@@ -178,10 +187,13 @@ def rows() -> Iterator[tuple[str, list[Any]]]:
     whole = {line["bf16"]: line["stsb"] for line in LOG.lines() if "part" in line}
     for line in LOG.lines():
         name = f"{line['ratio']:g}x, {line['plan']}, {line['start']}" if "plan" in line else line["part"]
-        training = line.get("training")
-        yield f"{name}, {line['minutes']:g} minutes" if training else name, [
+        parts = [part for part in (line.get("dense_training"), line.get("training")) if part]
+        if parts:
+            name += f", {line['layers']} layers, {line['minutes']:g} minutes, {parts[-1].get('optimizer', 'AdamW')}"
+        yield name, [
             f"{line['parameters']:,}", "bf16" if line["bf16"] else "fp32",
-            f"{training['seconds'] / 60:.0f}" if training else None, training and training["steps"],
+            f"{sum(part['seconds'] for part in parts) / 60:.0f}" if parts else None,
+            " and ".join(f"{part['steps']:,}" for part in parts) or None,
             f"{line['stsb']:.2f}", f"{line['stsb'] / whole[line['bf16']]:.1%}",
         ]  # fmt: skip
 
@@ -193,7 +205,8 @@ def table(console: Console) -> None:
     console.print(results_table("all-mpnet-base-v2 and its students", headings, dict(rows())))
     for line in LOG.lines():
         if "plan" in line:
-            show_curve(console, f"{line['ratio']:g}x, {line['plan']}, {line['minutes']:g} minutes", line)
+            name = f"{line['ratio']:g}x, {line['plan']}, {line['layers']} layers, {line['minutes']:g} minutes"
+            show_curve(console, name, line)
 
 
 def main() -> None:
@@ -202,6 +215,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.0, help="of training of each student (default: none)")
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="(default: both)")
     parser.add_argument("--plans", nargs="*", default=PLANS, choices=PLANS, help="(default: all)")
+    parser.add_argument("--layers", type=int, default=DEPTH, help="of students to train (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="train and judge in bfloat16")
     options = parser.parse_args()
     disable_progress_bar()
@@ -215,9 +229,10 @@ def main() -> None:
             score = judged(model, tokenizer, options.data, bf16)
             LOG.add(TEACHER_RUN | {"bf16": bf16}, {"parameters": model.num_parameters(), "stsb": score})
         chosen = [(plan, start) for plan, start in UNTRAINED if plan in options.plans]
-        runs = [Run(plan, start, ratio, bf16) for ratio in options.ratios for plan, start in chosen]
+        runs = [Run(plan, start, ratio, bf16=bf16) for ratio in options.ratios for plan, start in chosen]
         if options.minutes and "searched" in options.plans:
-            runs += [Run("searched", "calibrated", ratio, bf16, options.minutes) for ratio in options.ratios]
+            how = options.layers, bf16, options.minutes
+            runs += [Run("searched", "calibrated", ratio, *how) for ratio in options.ratios]
         for run in runs:
             if not LOG.find(asdict(run)):
                 perform(run, text, options)

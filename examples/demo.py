@@ -32,7 +32,7 @@ from kronecker_transformers.evaluation.timing import environment
 from kronecker_transformers.experiments.distill import distill
 from kronecker_transformers.tasks.docstrings import docstring_sentences
 
-RATIO = 7.7
+RATIO, LAYERS = 7.7, 3
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 OUTPUT = Path("demo_output") / f"kronecker-minilm-{RATIO}x"
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = Path(scratch) / "documentation.txt"
         text.write_text("\n".join(sentences), encoding="utf-8")
         found = distill(
-            teacher, text, OUTPUT, ratio=RATIO, steps=options.steps,
+            teacher, text, OUTPUT, ratio=RATIO, layers=LAYERS, steps=options.steps,
             minutes=4.5 if options.minutes is None and options.steps is None else options.minutes, progress=True,
             base_model="sentence-transformers/all-MiniLM-L6-v2", show=lambda line: console.print(line, highlight=False),
         )  # fmt: skip

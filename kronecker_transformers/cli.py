@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="peak learning rate (default: 1e-3, lower for hidden sizes above 384)",
     )
+    command.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="N",
+        help="of the teacher's layers that the student has, or which, as 1,3,5 (default: all)",
+    )
     command.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     command.add_argument("--bf16", action="store_true", help="train in bfloat16: faster on a GPU, or with AMX")
     _add_only(command)
@@ -226,6 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--private", action="store_true", default=None, help="create the Space as a private one")
     command.set_defaults(run=commands.run_push_space)
     return parser
+
+
+def _layers(text: str) -> int | list[int]:
+    """A number of layers, or a list of them."""
+    numbers = [int(part) for part in text.split(",")]
+    return numbers if "," in text else numbers[0]
 
 
 def _add_only(command: argparse.ArgumentParser) -> None:

@@ -38,6 +38,7 @@ def run_distill(arguments: argparse.Namespace, console: Console) -> None:
         ratio=arguments.ratio,
         plan=None if arguments.plan is None else read_plan(arguments.plan),
         only=arguments.only,
+        layers=arguments.layers,
         minutes=arguments.minutes,
         steps=arguments.steps,
         column=arguments.text_column,

@@ -116,25 +116,7 @@ def compress(
     modules = modules_of(teacher)
     refuse_code(teacher.config.to_dict(), "config.json")
     student_class: Any = FACTORED_CLASSES[type(teacher)]
-    family = family_of(teacher)
-    if ratio is not None and plan not in (None, "search"):
-        raise ValueError(f"ratio={ratio} was given beside a plan, which has its own; leave one of them out")
-    if plan is None:
-        plan = next(iter(family.presets)) if ratio is None and calibration is None else "search"
-    searched = isinstance(plan, str) and plan == "search"
-    if searched and calibration is None:
-        asked = 'plan="search"' if ratio is None else f"ratio={ratio}"
-        raise ValueError(f"{asked} needs calibration text, for which the best plan is searched; give some")
-    budget = {"ratio": family.default_ratio if ratio is None else ratio}
-    check_budgets(budget)
-    names = selected_modules(teacher.base_model, only)
-    if searched and ratio is None and only is not None:
-        raise ValueError(
-            f"only={only!r} needs a ratio: the default, {family.default_ratio}, is for a plan of all modules; give one"
-        )
-    if not searched and only is not None:
-        plan = _restricted(teacher, student_class, plan, names)
-    student = None if searched else _empty_student(teacher, student_class, plan)  # refuses a plan that does not fit
+    student, budget, names = planned(teacher, plan, ratio, only, calibration is not None)
     batches: list[CalibrationBatch] = []
     if calibration is not None:
         if tokenizer is None:
@@ -175,6 +157,44 @@ def compress(
                 "nearest_output_error": fitted.nearest,
             }
     return CompressionResult(student, tokenizer, describe(student).with_errors(errors), found)
+
+
+def planned(
+    teacher: PreTrainedModel,
+    plan: str | Mapping[str, Any] | None,
+    ratio: float | None,
+    only: str | Sequence[str] | None,
+    has_text: bool,
+) -> tuple[PreTrainedModel | None, dict[str, float], AbstractSet[str]]:
+    """What was asked of `compress`: an empty student of the plan, or None for one that is searched.
+
+    Returns:
+        Student, on the meta device; budget of a search; names of the modules that may be factored.
+
+    Raises:
+        TypeError, ValueError: as `compress`.
+    """
+    student_class, family = FACTORED_CLASSES[type(teacher)], family_of(teacher)
+    if ratio is not None and plan not in (None, "search"):
+        raise ValueError(f"ratio={ratio} was given beside a plan, which has its own; leave one of them out")
+    if plan is None:
+        plan = next(iter(family.presets)) if ratio is None and not has_text else "search"
+    searched = isinstance(plan, str) and plan == "search"
+    if searched and not has_text:
+        asked = 'plan="search"' if ratio is None else f"ratio={ratio}"
+        raise ValueError(f"{asked} needs calibration text, for which the best plan is searched; give some")
+    budget = {"ratio": family.default_ratio if ratio is None else ratio}
+    check_budgets(budget)
+    names = selected_modules(teacher.base_model, only)
+    if searched and ratio is None and only is not None:
+        raise ValueError(
+            f"only={only!r} needs a ratio: the default, {family.default_ratio}, is for a plan of all modules; give one"
+        )
+    if searched:
+        return None, budget, names
+    if only is not None:
+        plan = _restricted(teacher, student_class, plan, names)
+    return _empty_student(teacher, student_class, plan), budget, names
 
 
 def _empty_student(teacher: PreTrainedModel, student_class: Any, plan: Any) -> PreTrainedModel:

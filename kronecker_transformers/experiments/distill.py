@@ -1,7 +1,8 @@
 """The main job in one go: a dense teacher and plain text in, a small student with its card out.
 
-The plan is searched and calibrated on the text, then the student is distilled on it. A part of the text is held out; on
-it teacher and student are compared in the terms of what the teacher is used for.
+The plan is searched and calibrated on the text, then the student is distilled on it. A student with fewer layers than
+its teacher is dense at first: it is distilled, then factored, then distilled once more. A part of the text is held out;
+on it teacher and student are compared in the terms of what the teacher is used for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,27 +24,27 @@ from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
 )
 
 from ..checkpoint.files import check_new_folder, new_folder, to_json, write_text
 from ..checkpoint.load import source_name, write_checkpoint
 from ..checkpoint.teachers import check_teacher
-from ..compression.compress import compress
+from ..compression.compress import compress, planned
 from ..compression.plan_file import write_plan
 from ..compression.search import PlanSearch
 from ..display import has_pictures, plan_picture, training_picture
-from ..distillation import DistillationArguments, DistillationTrainer
+from ..distillation import keep_layers
 from ..distillation.agreement import Judge, judge_for
 from ..evaluation.cost import Report
 from ..evaluation.timing import environment, in_turn
 from ..hub.card import folder_metadata, model_card
 from ..models.factor_plan import FactorPlan
 from ..models.kronecker_family import family_of, heads_of
-from ..tasks.text import TextSource, TextStream
+from ..tasks.text import TextSource
 from .lessons import Lesson, labelled_lesson, text_lesson
 from .run import check_special_tokens
-from .watch import LOOKS, TRIED, Watch, affordable_steps
+from .training import Schedule, kept_layers, shallow, train
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,6 @@ FIDELITY = (
     "; fidelity is the Spearman correlation between the cosine similarities that teacher and student give to 20,000 "
     "random pairs"
 )
-RATE, HIDDEN = 1e-3, 384
-"""Learning rate of a model of this hidden size, and of smaller ones; above, it falls with the square of the size."""
-WARMUP = 0.1
-"""Share of the steps in which it rises."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class Distilled:
         model, tokenizer: the student.
         report: its sizes, beside the teacher's.
         rows: what was measured, by name, for each of `models`.
-        training: steps, samples, tokens, seconds, objective.
+        training: steps, samples, tokens, seconds, objective; of a student with fewer layers, since it is factored.
         folder: where it is saved, with plan, records, pictures and card.
     """
 
@@ -93,6 +89,7 @@ def distill(
     ratio: float | None = None,
     plan: str | Mapping[str, Any] | None = None,
     only: str | Sequence[str] | None = None,
+    layers: int | Sequence[int] | None = None,
     minutes: float | None = None,
     steps: int | None = None,
     column: str = "text",
@@ -120,11 +117,14 @@ def distill(
         ratio: how many times smaller the base model becomes; default: that of the family's first preset.
         plan: as for `compress`; default: "search".
         only: as for `compress`.
+        layers: how many of the teacher's layers the student has, evenly spaced, or which, from 0; default: all. With
+            fewer, it is distilled as a dense model for 40 per cent of the time, and factored then; a ratio still is
+            that to the teacher.
         minutes: of training, at most; default: 30, without `steps`.
         steps: of training, instead.
         column: of a table or dataset.
         base_model: name of the teacher on the Hub, for the card; default: that under which it was loaded.
-        learning_rate: of the factors; default: 1e-3 for a hidden size up to 384, less for a larger one.
+        learning_rate: of the factored student; default: 1e-3 for a hidden size up to 384, less for a larger one.
         bf16: compute in bfloat16 (autocast), which is faster on a GPU and on processors with AMX; weights stay in
             float32.
         seed: of order, masks and dropout.
@@ -166,34 +166,63 @@ def distill(
 
     searched = isinstance(plan, str) and plan == "search"
     asked = family_of(dense).default_ratio if ratio is None else ratio
-    how = f"plan searched for a ratio of {asked:g}" if searched else "plan as given"
-    say(f"Compression: {how}, factors calibrated on {len(lesson.calibration):,} texts")
-    result = compress(
-        dense, plan, ratio=ratio, only=only, calibration=lesson.calibration, tokenizer=tokenizer, progress=progress
-    )
-    student = result.model.requires_grad_(True)
-    undistilled = copy.deepcopy(student).eval()
+    schedule, kept = Schedule(minutes, steps, learning_rate, bf16, seed), kept_layers(dense, layers)
+    factor_ratio = ratio
+    if kept is not None:
+        if only is not None and searched and ratio is None:
+            raise ValueError(f"only={only!r} needs a ratio; give one")
+        small: Any = keep_layers(dense, kept)
+        share = small.base_model.num_parameters() / dense.base_model.num_parameters()
+        factor_ratio = asked * share if searched or ratio is not None else None
+        if factor_ratio is not None and factor_ratio <= 1:
+            raise ValueError(
+                f"layers={layers} alone make the model {1 / share:.2f} times smaller, and ratio={asked:g} is no more; "
+                "give more layers or a larger ratio"
+            )
+        planned(
+            small, plan, factor_ratio, only, has_text=True
+        )  # refuses what would be refused after the first training
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of masks
-        kept, size = lesson.held_out, lesson.batch
-        batches = [dict(lesson.collate([dict(e) for e in kept[i : i + size]])) for i in range(0, len(kept), size)]
+        held_out, size = lesson.held_out, lesson.batch
+        starts = range(0, len(held_out), size)
+        batches = [dict(lesson.collate([dict(e) for e in held_out[i : i + size]])) for i in starts]
     few, cut = len(lesson.sentences) // 5, max(1, len(batches) // 5)
     few = few if few >= FEWEST_WATCHED else 0  # of little text all is watched
     watched = judge_for(dense, tokenizer, lesson.sentences[:few] or lesson.sentences, batches[:cut], lesson.length)
-    watch = Watch(watched, say)
     final = batches[cut:] or batches
     judge = judge_for(dense, tokenizer, lesson.sentences[few:], final, lesson.length)
-    training = _train(student, dense, lesson, minutes, steps, learning_rate, bf16, seed, watch, say)
+    models: dict[str, PreTrainedModel] = {"teacher": dense}
+    unfactored: PreTrainedModel = dense
+    earlier: dict[str, Any] = {}
+    if kept is not None:
+        first, schedule = schedule.divided()
+        unfactored, earlier = shallow(dense, kept, lesson, first, Watch(watched, say), say)
+        models[f"{len(kept)} layers, dense"] = unfactored
+    how = f"plan searched for a ratio of {asked:g}" if searched else "plan as given"
+    say(f"Compression: {how}, factors calibrated on {len(lesson.calibration):,} texts")
+    result = compress(
+        unfactored, plan, ratio=factor_ratio, only=only, calibration=lesson.calibration, tokenizer=tokenizer,
+        progress=progress,
+    )  # fmt: skip
+    student = result.model.requires_grad_(True)
+    models["not distilled" if kept is None else "factored"] = copy.deepcopy(student).eval()
+    watch = Watch(watched, say)
+    training = train(student, dense, lesson, schedule, watch, say, kept)
+    models["student"] = student.eval()
+    device: Any = student.device
+    models = {name: model.to(device) for name, model in models.items()}
 
-    models = {"teacher": dense, "not distilled": undistilled.to(student.device), "student": student.eval()}
     options: dict[str, Any] = {
         "teacher": base_model or source_name(dense.config.name_or_path or "") or None,
         "command": _command(
             base_model or teacher,
             text=text, text_column=None if column == "text" else column, task=task, data=data_dir, ratio=ratio,
             plan=None if searched else plan if isinstance(plan, str) else "plan.yaml",
-            only=only if only is None or isinstance(only, str) else ",".join(only), minutes=minutes, steps=steps,
+            only=only if only is None or isinstance(only, str) else ",".join(only),
+            layers=layers if layers is None or isinstance(layers, int) else ",".join(map(str, layers)),
+            minutes=minutes, steps=steps,
             learning_rate=learning_rate, bf16=bf16, seed=seed or None,
         ),
     }  # fmt: skip
@@ -202,6 +231,7 @@ def distill(
     record: dict[str, Any] = {
         "options": options,
         "training": training,
+        **({"dense_training": earlier} if earlier else {}),
         "protocol": f"{number:,} held-out examples{'' if heads_of(dense) else FIDELITY}",
         "environment": environment(),
     }
@@ -219,7 +249,7 @@ def distill(
         own = folder_metadata(dense.config.name_or_path)  # of a teacher in a folder, whatever its name on the Hub
         card = model_card(draft, f"your-name/{target.name}", base_model=base_model, look_up=lambda _: own)
         write_text(draft / "README.md", str(card))
-    return Distilled(student, tokenizer, result.report, rows, training, target)
+    return Distilled(student, tokenizer, result.report, rows, training, target, tuple(models))
 
 
 def _own(
@@ -285,49 +315,6 @@ def _command(teacher: Any, **options: Any) -> list[str]:
         if value is not None and value is not False:
             command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return command
-
-
-def _train(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    lesson: Lesson,
-    minutes: float | None,
-    steps: int | None,
-    learning_rate: float | None,
-    bf16: bool,
-    seed: int,
-    watch: Watch,
-    say: Callable[[str], object],
-) -> dict[str, Any]:
-    stream = TextStream(lesson.examples, seed, group=lesson.batch)
-    limit = (30.0 if minutes is None else minutes) if steps is None else None
-    rate = RATE * min(1.0, (HIDDEN / student.config.hidden_size) ** 2) if learning_rate is None else learning_rate
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = DistillationArguments(
-            output_dir=scratch, objective=lesson.objective, **lesson.weights, max_steps=steps or 1, max_minutes=limit,
-            per_device_train_batch_size=lesson.batch, learning_rate=rate, warmup_steps=WARMUP, dropout=0.0,
-            muon=lesson.objective == "sentence_encoder",
-            seed=seed, bf16=bf16, use_cpu=bf16 and not torch.cuda.is_available(),
-            save_strategy="no", include_num_input_tokens_seen="non_padding", report_to=[],
-            disable_tqdm=True, remove_unused_columns=False, accelerator_config={"dispatch_batches": False},
-        )  # fmt: skip
-        if steps is None:
-            examples = iter(stream)
-            batches = [lesson.collate(list(islice(examples, lesson.batch))) for _ in range(TRIED)]
-            arguments.max_steps = affordable_steps(student, teacher, arguments, batches, limit or 0)
-        arguments.logging_steps = max(1, arguments.max_steps // LOOKS)
-        planned = f"{arguments.max_steps:,} steps" + (f" in at most {limit:g} minutes" if limit else "")
-        say(f"Distillation: {planned}, {lesson.batch} examples each")
-        trainer = DistillationTrainer(
-            student, teacher, arguments, train_dataset=stream, data_collator=lesson.collate, callbacks=[watch]
-        )
-        trainer.remove_callback(PrinterCallback)
-        watch.skip = trainer.progress.skip
-        watch.look(student, 0, arguments.max_steps)
-        trainer.train()
-        if trainer.state.global_step > watch.steps[-1]:  # its time was over
-            watch.look(student, trainer.state.global_step, arguments.max_steps)
-        return trainer.training_summary()
 
 
 def _speeds(models: Mapping[str, PreTrainedModel], batches: list[dict[str, Tensor]]) -> list[float]:

@@ -65,7 +65,8 @@ def affordable_steps(
     """
     copied = copy.deepcopy(student).to(arguments.device).train()
     autocast = partial(torch.autocast, arguments.device.type, torch.bfloat16, enabled=arguments.bf16)
-    objective = Objective(copied, teacher.to(arguments.device), arguments.weights(), autocast=autocast)
+    weights, layers = arguments.weights(), arguments.layer_map
+    objective = Objective(copied, teacher.to(arguments.device), weights, layer_map=layers, autocast=autocast)
     objective.attach(copied)
     optimizer = torch.optim.AdamW(copied.parameters())
     seconds = []

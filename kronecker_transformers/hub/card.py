@@ -162,6 +162,8 @@ def model_card(
         figures=[file.name for file in published_files(folder) if file.name.endswith(".png")],
         data=_data(options),
         training=_training(training),
+        dense_training=_dense_training(record.get("dense_training", {})),
+        **_depth(record),
         environment=record.get("environment"),
         command=_command(options.get("command")),
         code=[(file.name, _first_line(file.content()), file.sha256()) for file in code],
@@ -299,6 +301,21 @@ def _training(training: Mapping[str, Any]) -> str | None:
         f"{training['learning_rate']:g}{optimizer}, {training['precision']}, seed {training['seed']}; "
         f"objective: {terms}"
     )
+
+
+def _depth(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How many layers a student keeps that has fewer than its teacher, and how many times smaller than that it is."""
+    layers, parameters = record.get("dense_training", {}).get("layers"), record.get("rows", {}).get("parameters")
+    known = layers and parameters
+    return {"kept": len(layers), "whole": parameters[0] / parameters[-1]} if known else {"kept": 0, "whole": 0}
+
+
+def _dense_training(training: Mapping[str, Any]) -> str | None:
+    """The same for the dense student that was factored."""
+    if not training:
+        return None
+    layers = ", ".join(map(str, training["layers"]))
+    return f"layers {layers} of the teacher, counted from 0; {_training(training)}"
 
 
 def _command(command: list[str] | None) -> str | None:

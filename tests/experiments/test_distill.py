@@ -225,7 +225,9 @@ def test_more_minutes_are_more_steps(monkeypatch, bf16):
     teacher, student = pair(transformers.BertModel)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     batches = [dict(collate(examples(student)))] * 6
-    arguments = SimpleNamespace(device=torch.device("cpu"), bf16=bf16, weights=lambda: {"hidden_mse": 1.0})
+    arguments = SimpleNamespace(
+        device=torch.device("cpu"), bf16=bf16, weights=lambda: {"hidden_mse": 1.0}, layer_map=None
+    )
     dtypes = set()
     for model in (teacher, student):  # a hook is copied with its module
         model.encoder.layer[0].output.dense.register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
@@ -234,3 +236,64 @@ def test_more_minutes_are_more_steps(monkeypatch, bf16):
     assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
     assert module.affordable_steps(student, teacher, arguments, batches, 0) == module.LOOKS
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "dense_class", [transformers.BertModel, transformers.GPT2LMHeadModel], ids=lambda c: c.__name__
+)
+def test_a_student_with_fewer_layers(dense_class, tmp_path):
+    teacher = saved_teacher(dense_class, tmp_path / "teacher")
+    lines = []
+    found = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, layers=2, steps=20, show=lines.append)
+    assert found.models == ("teacher", "2 layers, dense", "factored", "student")
+    whole, dense, factored, student = found.rows["parameters"]
+    assert whole > dense > factored == student
+    base, _ = load_model(teacher)
+    assert base.base_model.num_parameters() / found.model.base_model.num_parameters() == pytest.approx(3, rel=0.1)
+    assert found.model.config.num_hidden_layers == 2
+    assert found.model.config.model_type.startswith("kronecker_")
+    assert sum("Distillation of a dense student with 2 layers: 8 steps" in line for line in lines) == 1
+    record = json.loads((tmp_path / "student" / "results.json").read_text())
+    assert record["dense_training"]["layers"] == [0, 2]
+    assert (record["dense_training"]["steps"], record["training"]["steps"]) == (8, 12)
+    assert record["options"]["command"][-4:] == ["--layers", "2", "--steps", "20"]
+    assert record["options"]["command"][record["options"]["command"].index("--ratio") + 1] == "3"
+    card = (tmp_path / "student" / "README.md").read_text()
+    for words in (
+        "with 2 of its layers, and in these the weights of",
+        f"it has {whole / student:.2f} times fewer parameters than that",
+        "Before it was factored, trained as a dense model: layers 0, 2 of the teacher, counted from 0; 8 steps",
+    ):
+        assert words in card
+    saved = load_model(tmp_path / "student")[0]
+    torch.testing.assert_close(saved.state_dict(), found.model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_dense_student_comes_nearer_before_it_is_factored(tmp_path):
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    found = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=2, layers=[0, 2], steps=100)
+    record = json.loads((tmp_path / "student" / "results.json").read_text())
+    assert record["dense_training"]["layers"] == [0, 2]
+    _, dense, factored, student = found.rows["similarity fidelity (Spearman)"]
+    assert dense > factored
+    assert student > factored
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 0}, "layers=0 must be from 1 to 3, the number of the teacher's layers"),
+        ({"layers": 4}, "layers=4 must be from 1 to 3"),
+        ({"layers": [2, 1]}, r"layers=\[2, 1\] must be layers of the teacher, from 0 to 2, in ascending order"),
+        ({"layers": 1, "ratio": 1.01}, "layers=1 alone make the model .* times smaller, and ratio=1.01 is no more"),
+        ({"layers": 2, "only": "nothing"}, "only='nothing' needs a ratio"),
+        ({"layers": 2, "only": "nothing", "ratio": 3}, "nothing"),
+        ({"layers": 2, "plan": "9x"}, "9x"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused_before_any_training(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("kronecker_transformers.experiments.distill.shallow", lambda *args: pytest.fail("trained"))
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    with pytest.raises(ValueError, match=message):
+        distill(teacher, text_file(tmp_path), tmp_path / "student", steps=10, **options)
+    assert not (tmp_path / "student").exists()

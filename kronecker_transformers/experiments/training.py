@@ -1,0 +1,137 @@
+"""The trainings of `distill`: of a dense student that has fewer layers than its teacher, and of the factored one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PrinterCallback
+
+from ..distillation import DistillationArguments, DistillationTrainer, keep_layers
+from ..models import FACTORED_CLASSES
+from ..tasks.text import TextStream
+from .lessons import Lesson
+from .watch import LOOKS, TRIED, Watch, affordable_steps
+
+RATE, DENSE_RATE, HIDDEN = 1e-3, 3e-4, 384
+"""Learning rates of factored and dense students of this hidden size, and of smaller ones; above, they fall with the
+square of the size."""
+WARMUP = 0.1
+"""Share of the steps in which the rate rises."""
+DENSE_SHARE = 0.4
+"""Of minutes or steps, for the dense student."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how a student is trained; `minutes` or `steps` is None."""
+
+    minutes: float | None
+    steps: int | None
+    learning_rate: float | None
+    bf16: bool
+    seed: int
+
+    def divided(self) -> tuple[Schedule, Schedule]:
+        """For the dense student, at its own learning rate, and for the factored one."""
+        minutes, steps, first = self.minutes, self.steps, self.steps
+        if steps is not None:
+            first = max(1, round(DENSE_SHARE * steps))
+            steps = max(1, steps - first)
+        shares = [minutes and share * minutes for share in (DENSE_SHARE, 1 - DENSE_SHARE)]
+        return (
+            replace(self, minutes=shares[0], steps=first, learning_rate=None),
+            replace(self, minutes=shares[1], steps=steps),
+        )
+
+
+def kept_layers(teacher: PreTrainedModel, layers: int | Sequence[int] | None) -> list[int] | None:
+    """Which layers a student keeps, from 0: evenly spaced ones for a number; None for all.
+
+    Raises:
+        ValueError: a number below 1 or above that of the teacher's layers.
+    """
+    depth: int = teacher.config.num_hidden_layers
+    if layers is None:
+        return None
+    if not isinstance(layers, int):
+        return list(layers)
+    if not 1 <= layers <= depth:
+        raise ValueError(f"layers={layers} must be from 1 to {depth}, the number of the teacher's layers; correct it")
+    return None if layers == depth else [(i + 1) * depth // layers - 1 for i in range(layers)]
+
+
+def shallow(
+    teacher: PreTrainedModel,
+    layers: Sequence[int],
+    lesson: Lesson,
+    schedule: Schedule,
+    watch: Watch,
+    say: Callable[[str], object],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A dense student with some of the teacher's layers, distilled from it; and its training."""
+    student = keep_layers(teacher, layers)
+    summary = train(student, teacher, lesson, schedule, watch, say, layers)
+    student.config.name_or_path = teacher.config.name_or_path
+    return student.cpu().eval().requires_grad_(False), {**summary, "layers": list(layers)}
+
+
+def train(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    lesson: Lesson,
+    schedule: Schedule,
+    watch: Watch,
+    say: Callable[[str], object],
+    layers: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Distil a student, dense or factored, in place.
+
+    Args:
+        student, teacher: `layers` of the student are those of the teacher that it learns from; None for equal depth.
+        lesson: what it learns from, and how.
+        schedule: for how long.
+        watch: looks at it meanwhile.
+        say: called with a line.
+
+    Returns:
+        Steps, samples, tokens, seconds, objective.
+    """
+    factored = type(student) not in FACTORED_CLASSES
+    rate = schedule.learning_rate
+    if rate is None:
+        rate = (RATE if factored else DENSE_RATE) * min(1.0, (HIDDEN / student.config.hidden_size) ** 2)
+    limit = (30.0 if schedule.minutes is None else schedule.minutes) if schedule.steps is None else None
+    stream = TextStream(lesson.examples, schedule.seed, group=lesson.batch)
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = DistillationArguments(
+            output_dir=scratch, objective=lesson.objective, **lesson.weights, max_steps=schedule.steps or 1,
+            max_minutes=limit, per_device_train_batch_size=lesson.batch, learning_rate=rate, warmup_steps=WARMUP,
+            muon=factored and lesson.objective == "sentence_encoder", dropout=0.0, seed=schedule.seed,
+            layer_map=None if layers is None else list(layers),
+            bf16=schedule.bf16, use_cpu=schedule.bf16 and not torch.cuda.is_available(),
+            save_strategy="no", include_num_input_tokens_seen="non_padding", report_to=[],
+            disable_tqdm=True, remove_unused_columns=False, accelerator_config={"dispatch_batches": False},
+        )  # fmt: skip
+        if schedule.steps is None:
+            examples = iter(stream)
+            batches = [lesson.collate(list(islice(examples, lesson.batch))) for _ in range(TRIED)]
+            arguments.max_steps = affordable_steps(student, teacher, arguments, batches, limit or 0)
+        arguments.logging_steps = max(1, arguments.max_steps // LOOKS)
+        planned = f"{arguments.max_steps:,} steps" + (f" in at most {limit:g} minutes" if limit else "")
+        depth = "" if factored else f" of a dense student with {student.config.num_hidden_layers} layers"
+        say(f"Distillation{depth}: {planned}, {lesson.batch} examples each")
+        trainer = DistillationTrainer(
+            student, teacher, arguments, train_dataset=stream, data_collator=lesson.collate, callbacks=[watch]
+        )
+        trainer.remove_callback(PrinterCallback)
+        watch.skip = trainer.progress.skip
+        watch.look(student, 0, arguments.max_steps)
+        trainer.train()
+        if trainer.state.global_step > watch.steps[-1]:  # its time was over
+            watch.look(student, trainer.state.global_step, arguments.max_steps)
+        return trainer.training_summary()

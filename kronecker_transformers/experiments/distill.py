@@ -167,21 +167,7 @@ def distill(
     searched = isinstance(plan, str) and plan == "search"
     asked = family_of(dense).default_ratio if ratio is None else ratio
     schedule, kept = Schedule(minutes, steps, learning_rate, bf16, seed), kept_layers(dense, layers)
-    factor_ratio = ratio
-    if kept is not None:
-        if only is not None and searched and ratio is None:
-            raise ValueError(f"only={only!r} needs a ratio; give one")
-        small: Any = keep_layers(dense, kept)
-        share = small.base_model.num_parameters() / dense.base_model.num_parameters()
-        factor_ratio = asked * share if searched or ratio is not None else None
-        if factor_ratio is not None and factor_ratio <= 1:
-            raise ValueError(
-                f"layers={layers} alone make the model {1 / share:.2f} times smaller, and ratio={asked:g} is no more; "
-                "give more layers or a larger ratio"
-            )
-        planned(
-            small, plan, factor_ratio, only, has_text=True
-        )  # refuses what would be refused after the first training
+    factor_ratio = ratio if kept is None else _ratio_of_rest(dense, kept, plan, ratio, only)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of masks
@@ -250,6 +236,32 @@ def distill(
         card = model_card(draft, f"your-name/{target.name}", base_model=base_model, look_up=lambda _: own)
         write_text(draft / "README.md", str(card))
     return Distilled(student, tokenizer, result.report, rows, training, target, tuple(models))
+
+
+def _ratio_of_rest(
+    teacher: PreTrainedModel, kept: list[int], plan: Any, ratio: float | None, only: str | Sequence[str] | None
+) -> float | None:
+    """The ratio of a search on the student with these layers that makes it as small as asked for; None for a plan.
+
+    Raises:
+        TypeError, ValueError: what `compress` would refuse, before anything is trained; or the layers alone do it.
+    """
+    small = keep_layers(teacher, kept)
+    found = ratio
+    if plan == "search":
+        if ratio is None and only is not None:
+            raise ValueError(f"only={only!r} needs a ratio: the default is for a plan of all modules; give one")
+        asked = family_of(teacher).default_ratio if ratio is None else ratio
+        left, whole = (sum(p.numel() for p in model.base_model.parameters()) for model in (small, teacher))
+        share = left / whole
+        found = asked * share
+        if found <= 1:
+            raise ValueError(
+                f"layers={kept} alone makes the model {1 / share:.2f} times smaller, and ratio={asked:g} is no more; "
+                "give more layers or a larger ratio"
+            )
+    planned(small, plan, found, only, has_text=True)
+    return found
 
 
 def _own(

@@ -285,7 +285,10 @@ def test_a_dense_student_comes_nearer_before_it_is_factored(tmp_path):
         ({"layers": 0}, "layers=0 must be from 1 to 3, the number of the teacher's layers"),
         ({"layers": 4}, "layers=4 must be from 1 to 3"),
         ({"layers": [2, 1]}, r"layers=\[2, 1\] must be layers of the teacher, from 0 to 2, in ascending order"),
-        ({"layers": 1, "ratio": 1.01}, "layers=1 alone make the model .* times smaller, and ratio=1.01 is no more"),
+        (
+            {"layers": 1, "ratio": 1.01},
+            r"layers=\[2\] alone makes the model .* times smaller, and ratio=1.01 is no more",
+        ),
         ({"layers": 2, "only": "nothing"}, "only='nothing' needs a ratio"),
         ({"layers": 2, "only": "nothing", "ratio": 3}, "nothing"),
         ({"layers": 2, "plan": "9x"}, "9x"),

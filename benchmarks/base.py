@@ -27,11 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RunLog, low_rank_plan, runs_parser, unlabelled_text
-from datasets import disable_progress_bars
+from common import RunLog, low_rank_plan, prepared_text, runs_parser
 from encoders import curve, show_curve, similarity
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import compress, distill, search_plan
 from kronecker_transformers.checkpoint.load import load_student, load_teacher
@@ -218,11 +216,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=DEPTH, help="of students to train (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="train and judge in bfloat16")
     options = parser.parse_args()
-    disable_progress_bar()
-    disable_progress_bars()
     if not options.table:
-        options.work.mkdir(parents=True, exist_ok=True)
-        text = unlabelled_text(options.data, options.work)
+        text = prepared_text(options)
         bf16 = options.bf16
         if not LOG.find(TEACHER_RUN | {"bf16": bf16}):
             model, tokenizer = teacher(options.work)
@@ -233,9 +228,8 @@ def main() -> None:
         if options.minutes and "searched" in options.plans:
             how = options.layers, bf16, options.minutes
             runs += [Run("searched", "calibrated", ratio, *how) for ratio in options.ratios]
-        for run in runs:
-            if not LOG.find(asdict(run)):
-                perform(run, text, options)
+        for run in LOG.missing(runs):
+            perform(run, text, options)
     table(Console(width=150))
 
 

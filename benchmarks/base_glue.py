@@ -109,11 +109,10 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(width=150)
     if not options.table:
-        for seed in range(options.seeds):
-            for task in options.tasks:
-                run = Run(task, STEPS[task], seed, LEARNING_RATE, options.muon)
-                if not LOG.find(asdict(run)):
-                    perform(run, options)
+        how = LEARNING_RATE, options.muon
+        runs = [Run(task, STEPS[task], seed, *how) for seed in range(options.seeds) for task in options.tasks]
+        for run in LOG.missing(runs):
+            perform(run, options)
     console.print(LOG.environments(), highlight=False)
     metrics = [f"{task}\n{glue_task(task).headline}" for task in GLUE_TASKS]
     console.print(results_table("GLUE dev, per cent: all-mpnet-base-v2 and students of 7.7x", metrics, dict(rows())))

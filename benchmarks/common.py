@@ -10,16 +10,19 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers.evaluation.timing import environment
 from kronecker_transformers.tasks.glue import glue_task, load_glue
@@ -119,6 +122,14 @@ def unlabelled_text(data: Path, work: Path) -> Path:
     return shuffled_text(data, work, list(dict.fromkeys(sentences)))
 
 
+def prepared_text(options: argparse.Namespace) -> Path:
+    """The text of `unlabelled_text`, in a work folder that is made; progress bars of libraries are off from here on."""
+    disable_progress_bar()
+    disable_progress_bars()
+    options.work.mkdir(parents=True, exist_ok=True)
+    return unlabelled_text(options.data, options.work)
+
+
 class RunLog:
     """Finished runs, one JSON object a line: what identifies each run, its results, and where they were measured."""
 
@@ -133,6 +144,10 @@ class RunLog:
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The run that `key` identifies, if it is finished."""
         return next((line for line in self.lines() if key.items() <= line.items()), None)
+
+    def missing(self, runs: Iterable[Any]) -> Iterator[Any]:
+        """Of runs, dataclasses that identify them, those that are not finished."""
+        return (run for run in runs if not self.find(asdict(run)))
 
     def environments(self) -> str:
         """Where the runs were measured, a line each."""

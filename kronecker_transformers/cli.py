@@ -236,7 +236,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _layers(text: str) -> int | list[int]:
     """A number of layers, or a list of them."""
-    numbers = [int(part) for part in text.split(",")]
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number nor a list as 1,3,5; give one of both"
+        ) from None
     return numbers if "," in text else numbers[0]
 
 

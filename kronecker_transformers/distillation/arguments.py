@@ -37,7 +37,7 @@ class DistillationArguments(_Weights, TrainingArguments):
 
     Raises:
         ValueError: an unknown objective, a weight below 0 or not finite, all weights 0, a temperature or limit of
-            minutes that is not above 0, or Muon beside an optimizer that is not AdamW.
+            minutes that is not above 0, or Muon without AdamW or without rates by factor.
     """
 
     objective: str = field(

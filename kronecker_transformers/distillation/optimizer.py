@@ -26,8 +26,7 @@ those assume factors at their initial scale for training from scratch, where her
 Muon (Jordan et al., 2024) takes, in place of the gradient's running mean M = U S V^T, its orthogonal factor U V^T: a
 direction that seldom has a gradient moves as far as one that always has. Factors of low rank have few columns, and each
 must do something of its own. Steps have the root mean square of Adam's (0.2; Liu et al., "Muon is scalable for LLM
-training", 2025), so the rates above hold. In equally many steps students of an encoder come nearer to their teacher
-than by Adam (docs/results.md).
+training", 2025), so the rates above hold (benchmarks/learning_rates.py compares).
 """
 
 from __future__ import annotations
@@ -100,7 +99,8 @@ class MuonAdamW(torch.optim.AdamW):
     """AdamW, but Muon for the factors of linear layers. Those of embeddings, with their sparse gradients, are AdamW's.
 
     Args:
-        groups: of parameters, as for AdamW; one that holds a factor of a linear layer holds nothing else.
+        groups: of parameters, as for AdamW; a factor (m1, R, n1) of a linear layer has a group of its own, as
+            `scale_learning_rates` gives it.
         model: whose parameters they are.
         **options: as for AdamW, but for `fused`.
     """

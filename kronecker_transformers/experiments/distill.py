@@ -21,10 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.files import check_new_folder, new_folder, to_json, write_text
 from ..checkpoint.load import source_name, write_checkpoint
@@ -48,6 +45,8 @@ from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
+MINUTES = 30.0
+"""Of training, where nothing else is asked for."""
 FEWEST_WATCHED = 20
 """Sentences, on which similarities say something."""
 TIMED, ROUNDS = 256, 5
@@ -166,7 +165,8 @@ def distill(
 
     searched = isinstance(plan, str) and plan == "search"
     asked = family_of(dense).default_ratio if ratio is None else ratio
-    schedule, kept = Schedule(minutes, steps, learning_rate, bf16, seed), kept_layers(dense, layers)
+    allowed = MINUTES if minutes is None and steps is None else minutes
+    schedule, kept = Schedule(allowed, steps, learning_rate, bf16, seed), kept_layers(dense, layers)
     factor_ratio = ratio if kept is None else _ratio_of_rest(dense, kept, plan, ratio, only)
 
     with torch.random.fork_rng(devices=[]):

@@ -28,7 +28,7 @@ DENSE_SHARE = 0.4
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how a student is trained; `minutes` or `steps` is None."""
+    """How long and how a student is trained; either `minutes` or `steps` is None."""
 
     minutes: float | None
     steps: int | None
@@ -38,15 +38,14 @@ class Schedule:
 
     def divided(self) -> tuple[Schedule, Schedule]:
         """For the dense student, at its own learning rate, and for the factored one."""
-        minutes, steps, first = self.minutes, self.steps, self.steps
-        if steps is not None:
-            first = max(1, round(DENSE_SHARE * steps))
-            steps = max(1, steps - first)
-        shares = [minutes and share * minutes for share in (DENSE_SHARE, 1 - DENSE_SHARE)]
-        return (
-            replace(self, minutes=shares[0], steps=first, learning_rate=None),
-            replace(self, minutes=shares[1], steps=steps),
-        )
+        if self.steps is not None:
+            steps = max(1, round(DENSE_SHARE * self.steps))
+            first, second = replace(self, steps=steps), replace(self, steps=max(1, self.steps - steps))
+        else:
+            assert self.minutes is not None
+            minutes = DENSE_SHARE * self.minutes
+            first, second = replace(self, minutes=minutes), replace(self, minutes=self.minutes - minutes)
+        return replace(first, learning_rate=None), second
 
 
 def kept_layers(teacher: PreTrainedModel, layers: int | Sequence[int] | None) -> list[int] | None:
@@ -59,7 +58,7 @@ def kept_layers(teacher: PreTrainedModel, layers: int | Sequence[int] | None) ->
     if layers is None:
         return None
     if not isinstance(layers, int):
-        return list(layers)
+        return None if list(layers) == list(range(depth)) else list(layers)
     if not 1 <= layers <= depth:
         raise ValueError(f"layers={layers} must be from 1 to {depth}, the number of the teacher's layers; correct it")
     return None if layers == depth else [(i + 1) * depth // layers - 1 for i in range(layers)]
@@ -76,7 +75,6 @@ def shallow(
     """A dense student with some of the teacher's layers, distilled from it; and its training."""
     student = keep_layers(teacher, layers)
     summary = train(student, teacher, lesson, schedule, watch, say, layers)
-    student.config.name_or_path = teacher.config.name_or_path
     return student.cpu().eval().requires_grad_(False), {**summary, "layers": list(layers)}
 
 
@@ -105,7 +103,7 @@ def train(
     rate = schedule.learning_rate
     if rate is None:
         rate = (RATE if factored else DENSE_RATE) * min(1.0, (HIDDEN / student.config.hidden_size) ** 2)
-    limit = (30.0 if schedule.minutes is None else schedule.minutes) if schedule.steps is None else None
+    limit = schedule.minutes
     stream = TextStream(lesson.examples, schedule.seed, group=lesson.batch)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationArguments(

@@ -13,6 +13,7 @@ from students import LONG_TESTS
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
 from kronecker_transformers.experiments.distill import distill
+from kronecker_transformers.experiments.training import kept_layers
 from kronecker_transformers.models import FACTORED_CLASSES
 
 QUALITY = {
@@ -300,3 +301,38 @@ def test_layers_that_cannot_be_are_refused_before_any_training(options, message,
     with pytest.raises(ValueError, match=message):
         distill(teacher, text_file(tmp_path), tmp_path / "student", steps=10, **options)
     assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "second"),
+    [
+        ({}, {"minutes": 12.0}, {"minutes": 18.0}),
+        ({"minutes": 5}, {"minutes": 2.0}, {"minutes": 3.0}),
+        ({"steps": 7, "learning_rate": 1e-2}, {"steps": 3}, {"steps": 4, "learning_rate": 1e-2}),
+    ],
+)
+def test_both_trainings_share_what_is_asked_for(options, first, second, tmp_path, monkeypatch):
+    schedules = []
+
+    def first_training(student, teacher, lesson, schedule, *rest):
+        schedules.append(schedule)
+        return {}
+
+    def second_training(student, teacher, lesson, schedule, *rest):
+        schedules.append(schedule)
+        raise InterruptedError
+
+    monkeypatch.setattr("kronecker_transformers.experiments.training.train", first_training)
+    monkeypatch.setattr("kronecker_transformers.experiments.distill.train", second_training)
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    with pytest.raises(InterruptedError):
+        distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, layers=2, **options)
+    for schedule, wanted in zip(schedules, (first, second), strict=True):
+        found = {name: getattr(schedule, name) for name in ("minutes", "steps", "learning_rate")}
+        assert {name: value for name, value in found.items() if value is not None} == pytest.approx(wanted)
+
+
+def test_all_layers_by_number_or_by_name_are_the_default():
+    model = transformers.BertModel(transformers.BertConfig(**tiny.BERT_SIZES))
+    assert kept_layers(model, None) is kept_layers(model, 3) is kept_layers(model, [0, 1, 2]) is None
+    assert (kept_layers(model, 2), kept_layers(model, 1), kept_layers(model, [0, 1])) == ([0, 2], [2], [0, 1])

@@ -132,7 +132,8 @@ def test_every_class_and_its_twin_by_their_names(hub, tmp_path):
             tag = card.data.pipeline_tag
             jobs.append(job(model, repository, tmp_path, pipeline_tag=tag if tag in SUPPORTED_TASKS else None))
             expected.append(first_output(model))
-    assert sum(asked["pipeline_tag"] is not None for asked in jobs) == 32
+    without = [cls for cls in DENSE_CLASSES if cls.__name__.endswith(("ForQuestionAnswering", "ForMultipleChoice"))]
+    assert sum(asked["pipeline_tag"] is None for asked in jobs) == 2 * len(without) == 26
     for asked, output, wanted in zip(jobs, stranger(hub, jobs, tmp_path), expected, strict=True):
         torch.testing.assert_close(
             output, wanted, rtol=1e-5, atol=1e-6, msg=lambda text, asked=asked: f"{asked['name']}: {text}"

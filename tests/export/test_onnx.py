@@ -61,6 +61,7 @@ def exported(tmp_path_factory):
 def test_every_output_at_sizes_of_its_own(model_class, exported):
     model, folder, files = exported(model_class)
     graphs = {form: session(folder, parity.FORMS[form]) for form in ONNX_FORMS}
+    scales: dict[str, float] = {}  # of each output, from the first sample: that of a single number says little
     for batch, length, seed in ((3, 11, 1), (3, 40, 2), (3, 5, 3)):
         sample = (
             inputs(model, batch, length, seed) if length > 5 else {k: v[:1, ..., :1] for k, v in inputs(model).items()}
@@ -75,12 +76,13 @@ def test_every_output_at_sizes_of_its_own(model_class, exported):
                 wanted, value = expected[key], torch.from_numpy(value)
                 if wanted.shape[: real.ndim] == real.shape:
                     wanted, value = wanted[real], value[real]
-                tolerance = TOLERANCES[form] * float(wanted.abs().max())
+                tolerance = TOLERANCES[form] * scales.setdefault(key, float(wanted.abs().max()))
                 torch.testing.assert_close(value, wanted, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
     assert [file.name for file in files] == [parity.FORMS[form] for form in ONNX_FORMS]
     assert all(file.size == (folder / file.name).stat().st_size for file in files)
     fp32, int8, int4, fp16 = files
-    assert fp32.difference < 1e-5 < fp16.relative_error < int8.relative_error < int4.relative_error < 0.3
+    assert fp32.difference < 1e-5 < fp16.relative_error < min(int8.relative_error, int4.relative_error)
+    assert max(int8.relative_error, int4.relative_error) < 0.3
 
 
 def test_a_large_vocabulary_is_stored_once(tmp_path):

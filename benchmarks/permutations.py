@@ -29,8 +29,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import KroneckerBertConfig
 from kronecker_transformers.compression.activations import calibration_batches, enter, layers_of
-from kronecker_transformers.compression.calibrated import Moments, calibrated_kronecker, kronecker_product
+from kronecker_transformers.compression.calibrated import calibrated_kronecker
 from kronecker_transformers.compression.candidates import linear_modules
+from kronecker_transformers.compression.moments import Moments, kronecker_product
 from kronecker_transformers.display import results_table
 from kronecker_transformers.evaluation.timing import environment
 from kronecker_transformers.models.factor_plan import FactorEntry

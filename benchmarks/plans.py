@@ -5,11 +5,12 @@
 DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler. Students
 of the sizes of the presets 7.7x and 21x start from 512 sentences of calibration, where they are calibrated, and learn
 from the teacher on text without labels: half of it the training sentences of STS-B, over and over, a quarter those of
-SST-2, a quarter running text. The objective is `sentence_encoder`; the learning rate rises for the first half of the
-steps, so that a good start is not lost, and falls to zero in the second. Each student takes the better of two learning
-rates, by STS-B's training pairs after 200 steps; the best three of each size get two more seeds. Then kind by kind:
-only the embedding, the attention or the feed-forward layers are factored, all else stays dense. Judged on dev sets: by
-Spearman on STS-B, and on SST-2 by a logistic regression on the embeddings of 4,000 sentences.
+SST-2, a quarter running text. The objective is `sentence_encoder` (in the runs of the log with hidden states and
+outputs of the embedding beside it, weight 1); the learning rate rises for the first half of the steps, so that a good
+start is not lost, and falls to zero in the second. Each student takes the better of two learning rates, by STS-B's
+training pairs after 200 steps; the best three of each size get two more seeds. Then kind by kind: only the embedding,
+the attention or the feed-forward layers are factored, all else stays dense. Judged on dev sets: by Spearman on STS-B,
+and on SST-2 by a logistic regression on the embeddings of 4,000 sentences.
 
 Students are trained two at a time with one thread each: ten minutes of one run are at most ten minutes of two cores.
 WORK keeps the text and the untrained students; searched plans are lines of logs/plans_searched.jsonl and finished runs
@@ -60,6 +61,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers import CompressionResult, KroneckerBertConfig, compress, display
 from kronecker_transformers.checkpoint.load import load_student
+from kronecker_transformers.checkpoint.pooling import MEAN
 from kronecker_transformers.compression.search import search_plan
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import OBJECTIVES, DistillationArguments, DistillationTrainer, losses
@@ -165,8 +167,8 @@ class NarrowTrainer(Trainer):
         terms = {
             "embedding_mse": distances[0],
             "hidden_mse": torch.stack(distances[1:]).sum(),
-            "pooled": losses.pooled_distance(found[-1], wanted[-1], mask).mean(),
-            "similarity_kl": losses.similarity_kl(found[-1], wanted[-1], mask).mean(),
+            "pooled": losses.pooled_distance(*(MEAN(states[-1], mask) for states in (found, wanted))).mean(),
+            "similarity_kl": losses.similarity_kl(*(MEAN(states[-1], mask) for states in (found, wanted))).mean(),
         }
         return torch.stack([weight * terms[term] for term, weight in OBJECTIVES["sentence_encoder"].items()]).sum()
 

@@ -76,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of the teacher's layers that the student has, or which, as 1,3,5 (default: all)",
     )
     command.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    command.add_argument("--bf16", action="store_true", help="train in bfloat16: faster on a GPU, or with AMX")
+    command.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="train in bfloat16 (default: on a CPU that multiplies in it, with AMX or AVX512-BF16)",
+    )
     _add_only(command)
     command.set_defaults(run=commands.run_distill)
 

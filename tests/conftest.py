@@ -24,6 +24,12 @@ def _seeded():
 
 
 @pytest.fixture
+def full_precision(monkeypatch):
+    """`distill` computes as on a machine without instructions for bfloat16, whatever this one has."""
+    monkeypatch.setattr("kronecker_transformers.experiments.distill.multiplies_bfloat16", lambda: False)
+
+
+@pytest.fixture
 def waits(monkeypatch):
     """Seconds for which somebody would have slept."""
     found = []

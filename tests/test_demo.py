@@ -10,6 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, BertModel
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 ROOT = Path(__file__).parent.parent
 demo = load_example("demo")
 

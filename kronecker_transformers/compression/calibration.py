@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from ..models.kronecker_family import family_of, projection_of
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, seeing, weight_of
-from .calibrated import Moments, MomentSums, calibrated_kronecker, kronecker_product, weighted_kronecker
+from .calibrated import calibrated_kronecker, weighted_kronecker
+from .moments import Moments, MomentSums, kronecker_product
 from .outputs import HeldOutOutputs
 
 logger = logging.getLogger(__name__)

@@ -27,16 +27,10 @@ from ..models.factor_plan import FactorEntry
 from ..models.kronecker_contraction import multiplications
 from ..models.kronecker_family import family_of, pooler_of, projection_of
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, weight_of
-from .calibrated import (
-    RIDGE,
-    CalibratedFactors,
-    Moments,
-    calibrated_kronecker,
-    kronecker_product,
-    weighted_kronecker,
-)
+from .calibrated import RIDGE, CalibratedFactors, calibrated_kronecker, weighted_kronecker
 from .calibration import group_moments, pooler_moments, projection_moments, row_error, row_weights
 from .estimates import error_curves, factor_shapes, weighted_error_curve
+from .moments import Moments, kronecker_product
 from .outputs import HeldOutOutputs
 
 SIZES = tuple(2 ** (-k / 8) for k in range(8, 57))

@@ -2,6 +2,7 @@
 
 from .arguments import OBJECTIVES, DistillationArguments
 from .losses import LOSSES, Loss
+from .memory import TeacherMemory
 from .objective import Objective
 from .start import keep_layers, start_student
 from .trainer import DistillationTrainer
@@ -13,6 +14,7 @@ __all__ = [
     "DistillationTrainer",
     "Loss",
     "Objective",
+    "TeacherMemory",
     "keep_layers",
     "start_student",
 ]

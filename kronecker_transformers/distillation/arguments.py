@@ -16,8 +16,8 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "kronecker_bert": dict.fromkeys(("embedding_mse", "attention_mse", "hidden_mse", "logits", "supervised"), 1.0),
     # ACL 2022, section 3: a1 to a4; the paper does not print their values
     "kngpt2": dict.fromkeys(("embedding_mse", "attention_kl", "hidden_mse", "supervised"), 1.0),
-    # not of the papers: what is left for a model without a head, and, with most of the weight, what it is used for
-    "sentence_encoder": {"embedding_mse": 1.0, "hidden_mse": 1.0, "pooled": 20.0, "similarity_kl": 10.0},
+    # not of the papers: what a sentence encoder is used for; hidden states beside it make no difference
+    "sentence_encoder": {"pooled": 20.0, "similarity_kl": 10.0},
 }
 """Weights of losses by objective; a loss that is not listed has weight 0."""
 

@@ -26,8 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.pooling import MEAN, Pooling
-
 IGNORED = -100
 """Label of a position without a target, as everywhere in transformers."""
 
@@ -47,7 +45,7 @@ def hidden_state_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (S,).
     """
-    return _mean_over_real((_wide(student) - _wide(teacher)).square().mean(-1), mask)
+    return _mean_over_real((wide(student) - wide(teacher)).square().mean(-1), mask)
 
 
 def attention_scores(query: Tensor, key: Tensor, heads: int, scaling: float, bias: Tensor | None = None) -> Tensor:
@@ -62,7 +60,7 @@ def attention_scores(query: Tensor, key: Tensor, heads: int, scaling: float, bia
     Returns:
         (S, heads, L, L), row i for query i, column j for key j.
     """
-    Q, K = (_wide(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))  # (S, heads, L, d)
+    Q, K = (wide(x).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))  # (S, heads, L, d)
     scores = (scaling * Q) @ K.transpose(-1, -2)  # the smaller tensor is scaled
     return scores if bias is None else scores + bias
 
@@ -81,7 +79,7 @@ def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool =
         (S,).
     """
     visible = _visible(mask, causal)  # (S, L, L)
-    squares = (_wide(student) - _wide(teacher)).square().mean(1)  # (S, L, L)
+    squares = (wide(student) - wide(teacher)).square().mean(1)  # (S, L, L)
     return squares.masked_fill(~visible, 0).sum((1, 2)) / visible.sum((1, 2))
 
 
@@ -104,24 +102,22 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool = 
     return _mean_over_real(divergence, mask)
 
 
-def pooled_distance(student: Tensor, teacher: Tensor, mask: Tensor, pooling: Pooling = MEAN) -> Tensor:
+def pooled_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """1 - cosine similarity of sentence embeddings.
 
     Not of the papers: it is what a sentence encoder is used for.
 
     Args:
-        student, teacher: last hidden states (S, L, hidden).
-        mask: (S, L).
-        pooling: makes embeddings of the hidden states.
+        student, teacher: sentence embeddings (S, width).
 
     Returns:
         (S,), from 0 to 2.
     """
-    s, t = (_sentence_embeddings(hidden, mask, pooling) for hidden in (student, teacher))
+    s, t = (F.normalize(wide(embeddings), dim=-1) for embeddings in (student, teacher))
     return 1 - (s * t).sum(-1)
 
 
-def similarity_kl(student: Tensor, teacher: Tensor, mask: Tensor, pooling: Pooling = MEAN) -> Tensor:
+def similarity_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL divergence between where teacher and student see a sentence among the teacher's embeddings of a micro-batch.
 
     Each sees it as a distribution over all sentences, itself included: the softmax of its cosine similarities to the
@@ -130,14 +126,12 @@ def similarity_kl(student: Tensor, teacher: Tensor, mask: Tensor, pooling: Pooli
     (ICLR 2021).
 
     Args:
-        student, teacher: last hidden states (S, L, hidden).
-        mask: (S, L).
-        pooling: makes embeddings of the hidden states.
+        student, teacher: sentence embeddings (S, width).
 
     Returns:
         (S,), in nats; 0 for a sentence that is alone.
     """
-    s, t = (_sentence_embeddings(hidden, mask, pooling) for hidden in (student, teacher))
+    s, t = (F.normalize(wide(embeddings), dim=-1) for embeddings in (student, teacher))
     return logit_kl(s @ t.t() / SIMILARITY_TEMPERATURE, t @ t.t() / SIMILARITY_TEMPERATURE)
 
 
@@ -153,7 +147,7 @@ def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     Returns:
         (...), in nats.
     """
-    log_s, log_t = (torch.log_softmax(_wide(logits) / temperature, -1) for logits in (student, teacher))
+    log_s, log_t = (torch.log_softmax(wide(logits) / temperature, -1) for logits in (student, teacher))
     impossible = log_t.isneginf()
     difference = log_t.masked_fill(impossible, 0) - log_s.masked_fill(impossible, 0)
     return temperature**2 * (log_t.exp() * difference).sum(-1)
@@ -169,7 +163,7 @@ def logit_binary_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
     Returns:
         (...), in nats.
     """
-    s, t = (torch.stack((_wide(logits), torch.zeros_like(_wide(logits))), -1) for logits in (student, teacher))
+    s, t = (torch.stack((wide(logits), torch.zeros_like(wide(logits))), -1) for logits in (student, teacher))
     return logit_kl(s, t, temperature).mean(-1)
 
 
@@ -182,7 +176,7 @@ def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         (...).
     """
-    return (_wide(student) - _wide(teacher)).square().mean(-1)
+    return (wide(student) - wide(teacher)).square().mean(-1)
 
 
 def token_logit_kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
@@ -213,7 +207,7 @@ def span_logit_kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: f
         (S,), in nats.
     """
     padding = ~mask.bool()
-    s, t = (_wide(logits).masked_fill(padding, -torch.inf) for logits in (student, teacher))
+    s, t = (wide(logits).masked_fill(padding, -torch.inf) for logits in (student, teacher))
     return logit_kl(s, t, temperature)
 
 
@@ -229,7 +223,7 @@ def supervised_classes(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -
         A scalar, in nats.
     """
     return F.cross_entropy(
-        _wide(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+        wide(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
     )
 
 
@@ -242,7 +236,7 @@ def supervised_binary(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         A scalar, in nats.
     """
-    return F.binary_cross_entropy_with_logits(_wide(logits), labels.to(_wide(logits)), reduction="sum")
+    return F.binary_cross_entropy_with_logits(wide(logits), labels.to(wide(logits)), reduction="sum")
 
 
 def supervised_values(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -255,16 +249,12 @@ def supervised_values(outputs: Tensor, targets: Tensor) -> Tensor:
     Returns:
         A scalar.
     """
-    return (_wide(outputs).reshape(targets.shape) - _wide(targets)).square().sum()
+    return (wide(outputs).reshape(targets.shape) - wide(targets)).square().sum()
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In float32 or wider."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _sentence_embeddings(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """Embeddings of norm 1, a row for each sentence, from hidden states (S, L, hidden)."""
-    return F.normalize(pooling(_wide(hidden), mask), dim=-1)
 
 
 def _mean_over_real(values: Tensor, mask: Tensor) -> Tensor:
@@ -282,7 +272,7 @@ def _visible(mask: Tensor, causal: bool) -> Tensor:
 
 def _log_softmax(scores: Tensor, visible: Tensor) -> Tensor:
     """Log-probabilities over the visible keys; 0 where nothing is visible, so that padding adds nothing."""
-    scores = _wide(scores)
+    scores = wide(scores)
     lowest = torch.finfo(scores.dtype).min  # not -inf: a row without visible keys would turn to NaN
     return torch.log_softmax(scores.masked_fill(~visible, lowest), -1).masked_fill(~visible, 0)
 
@@ -295,11 +285,11 @@ class Loss:
     """A loss as an objective uses it.
 
     Attributes:
-        reads: "embeddings", "layers" and "attention", of which each layer has one value, "sentences", which are made of
-            the last hidden states, "logits" or "labels".
+        reads: "embeddings", "layers" and "attention", of which each layer has one value, "sentences", embeddings that
+            are pooled from the last hidden states, "logits" or "labels".
         text: what it is, for the help of its weight.
-        function: of student, teacher, mask and, for attention, whether it is causal; for sentences, the pooling. None
-            for logits and labels, whose losses depend on the head (`heads`).
+        function: of student, teacher, mask and, for attention, whether it is causal; for sentences, of student and
+            teacher. None for logits and labels, whose losses depend on the head (`heads`).
     """
 
     reads: str

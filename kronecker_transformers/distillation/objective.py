@@ -14,6 +14,7 @@ from ..checkpoint.pooling import MEAN, Pooling
 from ..models.kronecker_family import FAMILIES, family_of, pooler_of
 from . import losses
 from .heads import Output, outputs_of, real_positions
+from .memory import TeacherMemory
 from .recorder import QueryKey, Recorder, Recording
 
 _HIDDEN = ("embeddings", "layers", "sentences")
@@ -32,6 +33,7 @@ class Objective:
         label_smoothing: of the supervised loss on classes, 0 <= label_smoothing < 1.
         autocast: makes the context in which the teacher runs.
         pooling: makes sentence embeddings of the last hidden states, for the losses that compare them.
+        memory: keeps the teacher's embeddings, where the losses need nothing else of it; None to read each batch.
 
     Raises:
         ValueError: the two do not fit together, or lack what a loss needs.
@@ -47,11 +49,13 @@ class Objective:
         label_smoothing: float = 0.0,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         pooling: Pooling = MEAN,
+        memory: TeacherMemory | None = None,
     ) -> None:
         self.weights = dict(weights)
         self.temperature = temperature
         self.label_smoothing = label_smoothing
         self.pooling = pooling
+        self._memory = memory if set(self.weights) == set(self._losses("sentences")) else None
         self.heads = outputs_of(student)
         self.causal = family_of(student).causal
         _check_family(student, teacher)
@@ -141,12 +145,14 @@ class Objective:
         mask = real_positions(inputs).flatten(0, -2)  # (S, L)
         if self.causal:
             features["use_cache"] = False
-        teacher, theirs = self._read_teacher(features)
+        teacher, theirs, sentences = self._read_teacher(features, mask)
         with self._student_recorder.recording() as mine:
             output = student(**features)
         found: dict[str, Tensor] = {}
-        if self._has_hidden:
+        if self._losses("embeddings", "layers"):
             found |= self._hidden_losses(mine, theirs, mask)
+        if sentences is not None:
+            found |= self._sentence_losses(self._pooled(mine, mask), sentences)
         if self._has_attention:
             found |= self._attention_losses(mine.attention, theirs.attention, mask)
         values = {name: value.sum() / counts["sequences"] for name, value in found.items()}
@@ -156,13 +162,26 @@ class Objective:
             values["supervised"] = self.supervised(output, inputs, counts)
         return values
 
-    def _read_teacher(self, features: Mapping[str, Any]) -> tuple[Any, Recording]:
-        """Output of the teacher, and what its layers showed; it runs only as far as the losses need it."""
+    def _read_teacher(self, features: Mapping[str, Any], mask: Tensor) -> tuple[Any, Recording, Tensor | None]:
+        """Output of the teacher, what its layers showed, and sentence embeddings; it runs only as far as is needed."""
         if not (self._has_hidden or self._has_attention or "logits" in self.weights):
-            return None, Recording()
-        self.teacher.eval()
+            return None, Recording(), None
         several = features["input_ids"].ndim > 2  # choices, which the head puts side by side
-        module = self.teacher if several or "logits" in self.weights else self.teacher.base_model
+        if self._memory is not None and not several:
+            return None, Recording(), self._memory.embeddings(features, mask, self._embedded)
+        output, recording = self._run_teacher(features, whole=several or "logits" in self.weights)
+        return output, recording, self._pooled(recording, mask) if self._losses("sentences") else None
+
+    def _embedded(self, features: Mapping[str, Any], mask: Tensor) -> Tensor:
+        return self._pooled(self._run_teacher(features, whole=False)[1], mask)
+
+    def _pooled(self, recording: Recording, mask: Tensor) -> Tensor:
+        return self.pooling(losses.wide(recording.last), mask)
+
+    def _run_teacher(self, features: Mapping[str, Any], whole: bool) -> tuple[Any, Recording]:
+        """With or without its head."""
+        self.teacher.eval()
+        module = self.teacher if whole else self.teacher.base_model
         with torch.no_grad(), self._autocast(), self._teacher_recorder.recording() as recording:
             output = module(**features)
         return output, recording
@@ -186,15 +205,15 @@ class Objective:
             for pair in enumerate(self.layer_map)
         ]
         values = {}
-        for name in self._losses(*_HIDDEN):
+        for name in self._losses("embeddings", "layers"):
             loss: Any = losses.LOSSES[name]
-            if loss.reads == "embeddings":
-                values[name] = loss.function(student.embeddings, teacher.embeddings, mask)
-            elif loss.reads == "layers":
-                values[name] = _total(loss.function(*pair, mask) for pair in layers)
-            else:
-                values[name] = loss.function(student.last, teacher.last, mask, self.pooling)
+            pairs = layers if loss.reads == "layers" else [(student.embeddings, teacher.embeddings)]
+            values[name] = _total(loss.function(*pair, mask) for pair in pairs)
         return values
+
+    def _sentence_losses(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Any] = {name: losses.LOSSES[name].function for name in self._losses("sentences")}
+        return {name: function(student, teacher) for name, function in found.items()}
 
     def _attention_losses(self, student: list[QueryKey], teacher: list[QueryKey], mask: Tensor) -> dict[str, Tensor]:
         totals: dict[str, list[Tensor]] = {name: [] for name in self._losses("attention")}

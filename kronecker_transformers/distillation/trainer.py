@@ -22,6 +22,7 @@ from ..checkpoint.pooling import MEAN, Pooling
 from ..checkpoint.sentence_modules import modules_of
 from ..hub.trainer import STATE_FILE, PublishingTrainer
 from .arguments import DistillationArguments
+from .memory import TeacherMemory
 from .objective import Objective, check_tokenizers
 from .optimizer import MuonAdamW, scale_learning_rates
 from .progress import Progress, follow_time
@@ -69,6 +70,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         teacher_processing_class: the teacher's tokenizer; if given it must agree with `processing_class`.
         pooling: makes the embeddings that the losses `pooled` and `similarity_kl` compare; default: that of the
             teacher's own settings for sentence-transformers, without a prompt, else the mean.
+        memory: keeps the teacher's embeddings where these two losses are all, so that it reads each sentence once;
+            default: it reads each batch.
         **trainer: anything else that `transformers.Trainer` takes, but no `model_init` and no `compute_loss_func`.
 
     Raises:
@@ -87,6 +90,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         *,
         teacher_processing_class: Any = None,
         pooling: Pooling | None = None,
+        memory: TeacherMemory | None = None,
         **trainer: Any,
     ) -> None:
         for name in ("model_init", "compute_loss_func"):
@@ -105,6 +109,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             args.label_smoothing_factor,
             autocast=lambda: self.accelerator.autocast(),
             pooling=pooling or MEAN,
+            memory=memory,
         )
         with unchanged_cache(model.config):  # the forward passes of training say themselves that they need none
             super().__init__(model=model, args=args, **trainer)

@@ -41,7 +41,7 @@ from ..tasks.text import TextSource
 from .lessons import Lesson, labelled_lesson, text_lesson
 from .run import check_special_tokens
 from .training import Schedule, kept_layers, shallow, train
-from .watch import Watch
+from .watch import Watch, multiplies_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def distill(
     column: str = "text",
     base_model: str | None = None,
     learning_rate: float | None = None,
-    bf16: bool = False,
+    bf16: bool | None = None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
@@ -124,8 +124,8 @@ def distill(
         column: of a table or dataset.
         base_model: name of the teacher on the Hub, for the card; default: that under which it was loaded.
         learning_rate: of the factored student; default: 1e-3 for a hidden size up to 384, less for a larger one.
-        bf16: compute in bfloat16 (autocast), which is faster on a GPU and on processors with AMX; weights stay in
-            float32.
+        bf16: compute in bfloat16 (autocast); weights stay in float32. Default: on a CPU with instructions for it, such
+            as AMX and AVX512-BF16, where it is much faster.
         seed: of order, masks and dropout.
         tokenizer: of a teacher that is a loaded model.
         progress: show progress bars on standard error.
@@ -166,7 +166,8 @@ def distill(
     searched = isinstance(plan, str) and plan == "search"
     asked = family_of(dense).default_ratio if ratio is None else ratio
     allowed = MINUTES if minutes is None and steps is None else minutes
-    schedule, kept = Schedule(allowed, steps, learning_rate, bf16, seed), kept_layers(dense, layers)
+    half = multiplies_bfloat16() if bf16 is None else bf16
+    schedule, kept = Schedule(allowed, steps, learning_rate, half, seed), kept_layers(dense, layers)
     factor_ratio = ratio if kept is None else _ratio_of_rest(dense, kept, plan, ratio, only)
 
     with torch.random.fork_rng(devices=[]):
@@ -209,7 +210,7 @@ def distill(
             only=only if only is None or isinstance(only, str) else ",".join(only),
             layers=layers if layers is None or isinstance(layers, int) else ",".join(map(str, layers)),
             minutes=minutes, steps=steps,
-            learning_rate=learning_rate, bf16=bf16, seed=seed or None,
+            learning_rate=learning_rate, bf16=bf16 or None, no_bf16=bf16 is False, seed=seed or None,
         ),
     }  # fmt: skip
     options |= {"task_name": task} if text is None else {"train_text": [source_name(os.fspath(text))]}

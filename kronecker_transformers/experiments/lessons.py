@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ..checkpoint.sentence_modules import encoder_settings
+from ..distillation import TeacherMemory
 from ..models.kronecker_family import heads_of, longest_sequence
 from ..tasks.language_modeling import block_examples, masked_examples, sentence_examples
 from ..tasks.text import Example, TextSource
@@ -53,6 +54,8 @@ class Lesson:
     weights: Mapping[str, Any] = field(default_factory=dict)
     scores: Callable[[PreTrainedModel], dict[str, float]] | None = None
     """The task's own metrics."""
+    memory: TeacherMemory = field(default_factory=TeacherMemory)
+    """What the teacher has said of sentences, for all students that learn this."""
 
 
 def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: TextSource, seed: int) -> Lesson:

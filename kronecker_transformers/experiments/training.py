@@ -20,6 +20,8 @@ from .watch import LOOKS, TRIED, Watch, affordable_steps
 RATE, DENSE_RATE, HIDDEN = 1e-3, 3e-4, 384
 """Learning rates of factored and dense students of this hidden size, and of smaller ones; above, they fall with the
 square of the size."""
+DENSE_ENCODER_RATE, DENSE_ENCODER_BATCH = 6e-4, 32
+"""Of dense sentence encoders: more steps of fewer sentences bring them nearer, which factored ones do not care for."""
 WARMUP = 0.1
 """Share of the steps in which the rate rises."""
 DENSE_SHARE = 0.4
@@ -99,17 +101,19 @@ def train(
     Returns:
         Steps, samples, tokens, seconds, objective.
     """
-    factored = type(student) not in FACTORED_CLASSES
+    factored, encoder = type(student) not in FACTORED_CLASSES, lesson.objective == "sentence_encoder"
+    batch = lesson.batch if factored or not encoder else DENSE_ENCODER_BATCH
     rate = schedule.learning_rate
     if rate is None:
-        rate = (RATE if factored else DENSE_RATE) * min(1.0, (HIDDEN / student.config.hidden_size) ** 2)
+        rate = RATE if factored else DENSE_ENCODER_RATE if encoder else DENSE_RATE
+        rate *= min(1.0, (HIDDEN / student.config.hidden_size) ** 2)
     limit = schedule.minutes
-    stream = TextStream(lesson.examples, schedule.seed, group=lesson.batch)
+    stream = TextStream(lesson.examples, schedule.seed, group=batch)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationArguments(
             output_dir=scratch, objective=lesson.objective, **lesson.weights, max_steps=schedule.steps or 1,
-            max_minutes=limit, per_device_train_batch_size=lesson.batch, learning_rate=rate, warmup_steps=WARMUP,
-            muon=factored and lesson.objective == "sentence_encoder", dropout=0.0, seed=schedule.seed,
+            max_minutes=limit, per_device_train_batch_size=batch, learning_rate=rate, warmup_steps=WARMUP,
+            muon=factored and encoder, dropout=0.0, seed=schedule.seed,
             layer_map=None if layers is None else list(layers),
             bf16=schedule.bf16, use_cpu=schedule.bf16 and not torch.cuda.is_available(),
             save_strategy="no", include_num_input_tokens_seen="non_padding", report_to=[],
@@ -117,15 +121,17 @@ def train(
         )  # fmt: skip
         if schedule.steps is None:
             examples = iter(stream)
-            batches = [lesson.collate(list(islice(examples, lesson.batch))) for _ in range(TRIED)]
-            arguments.max_steps = affordable_steps(student, teacher, arguments, batches, limit or 0)
+            batches = [lesson.collate(list(islice(examples, batch))) for _ in range(TRIED)]
+            known = lesson.memory if len(lesson.memory) else None  # these sentences are, if any are
+            arguments.max_steps = affordable_steps(student, teacher, arguments, batches, limit or 0, known)
         arguments.logging_steps = max(1, arguments.max_steps // LOOKS)
         planned = f"{arguments.max_steps:,} steps" + (f" in at most {limit:g} minutes" if limit else "")
         depth = "" if factored else f" of a dense student with {student.config.num_hidden_layers} layers"
-        say(f"Distillation{depth}: {planned}, {lesson.batch} examples each")
+        say(f"Distillation{depth}: {planned}, {batch} examples each")
         trainer = DistillationTrainer(
-            student, teacher, arguments, train_dataset=stream, data_collator=lesson.collate, callbacks=[watch]
-        )
+            student, teacher, arguments, memory=lesson.memory,
+            train_dataset=stream, data_collator=lesson.collate, callbacks=[watch],
+        )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         watch.skip = trainer.progress.skip
         watch.look(student, 0, arguments.max_steps)

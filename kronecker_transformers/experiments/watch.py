@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..distillation import Objective
+from ..distillation import Objective, TeacherMemory
 from ..distillation.agreement import Judge
 from ..distillation.trainer import attention_kernel
 
@@ -21,6 +21,12 @@ LOOKS = 12
 """Points of the curves."""
 TRIED = 8
 """Batches on which the pace of this machine is measured."""
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine computes on a CPU that has instructions for products of bfloat16 (AMX, AVX512-BF16)."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest versions have none
+    return not torch.accelerator.is_available() and bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 class Watch(TrainerCallback):
@@ -57,7 +63,12 @@ class Watch(TrainerCallback):
 
 
 def affordable_steps(
-    student: PreTrainedModel, teacher: PreTrainedModel, arguments: Any, batches: list[Any], minutes: float
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    arguments: Any,
+    batches: list[Any],
+    minutes: float,
+    memory: TeacherMemory | None = None,
 ) -> int:
     """How many steps of distillation this machine makes in a number of minutes, from a try with a copy of the student.
 
@@ -66,7 +77,8 @@ def affordable_steps(
     copied = copy.deepcopy(student).to(arguments.device).train()
     autocast = partial(torch.autocast, arguments.device.type, torch.bfloat16, enabled=arguments.bf16)
     weights, layers = arguments.weights(), arguments.layer_map
-    objective = Objective(copied, teacher.to(arguments.device), weights, layer_map=layers, autocast=autocast)
+    dense = teacher.to(arguments.device)
+    objective = Objective(copied, dense, weights, layer_map=layers, autocast=autocast, memory=memory)
     objective.attach(copied)
     optimizer = torch.optim.AdamW(copied.parameters())
     seconds = []

@@ -116,7 +116,11 @@ def test_pooling_is_that_of_sentence_transformers(mode, side, skip):
     mask = mask.flip(1) if side == "left" else mask
     features = {"token_embeddings": hidden, "attention_mask": mask.long(), "prompt_length": skip}
     wanted = Pooling(4, mode, include_prompt=False)(features)["sentence_embedding"]
-    torch.testing.assert_close(OurPooling((mode,), skip)(hidden, mask), wanted)
+    hidden = hidden.masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()  # at padding anything may stand
+    found = OurPooling((mode,), skip)(hidden, mask)
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    assert not hidden.grad[~mask].any()
 
 
 def test_the_trainer_of_sentence_transformers_trains_a_student(tmp_path):

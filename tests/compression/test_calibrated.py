@@ -6,13 +6,8 @@ from hypothesis import strategies as st
 from oracles import kronecker_sum
 
 from kronecker_transformers.compression import calibrated
-from kronecker_transformers.compression.calibrated import (
-    Moments,
-    MomentSums,
-    calibrated_kronecker,
-    kronecker_product,
-    weighted_kronecker,
-)
+from kronecker_transformers.compression.calibrated import calibrated_kronecker, weighted_kronecker
+from kronecker_transformers.compression.moments import Moments, MomentSums, kronecker_product
 from kronecker_transformers.models.kronecker_nearest import nearest_kronecker
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronecker_transformers.compression.calibrated import MomentSums, calibrated_kronecker, weighted_kronecker
+from kronecker_transformers.compression.calibrated import calibrated_kronecker, weighted_kronecker
 from kronecker_transformers.compression.estimates import (
     UNITS,
     best_choice,
@@ -14,6 +14,7 @@ from kronecker_transformers.compression.estimates import (
     factor_shapes,
     weighted_error_curve,
 )
+from kronecker_transformers.compression.moments import MomentSums
 from kronecker_transformers.models.kronecker_nearest import nearest_kronecker
 
 

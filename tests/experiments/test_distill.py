@@ -12,9 +12,12 @@ from students import LONG_TESTS
 
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
+from kronecker_transformers.distillation import TeacherMemory
 from kronecker_transformers.experiments.distill import distill
 from kronecker_transformers.experiments.training import kept_layers
 from kronecker_transformers.models import FACTORED_CLASSES
+
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 QUALITY = {
     "Model": ["similarity fidelity (Spearman)", "nearest 10 neighbours in common"],
@@ -206,6 +209,54 @@ def test_bad_input_leaves_nothing_behind(changes, message, tmp_path, monkeypatch
     with pytest.raises((ValueError, OSError), match=message):
         distill(teacher, arguments.pop("text"), tmp_path / "student", **arguments)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_both_trainings_read_a_sentence_once_with_the_teacher(tmp_path, monkeypatch):
+    read, given = [], []
+    embeddings = TeacherMemory.embeddings
+
+    def counted(self, features, mask, compute):
+        given.append(len(mask))
+        return embeddings(self, features, mask, lambda some, real: (read.append(len(real)), compute(some, real))[1])
+
+    monkeypatch.setattr(TeacherMemory, "embeddings", counted)
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    text = text_file(tmp_path)
+    found = distill(teacher, text, tmp_path / "student", ratio=3, layers=2, steps=20)
+    record = json.loads((tmp_path / "student" / "results.json").read_text())
+    assert (record["dense_training"]["batch"], found.training["batch"]) == (32, 64)
+    assert sum(given) == 8 * 32 + 12 * 64
+    assert sum(read) <= len(set(text.read_text().splitlines())) < sum(given)
+
+
+@pytest.mark.parametrize(
+    ("capable", "asked", "precision"),
+    [(True, None, "bfloat16"), (False, None, "float32"), (True, False, "float32"), (False, True, "bfloat16")],
+)
+def test_bfloat16_where_the_processor_multiplies_in_it(capable, asked, precision, tmp_path, monkeypatch):
+    monkeypatch.setattr("kronecker_transformers.experiments.distill.multiplies_bfloat16", lambda: capable)
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    found = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, steps=1, bf16=asked)
+    assert found.training["precision"] == precision
+    command = json.loads((tmp_path / "student" / "results.json").read_text())["options"]["command"]
+    assert command[-1] == {None: "1", True: "--bf16", False: "--no-bf16"}[asked]
+
+
+def test_instructions_for_bfloat16_are_those_of_a_cpu(monkeypatch):
+    from kronecker_transformers.experiments.watch import multiplies_bfloat16
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    found = []
+    for names in ({"amx_bf16": True}, {"avx512_bf16": True, "amx_bf16": False}, {"avx512_f": True}, None):
+        if names is None:  # an old version of torch
+            monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda names=names: names, raising=False)
+        found.append(multiplies_bfloat16())
+    assert found == [True, True, False, False]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not multiplies_bfloat16()
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -159,7 +159,7 @@ def train_plainly(
         trainer = SamplingTrainer(model, arguments, train_dataset=dataset, data_collator=collator)
         trainer.model_accepts_loss_kwargs = False  # it would not divide a classifier's loss by the accumulation steps
         trainer.train()
-    _without_autocast(trainer)
+    without_autocast(trainer)
 
 
 def save_once(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -180,12 +180,12 @@ def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerB
         resume = any(map(is_complete, Path(trainer.args.output_dir or "").glob("checkpoint-*")))
     trainer.train(resume_from_checkpoint=resume)
     summary = trainer.training_summary()
-    _without_autocast(trainer)
+    without_autocast(trainer)
     save_once(folder / STUDENT, trainer.model, tokenizer)
     return summary
 
 
-def _without_autocast(trainer: Trainer) -> None:
+def without_autocast(trainer: Trainer) -> None:
     """Take away the autocast that a training in half precision leaves on its model, which is judged in full."""
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 

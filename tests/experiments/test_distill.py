@@ -10,6 +10,7 @@ from distilling_text import saved_teacher, text_file
 from safetensors.torch import load_file
 from students import LONG_TESTS
 
+from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
 from kronecker_transformers.distillation import TeacherMemory
@@ -240,6 +241,24 @@ def test_bfloat16_where_the_processor_multiplies_in_it(capable, asked, precision
     assert found.training["precision"] == precision
     command = json.loads((tmp_path / "student" / "results.json").read_text())["options"]["command"]
     assert command[-1] == {None: "1", True: "--bf16", False: "--no-bf16"}[asked]
+
+
+def test_a_student_trained_in_bfloat16_computes_in_float32(tmp_path, monkeypatch):
+    seen = []
+    plain = "kronecker_transformers.experiments.distill.compress"
+    monkeypatch.setattr(
+        plain, lambda model, *args, **options: (seen.append(model), compress(model, *args, **options))[1]
+    )
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    found = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, layers=2, steps=4, bf16=True)
+    batch = found.tokenizer(["a sentence", "another one"], padding=True, return_tensors="pt")
+    saved = FACTORED_CLASSES[transformers.BertModel].from_pretrained(tmp_path / "student")
+    dense = transformers.BertModel(seen[0].config).eval()
+    dense.load_state_dict(seen[0].state_dict())
+    with torch.no_grad():  # of the student, and of the dense one that it is calibrated from
+        for trained, fresh in ((found.model, saved.eval()), (seen[0], dense)):
+            difference = trained(**batch).last_hidden_state - fresh(**batch).last_hidden_state
+            assert float(difference.abs().max()) < 1e-6
 
 
 def test_instructions_for_bfloat16_are_those_of_a_cpu(monkeypatch):

@@ -26,7 +26,7 @@ those assume factors at their initial scale for training from scratch, where her
 Muon (Jordan et al., 2024) takes, in place of the gradient's running mean M = U S V^T, its orthogonal factor U V^T: a
 direction that seldom has a gradient moves as far as one that always has. Factors of low rank have few columns, and each
 must do something of its own. Steps have the root mean square of Adam's (0.2; Liu et al., "Muon is scalable for LLM
-training", 2025), so the rates above hold (benchmarks/learning_rates.py compares).
+training", 2025). The best learning rate is another one all the same (benchmarks/learning_rates.py compares).
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def test_layer_map_compares_the_layers_it_names(layer_map, tmp_path):
     student = compress(tiny.teacher(BertModel, seed=1, num_hidden_layers=2), {"pooler.dense": (8, 4, 1)}).model
     trainer = make_trainer(
         student.eval(), teacher, tmp_path, max_steps=1, layer_map=layer_map, objective="sentence_encoder",
-        attention_kl_weight=1.0,
+        hidden_mse_weight=1.0, attention_kl_weight=1.0,
     )  # fmt: skip
     batch = collate(examples(student))
     hidden, attention = 0.0, 0.0

@@ -19,6 +19,8 @@ class TeacherMemory:
     A student that is trained for several epochs, or several students of one teacher, see the same sentences again, and
     a forward pass of the teacher costs about as much as a training step of a student that is a third of its size.
 
+    It is for one teacher and one way of pooling.
+
     Args:
         limit: bytes of embeddings; when they are full, new sentences are read each time.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,12 @@ def attention_kernel(arguments: DistillationArguments, length: int) -> AbstractC
     return nullcontext()
 
 
+def teacher_pooling(teacher: PreTrainedModel, weights: Mapping[str, float]) -> Pooling:
+    """How the teacher pools, by its settings for sentence-transformers; the mean if it has none, or no loss asks."""
+    modules = modules_of(teacher) if weights.keys() & {"pooled", "similarity_kl"} else None
+    return modules.pooling() if modules else MEAN
+
+
 class DistillationTrainer(PublishingTrainer, SamplingTrainer):
     """Trains a student on a teacher's hidden states, attention and outputs, and on labels where there are any.
 
@@ -97,9 +103,6 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             if trainer.get(name) is not None:
                 raise ValueError(f"{name} cannot be used in a distillation, which has its own; leave it out")
         check_tokenizers(trainer.get("processing_class"), teacher_processing_class)
-        if pooling is None and args.weights().keys() & {"pooled", "similarity_kl"}:
-            modules = modules_of(teacher)
-            pooling = modules.pooling() if modules else MEAN
         self.objective = Objective(
             model,
             teacher,
@@ -108,7 +111,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             args.layer_map,
             args.label_smoothing_factor,
             autocast=lambda: self.accelerator.autocast(),
-            pooling=pooling or MEAN,
+            pooling=pooling or teacher_pooling(teacher, args.weights()),
             memory=memory,
         )
         with unchanged_cache(model.config):  # the forward passes of training say themselves that they need none

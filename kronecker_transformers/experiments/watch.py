@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..distillation import Objective, TeacherMemory
 from ..distillation.agreement import Judge
-from ..distillation.trainer import attention_kernel
+from ..distillation.trainer import attention_kernel, teacher_pooling
 
 LOOKS = 12
 """Points of the curves."""
@@ -79,7 +79,8 @@ def affordable_steps(
     autocast = partial(torch.autocast, arguments.device.type, torch.bfloat16, enabled=arguments.bf16)
     weights, layers = arguments.weights(), arguments.layer_map
     dense = teacher.to(arguments.device)
-    objective = Objective(copied, dense, weights, layer_map=layers, autocast=autocast, memory=memory)
+    pooling = teacher_pooling(dense, weights)  # what is new goes into the memory
+    objective = Objective(copied, dense, weights, layer_map=layers, autocast=autocast, pooling=pooling, memory=memory)
     objective.attach(copied)
     optimizer = torch.optim.AdamW(copied.parameters(), fused=True)
     seconds = []

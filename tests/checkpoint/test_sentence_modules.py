@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -37,6 +38,8 @@ from kronecker_transformers.checkpoint.pooling import MODES
 from kronecker_transformers.checkpoint.pooling import Pooling as OurPooling
 from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of
 from kronecker_transformers.cli import main
+from kronecker_transformers.distillation import TeacherMemory
+from kronecker_transformers.experiments.watch import affordable_steps
 from kronecker_transformers.hub.files import published_files
 from kronecker_transformers.tasks.sentences import encode
 
@@ -320,3 +323,15 @@ def test_modules_that_no_distillation_follows_are_refused_before_it(tmp_path):
         run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[tmp_path / "text.txt"])
     assert not (tmp_path / "out").exists()
     shutil.rmtree(teacher)
+
+
+def test_what_is_read_while_the_pace_is_tried_is_remembered_as_the_teacher_pools(tmp_path):
+    teacher, tokenizer = load_teacher(encoder(tmp_path / "teacher", mode="cls"))
+    student = compress(teacher, exact(teacher)).model
+    arguments = SimpleNamespace(device=torch.device("cpu"), bf16=False, weights=lambda: {"pooled": 1.0}, layer_map=None)
+    batch = dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
+    memory = TeacherMemory()
+    affordable_steps(student, teacher, arguments, [batch], 1.0, memory)
+    kept = memory.embeddings(batch, batch["attention_mask"], lambda *_: pytest.fail("read again"))
+    with torch.no_grad():
+        torch.testing.assert_close(kept, teacher(**batch).last_hidden_state[:, 0])

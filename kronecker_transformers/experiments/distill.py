@@ -210,7 +210,7 @@ def distill(
             only=only if only is None or isinstance(only, str) else ",".join(only),
             layers=layers if layers is None or isinstance(layers, int) else ",".join(map(str, layers)),
             minutes=minutes, steps=steps,
-            learning_rate=learning_rate, bf16=bf16 or None, no_bf16=bf16 is False, seed=seed or None,
+            learning_rate=learning_rate, bf16=bf16, no_bf16=bf16 is False, seed=seed or None,
         ),
     }  # fmt: skip
     options |= {"task_name": task} if text is None else {"train_text": [source_name(os.fspath(text))]}

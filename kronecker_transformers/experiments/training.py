@@ -22,7 +22,7 @@ RATE, DENSE_RATE, HIDDEN = 1e-3, 3e-4, 384
 """Learning rates of factored and dense students of this hidden size, and of smaller ones; above, they fall with the
 square of the size."""
 DENSE_ENCODER_RATE, DENSE_ENCODER_BATCH = 6e-4, 32
-"""Of dense sentence encoders: more steps of fewer sentences bring them nearer, which factored ones do not care for."""
+"""Of dense sentence encoders: smaller batches, so more steps, help them; to factored ones they make no difference."""
 WARMUP = 0.1
 """Share of the steps in which the rate rises."""
 DENSE_SHARE = 0.4

@@ -20,7 +20,7 @@ from ..distillation.trainer import attention_kernel, teacher_pooling
 LOOKS = 12
 """Points of the curves."""
 TRIED, MARGIN = 8, 1.25
-"""Batches on which the pace of this machine is measured, and the factor by which more steps are planned than follow."""
+"""Batches on which the pace of this machine is measured, and the factor on the steps that follow from it."""
 
 
 def multiplies_bfloat16() -> bool:

@@ -47,6 +47,22 @@ def unchanged_cache(config: Any) -> Iterator[None]:
             config.use_cache = before
 
 
+@contextmanager
+def unchanged_forward(model: nn.Module) -> Iterator[None]:
+    """Take back the autocast that a training in half precision leaves on its model, which is judged in full.
+
+    Accelerate's own way back, `unwrap_model`, takes the decorators of the forward pass away too.
+    """
+    names = "forward", "_original_forward", "_is_accelerate_prepared"
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
+
+
 def attention_kernel(arguments: DistillationArguments, length: int) -> AbstractContextManager[Any]:
     """For short sequences in bf16 on a CPU the plain form: flash attention is slower there."""
     if arguments.bf16 and arguments.device.type == "cpu" and length <= _SHORT:
@@ -134,7 +150,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the base class; `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end.
 
-        Parameters that no loss reaches, such as a pooler that is not compared, are left as they are.
+        Parameters that no loss reaches, such as a pooler that is not compared, are left as they are. After a training
+        in half precision the student computes in its own precision again.
 
         Raises:
             FloatingPointError: the loss is no longer finite.
@@ -161,7 +178,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             if self.args.dropout is not None:
                 for module in dropouts:
                     module.p = self.args.dropout
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with unchanged_forward(self.model):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.objective.detach()
             for module, p in dropouts.items():

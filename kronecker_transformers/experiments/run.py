@@ -16,13 +16,13 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..checkpoint.files import check_new_folder, to_json, write_text
 from ..checkpoint.load import load_teacher, save_folder
 from ..distillation.arguments import DistillationArguments
 from ..distillation.sampling import SamplingTrainer
-from ..distillation.trainer import DistillationTrainer, is_complete, unchanged_cache
+from ..distillation.trainer import DistillationTrainer, is_complete, unchanged_cache, unchanged_forward
 from ..evaluation.timing import environment
 from ..models.kronecker_family import longest_sequence
 
@@ -158,8 +158,8 @@ def train_plainly(
         arguments = TrainingArguments(scratch, save_strategy="no", report_to=[], **chosen)
         trainer = SamplingTrainer(model, arguments, train_dataset=dataset, data_collator=collator)
         trainer.model_accepts_loss_kwargs = False  # it would not divide a classifier's loss by the accumulation steps
-        trainer.train()
-    without_autocast(trainer)
+        with unchanged_forward(model):
+            trainer.train()
 
 
 def save_once(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -179,15 +179,8 @@ def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerB
     if str(resume).lower() == "true":  # a run may have stopped before its first checkpoint was whole
         resume = any(map(is_complete, Path(trainer.args.output_dir or "").glob("checkpoint-*")))
     trainer.train(resume_from_checkpoint=resume)
-    summary = trainer.training_summary()
-    without_autocast(trainer)
     save_once(folder / STUDENT, trainer.model, tokenizer)
-    return summary
-
-
-def without_autocast(trainer: Trainer) -> None:
-    """Take away the autocast that a training in half precision leaves on its model, which is judged in full."""
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return trainer.training_summary()
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from ..distillation import DistillationArguments, DistillationTrainer, keep_laye
 from ..models import FACTORED_CLASSES
 from ..tasks.text import TextStream
 from .lessons import Lesson
-from .run import without_autocast
 from .watch import LOOKS, TRIED, Watch, affordable_steps
 
 RATE, DENSE_RATE, HIDDEN = 1e-3, 3e-4, 384
@@ -137,7 +136,6 @@ def train(
         watch.skip = trainer.progress.skip
         watch.look(student, 0, arguments.max_steps)
         trainer.train()
-        without_autocast(trainer)
         if trainer.state.global_step > watch.steps[-1]:  # its time was over
             watch.look(student, trainer.state.global_step, arguments.max_steps)
         return trainer.training_summary()

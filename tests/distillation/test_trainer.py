@@ -186,6 +186,21 @@ def test_bf16_autocast_of_student_and_teacher(tmp_path):
         assert error < 0.2, name
 
 
+def test_autocast_of_the_training_does_not_outlast_it(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    batch, seen = collate(examples(student)), []
+    query = student.bert.encoder.layer[0].attention.self.query
+    query.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+    for _ in range(2):  # it can be trained again
+        make_trainer(student, teacher, tmp_path, max_steps=1, bf16=True).train()
+        untouched = type(student)(student.config)
+        untouched.load_state_dict(student.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(student.eval()(**batch).logits, untouched.eval()(**batch).logits)
+        assert student.forward.__func__ is type(student).forward
+    assert seen == [torch.bfloat16, torch.float32] * 2
+
+
 @pytest.mark.parametrize(("bf16", "short", "flash"), [(True, 12, False), (True, 11, True), (False, 12, True)])
 def test_flash_attention_is_left_out_for_short_sequences_in_bf16_on_a_cpu(tmp_path, monkeypatch, bf16, short, flash):
     """The batch has 12 tokens; `short` is the longest sequence that counts as short."""

@@ -32,10 +32,12 @@ from encoders import curve, show_curve, similarity
 from rich.console import Console
 
 from kronecker_transformers import compress, distill, search_plan
+from kronecker_transformers.checkpoint.files import to_json, write_text
 from kronecker_transformers.checkpoint.load import load_student, load_teacher
 from kronecker_transformers.compression.plan_file import read_plan, write_plan
 from kronecker_transformers.display import results_table
 from kronecker_transformers.experiments.lessons import text_lesson
+from kronecker_transformers.hub.files import RESULTS_FILE
 from kronecker_transformers.models.factor_plan import FactorPlan
 from kronecker_transformers.tasks.text import TextSource
 
@@ -164,14 +166,26 @@ def perform(run: Run, text: Path, options: Any) -> None:
             **({"plan": plan} if run.layers == DEPTH else {"ratio": run.ratio}),
         )  # fmt: skip
         student, tokenizer = load_student(folder)
-        record = json.loads((folder / "results.json").read_text())
+        record = json.loads((folder / RESULTS_FILE).read_text())
         begin = next(i for i, line in enumerate(said) if line.startswith("Compression"))
         results = {
             "models": found.models, "rows": found.rows, "training": found.training,
             "dense_training": record.get("dense_training"), "curve": curve(said[begin:]),
         }  # fmt: skip
     score = judged(student.eval(), tokenizer, options.data, run.bf16)
+    if run.minutes:
+        keep_score(folder, score, run.bf16)
     LOG.add(asdict(run), {"parameters": student.num_parameters(), "stsb": score, **results})
+
+
+def keep_score(folder: Path, score: float, bf16: bool) -> None:
+    """Put STS-B into the record of a student, for its card (model_cards/make.py)."""
+    record = json.loads((folder / RESULTS_FILE).read_text())
+    whole = (LOG.find(TEACHER_RUN | {"bf16": bf16}) or {})["stsb"]
+    between = [None] * (len(record["models"]) - 2)
+    name = f"STS-B dev, Spearman{' in bfloat16' if bf16 else ''}"
+    record["rows"][name] = [whole / 100, *between, score / 100]
+    write_text(folder / RESULTS_FILE, to_json(record))
 
 
 def judged(model: Any, tokenizer: Any, data: Path, bf16: bool) -> float:

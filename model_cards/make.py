@@ -1,8 +1,14 @@
-"""Make the card of the demo's model, from the model that was made: `python model_cards/make.py`, after `make demo`."""
+"""Make the cards of this folder from the models that were made.
+
+    python model_cards/make.py                            # the demo's, after `make demo`
+    python model_cards/make.py FOLDER kronecker-mpnet-7.7x  # a student of benchmarks/base.py
+
+Beside each card lies the record that its figures come from.
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from kronecker_transformers.checkpoint.files import write_text
@@ -11,17 +17,20 @@ from kronecker_transformers.hub.files import RESULTS_FILE, without_local_paths
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "demo_output" / "kronecker-minilm-7.7x"
-TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def main() -> None:
-    """Write the card and, beside it, the record that its figures come from."""
-    if not DEMO.is_dir():
-        sys.exit(f"{DEMO} does not exist; run make demo first")
+    """Write the card and, beside it, the record."""
+    parser = argparse.ArgumentParser(description="Make a card of this folder.")
+    parser.add_argument("folder", nargs="?", type=Path, default=DEMO, help="of the student (default: the demo's)")
+    parser.add_argument("name", nargs="?", default=DEMO.name, help="of the model (default: %(default)s)")
+    options = parser.parse_args()
+    if not options.folder.is_dir():
+        parser.error(f"{str(options.folder)!r} does not exist; make the student first")
     (HERE / "records").mkdir(exist_ok=True)
-    record = without_local_paths(DEMO / RESULTS_FILE).decode()
-    write_text(HERE / "records" / f"{DEMO.name}.json", record)
-    write_text(HERE / f"{DEMO.name}.md", str(model_card(DEMO, f"your-name/{DEMO.name}", base_model=TEACHER)))
+    record = without_local_paths(options.folder / RESULTS_FILE).decode()
+    write_text(HERE / "records" / f"{options.name}.json", record)
+    write_text(HERE / f"{options.name}.md", str(model_card(options.folder, f"your-name/{options.name}")))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.kronecker_family import family_of
-from ..tasks.squad import Answers, WindowCollator, answers_from_logits, best_threshold, load_squad, read_squad_file
+from ..tasks.squad import WindowCollator, load_squad, read_squad_file
+from ..tasks.squad_answers import Answers, answers_from_logits, best_threshold
 from ..tasks.squad_metric import SquadMetric, Version
 from .run import check_special_tokens, predict, teacher_and_tokenizer
 

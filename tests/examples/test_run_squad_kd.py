@@ -17,12 +17,8 @@ from transformers import (
     GPT2Model,
 )
 
-from kronecker_transformers.tasks.squad import (
-    answers_from_logits,
-    evaluation_features,
-    read_squad_file,
-    training_features,
-)
+from kronecker_transformers.tasks.squad import evaluation_features, read_squad_file, training_features
+from kronecker_transformers.tasks.squad_answers import answers_from_logits
 
 BERT_PLAN = "encoder.layer.*.intermediate.dense: {m1: 4, n1: 2}\nembeddings.word_embeddings: {m1: 64, n1: 8}\n"
 GPT2_PLAN = "wte: {m1: 72, n1: 16}\nh.1.mlp.c_proj: {m1: 16, n1: 96}\n"

@@ -22,15 +22,13 @@ from transformers import (
 
 from kronecker_transformers.tasks import squad
 from kronecker_transformers.tasks.squad import (
-    Candidate,
     WindowCollator,
-    answers_from_logits,
-    best_threshold,
     evaluation_features,
     load_squad,
     read_squad_file,
     training_features,
 )
+from kronecker_transformers.tasks.squad_answers import Candidate, answers_from_logits, best_threshold
 from kronecker_transformers.tasks.squad_metric import SquadMetric
 
 CONTEXT = (

@@ -174,17 +174,18 @@ def perform(run: Run, text: Path, options: Any) -> None:
         }  # fmt: skip
     score = judged(student.eval(), tokenizer, options.data, run.bf16)
     if run.minutes:
-        keep_score(folder, score, run.bf16)
+        complete_record(folder, score, run.bf16)
     LOG.add(asdict(run), {"parameters": student.num_parameters(), "stsb": score, **results})
 
 
-def keep_score(folder: Path, score: float, bf16: bool) -> None:
-    """Put STS-B into the record of a student, for its card (model_cards/make.py)."""
+def complete_record(folder: Path, score: float, bf16: bool) -> None:
+    """Put STS-B and the name of the text into the record of a student, for its card (model_cards/make.py)."""
     record = json.loads((folder / RESULTS_FILE).read_text())
     whole = (LOG.find(TEACHER_RUN | {"bf16": bf16}) or {})["stsb"]
     between = [None] * (len(record["models"]) - 2)
     name = f"STS-B dev, Spearman{' in bfloat16' if bf16 else ''}"
     record["rows"][name] = [whole / 100, *between, score / 100]
+    record["options"]["data"] = "running text, and the training sentences of five GLUE tasks without their labels"
     write_text(folder / RESULTS_FILE, to_json(record))
 
 

@@ -15,7 +15,7 @@ from ..distillation import DistillationArguments, DistillationTrainer, keep_laye
 from ..models import FACTORED_CLASSES
 from ..tasks.text import TextStream
 from .lessons import Lesson
-from .watch import LOOKS, TRIED, Watch, affordable_steps
+from .watch import TRIED, Watch, affordable_steps
 
 RATE, DENSE_RATE, HIDDEN = 1e-3, 3e-4, 384
 """Learning rates of factored and dense students of this hidden size, and of smaller ones; above, they fall with the
@@ -116,7 +116,7 @@ def train(
             muon=factored and encoder, dropout=0.0, seed=schedule.seed,
             layer_map=None if layers is None else list(layers),
             bf16=schedule.bf16, use_cpu=schedule.bf16 and not torch.cuda.is_available(),
-            save_strategy="no", include_num_input_tokens_seen="non_padding", report_to=[],
+            save_strategy="no", logging_strategy="no", include_num_input_tokens_seen="non_padding", report_to=[],
             disable_tqdm=True, remove_unused_columns=False, accelerator_config={"dispatch_batches": False},
         )  # fmt: skip
         if schedule.steps is None:
@@ -124,7 +124,6 @@ def train(
             batches = [lesson.collate(list(islice(examples, batch))) for _ in range(TRIED)]
             known = lesson.memory if len(lesson.memory) else None  # these sentences are, if any are
             arguments.max_steps = affordable_steps(student, teacher, arguments, batches, limit or 0, known)
-        arguments.logging_steps = max(1, arguments.max_steps // LOOKS)
         planned = f"{arguments.max_steps:,} steps" + (f" in at most {limit:g} minutes" if limit else "")
         depth = "" if factored else f" of a dense student with {student.config.num_hidden_layers} layers"
         say(f"Distillation{depth}: {planned}, {batch} examples each")
@@ -133,7 +132,7 @@ def train(
             train_dataset=stream, data_collator=lesson.collate, callbacks=[watch],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        watch.skip = trainer.progress.skip
+        watch.progress = trainer.progress
         watch.look(student, 0, arguments.max_steps)
         trainer.train()
         if trainer.state.global_step > watch.steps[-1]:  # its time was over

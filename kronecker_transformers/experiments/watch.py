@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..distillation import Objective, TeacherMemory
 from ..distillation.agreement import Judge
+from ..distillation.progress import Progress
 from ..distillation.trainer import attention_kernel, teacher_pooling
 
 LOOKS = 12
@@ -30,7 +31,10 @@ def multiplies_bfloat16() -> bool:
 
 
 class Watch(TrainerCallback):
-    """Looks at the student now and then: the losses, and its quality on held-out text."""
+    """Looks at the student now and then: the losses, and its quality on held-out text.
+
+    The looks are spread evenly over the training, over its time where that ends it before its steps do.
+    """
 
     def __init__(self, judge: Judge, say: Callable[[str], object]) -> None:
         self.steps: list[int] = []
@@ -38,20 +42,26 @@ class Watch(TrainerCallback):
         self.logged: list[int] = []
         self.losses: dict[str, list[float]] = {}
         self.name = ""
-        self.skip: Callable[[float], object] = lambda seconds: None
-        """Called with the seconds of each look, which are not training."""
-        self._judge, self._say = judge, say
+        self.progress = Progress()
+        """Of the training; the seconds of a look are not counted."""
+        self._judge, self._say, self._looked = judge, say, 0
 
     def look(self, model: PreTrainedModel, step: int, steps: int) -> None:
         """Add a point to the curve."""
         start, training = time.monotonic(), model.training
         values = self._judge(model.eval())
         model.train(training)
-        self.skip(time.monotonic() - start)
+        self.progress.skip(time.monotonic() - start)
         self.name, value = next(iter(values.items()))
         self.steps.append(step)
         self.quality.append(value)
         self._say(f"  step {step:5,d} of {steps:,}: {self.name} {value:.4g}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a log, and so for a look, when one is due."""
+        due = int(LOOKS * max(self.progress.share_of_time(), state.global_step / state.max_steps))
+        if due > self._looked:
+            self._looked, control.should_log = due, True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         """At each log of the trainer."""

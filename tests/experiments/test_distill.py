@@ -315,6 +315,25 @@ def test_more_minutes_are_more_steps(monkeypatch, bf16):
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
+@pytest.mark.parametrize(("minutes", "steps"), [(2, 10_000), (2, 60), (None, 120), (None, 5)])
+def test_looks_are_spread_over_the_time_or_the_steps_whichever_ends_first(minutes, steps):
+    """A step takes a second here."""
+    from kronecker_transformers.experiments.watch import Watch
+
+    watch = Watch(lambda model: {}, lambda line: None)
+    watch.progress.max_minutes = minutes
+    found = []
+    for step in range(1, min(steps, 60 * (minutes or 1000)) + 1):
+        watch.progress.elapsed = step
+        control = transformers.TrainerControl()
+        watch.on_step_end(None, transformers.TrainerState(global_step=step, max_steps=steps), control)
+        found += [step] * control.should_log
+    end = {10_000: 120}.get(steps, steps)
+    assert found == [step for step in range(1, end + 1) if 12 * step // end > 12 * (step - 1) // end]
+    assert len(found) == min(12, steps)
+    assert found[-1] == end
+
+
 @pytest.mark.parametrize(
     "dense_class", [transformers.BertModel, transformers.GPT2LMHeadModel], ids=lambda c: c.__name__
 )

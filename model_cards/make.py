@@ -1,6 +1,6 @@
 """Make the cards of this folder from the models that were made.
 
-    python model_cards/make.py                            # the demo's, after `make demo`
+    python model_cards/make.py                              # the demo's, after `make demo`
     python model_cards/make.py FOLDER kronecker-mpnet-7.7x  # a student of benchmarks/base.py
 
 Beside each card lies the record that its figures come from.

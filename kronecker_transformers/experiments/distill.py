@@ -326,7 +326,8 @@ def _command(teacher: Any, **options: Any) -> list[str]:
     command = ["kronecker-transformers", "distill", source]
     for name, value in options.items():
         if value is not None and value is not False:
-            command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value).removesuffix(".0")])]
+            shown = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+            command += [f"--{name.replace('_', '-')}", *([] if value is True else [shown])]
     return command
 
 

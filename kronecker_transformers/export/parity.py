@@ -26,8 +26,7 @@ FORMS = {
 """Names in the folder, as transformers.js, sentence-transformers and others look for them."""
 TOLERANCES = {"fp32": 1e-4, "int8": 0.5, "int4": 0.5, "fp16": 0.02, "openvino": 1e-4, "openvino_int8": 0.5}
 """Of the outputs: in fp32 the largest difference from PyTorch's, relative to the largest output; in others the norm of
-the differences, relative to that of the outputs (docs/device.md has one of 0.33 that costs half a point of STS-B). More
-means that something is wrong, not rounded."""
+the differences, relative to that of the outputs. More means that something is wrong, not rounded."""
 LENGTH, BATCH = 128, 8
 """Tokens of a text, and texts at a time, that are compared: the logits of a language model are large."""
 SENTENCES = (

@@ -14,7 +14,7 @@ from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
 from kronecker_transformers.distillation import TeacherMemory
-from kronecker_transformers.experiments.distill import distill
+from kronecker_transformers.experiments.distill import _command, distill
 from kronecker_transformers.experiments.training import kept_layers
 from kronecker_transformers.models import FACTORED_CLASSES
 
@@ -313,6 +313,13 @@ def test_more_minutes_are_more_steps(monkeypatch, bf16):
     assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
     assert module.affordable_steps(student, teacher, arguments, batches, 0) == module.LOOKS
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_the_recorded_command_writes_whole_numbers_plainly_and_names_as_they_are():
+    command = _command("teacher-1.0", text="corpus-2.0", ratio=8.0, minutes=4.5, learning_rate=1.25e-4)
+    assert command[2:] == [
+        "teacher-1.0", "--text", "corpus-2.0", "--ratio", "8", "--minutes", "4.5", "--learning-rate", "0.000125",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("minutes", "steps"), [(2, 10_000), (2, 60), (None, 120), (None, 5)])

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,8 @@ MOMENTUM = 0.95
 STEP_RMS = 0.2
 """Root mean square of the entries of a step at learning rate 1, as Adam's."""
 _NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+_PADDED = 16
+"""Sizes that are padded to the same multiple of it are worked on together; of 8 to 64 the fastest on a CPU."""
 _UNFOLDINGS = (((0, 1, 2), 1), ((0, 1, 2), 2), ((1, 0, 2), 1))
 """Of a factor (m1, R, n1), as an order of its axes and how many of them are for rows."""
 
@@ -124,7 +126,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _step_factors(self) -> None:
-        alike: dict[Any, list[tuple[nn.Parameter, Tensor, float]]] = defaultdict(list)
+        items: list[tuple[nn.Parameter, float]] = []
+        directions: list[Tensor] = []
         for group in self.param_groups:
             for X in group["params"] if group["muon"] else ():
                 if X.grad is None:
@@ -138,15 +141,18 @@ class MuonAdamW(torch.optim.AdamW):
                 state["step"] += 1
                 state["momentum"].lerp_(X.grad, 1 - MOMENTUM)
                 X.mul_(1 - group["lr"] * group["weight_decay"])
-                update = X.grad.lerp(state["momentum"], MOMENTUM)  # as Nesterov's
-                alike[X.shape, X.device].append((X, update, group["lr"]))
-        for (shape, _), items in alike.items():
-            order, rows = max(_UNFOLDINGS, key=lambda unfolding: min(_sides(shape, *unfolding)))
-            sides = _sides(shape, order, rows)
-            steps = orthogonalized(torch.stack([update.permute(order).reshape(sides) for _, update, _ in items]))
-            for (X, _, rate), step in zip(items, steps, strict=True):
-                step = step.reshape([shape[axis] for axis in order]).permute(order)  # each order is its own inverse
-                X.sub_(step, alpha=rate * STEP_RMS * max(sides) ** 0.5)
+                items.append((X, group["lr"]))
+                directions.append(X.grad.lerp(state["momentum"], MOMENTUM))  # as Nesterov's
+        unfoldings = [max(_UNFOLDINGS, key=lambda unfolding: min(_sides(X.shape, *unfolding))) for X, _ in items]
+        steps = orthogonalized(
+            [
+                direction.permute(order).reshape(_sides(direction.shape, order, rows))
+                for direction, (order, rows) in zip(directions, unfoldings, strict=True)
+            ]
+        )
+        for (X, rate), (order, _), step in zip(items, unfoldings, steps, strict=True):
+            folded = step.reshape([X.shape[axis] for axis in order]).permute(order)  # each order is its own inverse
+            X.sub_(folded, alpha=rate * STEP_RMS * max(step.shape) ** 0.5)
 
 
 def _sides(shape: torch.Size, order: tuple[int, ...], rows: int) -> tuple[int, int]:
@@ -155,13 +161,42 @@ def _sides(shape: torch.Size, order: tuple[int, ...], rows: int) -> tuple[int, i
     return math.prod(sizes[:rows]), math.prod(sizes[rows:])
 
 
-def orthogonalized(X: Tensor) -> Tensor:
-    """About U V^T of each X = U S V^T (batch, p, q), with singular values near 1: five steps of Newton and Schulz."""
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """About U V^T of each matrix X = U S V^T, with singular values near 1: five steps of Newton and Schulz.
+
+    A step takes X to P(G) X with G = X X^T, where P is a polynomial. So all five are made of G alone, which is small,
+    as X has few rows or few columns; matrices of nearly one size together, padded with zeros.
+
+    Args:
+        matrices: (p, q) each, of any sizes, on one device.
+    """
+    whole = [X.to(torch.promote_types(X.dtype, torch.float32)) for X in matrices]
+    wide = [X.mT if X.shape[0] > X.shape[1] else X for X in whole]
+    alike: dict[int, list[int]] = defaultdict(list)
+    for place, X in enumerate(wide):
+        alike[math.ceil(len(X) / _PADDED) * _PADDED].append(place)
+    found = list(whole)
+    for size, places in alike.items():
+        polynomials = _newton_schulz(torch.stack([_padded(wide[place] @ wide[place].mT, size) for place in places]))
+        for place, polynomial in zip(places, polynomials, strict=True):
+            X = wide[place]
+            result = polynomial[: len(X), : len(X)] @ X
+            found[place] = result if X is whole[place] else result.mT
+    return found
+
+
+def _padded(X: Tensor, size: int) -> Tensor:
+    return nn.functional.pad(X, (0, size - len(X)) * 2)
+
+
+def _newton_schulz(gram: Tensor) -> Tensor:
+    """The matrices that take X to the result, for X X^T (batch, p, p)."""
     a, b, c = _NEWTON_SCHULZ
-    tall = X.shape[1] > X.shape[2]
-    X = X.mT if tall else X
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    squared = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp_min(torch.finfo(gram.dtype).tiny)
+    gram, product = gram / squared, torch.eye(gram.shape[1]).to(gram) / squared.sqrt()
     for _ in range(_ITERATIONS):
-        gram = X @ X.mT
-        X = a * X + (b * gram + c * gram @ gram) @ X
-    return X.mT if tall else X
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor @ product  # all of these are polynomials of one matrix, in any order
+        gram = factor @ gram @ factor
+    return product

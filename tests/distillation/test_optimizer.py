@@ -156,15 +156,41 @@ def test_optimizers_whose_steps_depend_on_the_gradient_keep_one_rate(optim, scal
     assert ("all learn at one rate" in caplog.text) != scaled
 
 
-@pytest.mark.parametrize("sizes", [(3, 20, 8), (3, 8, 20), (1, 6, 6), (2, 5, 1)])
-def test_singular_vectors_stay_and_singular_values_become_about_one(sizes):
-    X = torch.randn(sizes)
-    U, _, Vt = torch.linalg.svd(X.double(), full_matrices=False)
-    values = U.mT @ orthogonalized(X).double() @ Vt.mT
-    diagonal = values.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(values, torch.diag_embed(diagonal), rtol=0, atol=2e-3)
-    assert 0.6 < float(diagonal.min()) <= float(diagonal.max()) < 1.25
-    assert float(orthogonalized(torch.zeros(sizes)).abs().max()) == 0
+SIZES = [(20, 8), (8, 20), (6, 6), (5, 1), (1, 1), (16, 30), (40, 17), (90, 33), (20, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_singular_vectors_stay_and_singular_values_become_about_one(dtype):
+    matrices = [torch.randn(sizes).to(dtype) for sizes in SIZES]
+    for X, found in zip(matrices, orthogonalized(matrices), strict=True):
+        U, _, Vt = torch.linalg.svd(X.double(), full_matrices=False)
+        values = U.mT @ found.double() @ Vt.mT
+        torch.testing.assert_close(values, values.diagonal().diag(), rtol=0, atol=2e-3)
+        assert 0.6 < float(values.diagonal().min()) <= float(values.diagonal().max()) < 1.25
+
+
+def test_rare_directions_grow_as_in_the_plain_steps_of_newton_and_schulz():
+    def plain(X):
+        X = X / X.norm()
+        for _ in range(5):
+            X = 3.4445 * X - 4.7750 * X @ X.mT @ X + 2.0315 * X @ X.mT @ X @ X.mT @ X
+        return X
+
+    def decaying(rows, columns):
+        U, S, Vt = torch.linalg.svd(torch.randn(rows, columns), full_matrices=False)
+        return U * 10.0 ** -torch.linspace(0, 3, len(S)) @ Vt
+
+    matrices = [size * decaying(*sizes) for sizes, size in zip(SIZES, [1e-6, 1, 1e4] * 3, strict=True)]
+    for X, found in zip(matrices, orthogonalized(matrices), strict=True):
+        torch.testing.assert_close(found.double(), plain(X.double()), rtol=0, atol=1e-3)
+
+
+def test_nothing_has_no_direction():
+    zero, other = orthogonalized([torch.zeros(4, 3), torch.ones(4, 3)])
+    assert not zero.any()
+    assert other.isfinite().all()
+    assert other.any()
+    assert orthogonalized([]) == []
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])

@@ -1,20 +1,22 @@
-"""all-mpnet-base-v2 on GLUE, and what its student of 7.7 times fewer parameters keeps: stage 2 of KroneckerBERT.
+"""all-mpnet-base-v2 on GLUE, and what its students of 7.7 times fewer parameters keep.
 
     python benchmarks/base_glue.py --data DIR --work WORK > benchmarks/logs/base_glue.txt
 
-After base.py, with the same folders; WORK holds the teacher and the student that it distilled as a sentence encoder,
-which is stage 1 here (--stage_1). For each task the teacher is fine-tuned once; then a student that starts from stage 1
-learns from it with all losses, its factors by Adam, or with --muon by Muon. Everything runs through
-examples/run_glue_kd.py, in bfloat16, one run at a time. WORK keeps the teachers; finished runs are lines of
-logs/base_glue.jsonl, and are not made again. --table shows them without a run.
+DIR holds the folder glue (the official files); WORK is that of base.py, which fetches the teacher. For each task the
+teacher is fine-tuned once (examples/run_glue_kd.py); then a student is made by the package's `distill` as it is: its
+plan searched on this teacher, its factors calibrated on the task's sentences, and trained for so many minutes
+(--minutes), with all layers or fewer (--layers), on all cores and nothing beside it. WORK keeps the teachers; finished
+runs are lines of logs/base_glue.jsonl, and are not made again. --table shows them without a run.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +24,13 @@ from base import fetch
 from common import GLUE_TASKS, QUIET, RunLog, example, runs_parser, spread
 from rich.console import Console
 
+from kronecker_transformers import distill
 from kronecker_transformers.display import results_table
-from kronecker_transformers.tasks.glue import glue_task
-from kronecker_transformers.tasks.glue_metric import headline
+from kronecker_transformers.tasks.glue import glue_task, load_glue
 
 LOG = RunLog("base_glue")
 TEACHER_EPOCHS = {"sst2": 1}
 """4 of the others."""
-STEPS = {"sst2": 1052, "mrpc": 575, "cola": 1068, "rte": 390, "stsb": 720}
-"""0.5 epochs, 5, 4, 5 and 4."""
-LEARNING_RATE = 2.5e-4
-"""Of `distill` for this width; on all-MiniLM-L6-v2 a student that had been distilled took its 1e-3 (glue.py)."""
-CHOSEN: dict[str, Any] = {
-    "attention_mse_weight": 0.05, "logits_weight": 0.05, "supervised_weight": 0.05,
-    "dropout": 0, "warmup_steps": 0.1, "per_device_train_batch_size": 32,
-}  # fmt: skip
-"""As there."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +38,15 @@ class Run:
     """One student of a task."""
 
     task: str
-    steps: int
+    ratio: float
+    layers: int
+    minutes: float
     seed: int
-    learning_rate: float
-    muon: bool
+
+    @property
+    def name(self) -> str:
+        """For tables; without task and seed."""
+        return f"{self.ratio:g}x, {self.layers} layers, {self.minutes:g} minutes"
 
 
 def fine_tune(task: str, options: Any) -> Path:
@@ -62,60 +60,77 @@ def fine_tune(task: str, options: Any) -> Path:
             teacher_learning_rate=3e-5, per_device_train_batch_size=32, **QUIET,
         )  # fmt: skip
         (output / "teacher").rename(target)
+        shutil.rmtree(output)
     return target
 
 
 def perform(run: Run, options: Any) -> None:
-    """Train and judge one student."""
-    teacher, output = fine_tune(run.task, options), options.work / "-".join(map(str, asdict(run).values()))
-    shutil.rmtree(output, ignore_errors=True)
-    results = example(
-        "run_glue_kd", teacher=teacher, start=options.stage_1, task_name=run.task, data_dir=options.data / "glue",
-        output_dir=output, max_steps=run.steps, seed=run.seed, learning_rate=run.learning_rate, muon=run.muon,
-        **CHOSEN, **QUIET,
+    """Make and judge one student."""
+    folder = options.work / "students" / "-".join(map(str, asdict(run).values()))
+    shutil.rmtree(folder, ignore_errors=True)
+    found = distill(
+        fine_tune(run.task, options), output=folder, task=run.task, data_dir=str(options.data / "glue"),
+        ratio=run.ratio, layers=run.layers, minutes=run.minutes, seed=run.seed, bf16=True,
+        show=partial(print, file=sys.stderr, flush=True),
     )  # fmt: skip
-    LOG.add(asdict(run), {name: results[name] for name in ("metrics", "training", "parameters")})
-    shutil.rmtree(output)
+    results = {"models": found.models, "rows": found.rows, "training": found.training}
+    LOG.add(asdict(run), {**results, "chance": chance(run.task, options.data / "glue")})
+
+
+def chance(task: str, data: Path) -> float:
+    """What the dev set gives to an answer that is always the same: the share of its more frequent class, or 0."""
+    if glue_task(task).headline != "accuracy":
+        return 0.0
+    labels = load_glue(task, data, ["validation"])["validation"]["label"][:]
+    return max(map(labels.count, set(labels))) / len(labels)
 
 
 def rows() -> Iterator[tuple[str, list[Any]]]:
-    """Teacher, then a row of students for each way to make them, and the share that they keep."""
-    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    shares: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    minutes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Teacher, then for each kind of student its scores, what it keeps, and what it keeps of the way from chance."""
     teachers: dict[str, float] = {}
+    lucky: dict[str, float] = {}
+    found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in LOG.lines():
         run = Run(**{name: line[name] for name in Run.__dataclass_fields__})
-        metric, value = headline(run.task, line["metrics"]["student"])
-        whole = line["metrics"]["teacher"][metric]
-        name = f"7.7x, {'Muon' if run.muon else 'Adam'}, rate {run.learning_rate:g}"
-        teachers[run.task] = 100 * whole
-        scores[name][run.task].append(100 * value)
-        shares[name][run.task].append(100 * value / whole)
-        minutes[name][run.task].append(line["training"]["seconds"] / 60)
-    yield "teacher", [f"{teachers[task]:.1f}" if task in teachers else None for task in GLUE_TASKS]
-    for name in scores:
-        for title, values in ((name, scores), ("  its share, per cent", shares), ("  minutes of stage 2", minutes)):
-            yield f"{title}{'' if title == name else f', {name}'}", [spread(values[name][task]) for task in GLUE_TASKS]
+        scores = line["rows"][glue_task(run.task).headline]
+        whole, score, luck = scores[0], scores[-1], line["chance"]
+        teachers[run.task], lucky[run.task] = 100 * whole, 100 * luck
+        values = {
+            "": score, "share of the teacher's": score / whole,
+            "share of its way from chance": (score - luck) / (whole - luck),
+        }  # fmt: skip
+        for name, value in values.items():
+            found[run.name][name][run.task].append(100 * value)
+    for name, by_task in (("teacher", teachers), ("always one answer", lucky)):
+        yield name, [f"{by_task[task]:.1f}" if task in by_task else None for task in GLUE_TASKS]
+    for run_name, values_of in found.items():
+        for name, shares in values_of.items():
+            yield f"  {name}, {run_name}" if name else run_name, [spread(shares[task]) for task in GLUE_TASKS]
 
 
 def main() -> None:
     """Run what is missing, then show it."""
     parser = runs_parser("A teacher of BERT-base's size on GLUE.", "teachers and students of base.py")
     parser.add_argument("--tasks", nargs="*", default=GLUE_TASKS, choices=GLUE_TASKS, help="(default: all)")
-    parser.add_argument("--stage_1", type=Path, help="folder of the distilled student")
-    parser.add_argument("--seeds", type=int, default=1, help="of stage 2 (default: %(default)s)")
-    parser.add_argument("--muon", action="store_true", help="update the factors by Muon")
+    parser.add_argument("--seeds", type=int, default=1, help="of students (default: %(default)s)")
+    parser.add_argument("--ratio", type=float, default=7.7, help="(default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=6, help="of the student (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of its training (default: %(default)s)")
+    parser.add_argument("--teachers", action="store_true", help="only fine-tune the teachers")
     options = parser.parse_args()
-    console = Console(width=150)
+    if options.teachers:
+        for task in options.tasks:
+            fine_tune(task, options)
+        return
     if not options.table:
-        how = LEARNING_RATE, options.muon
-        runs = [Run(task, STEPS[task], seed, *how) for seed in range(options.seeds) for task in options.tasks]
+        how = options.ratio, options.layers, options.minutes
+        runs = [Run(task, *how, seed) for seed in range(options.seeds) for task in options.tasks]
         for run in LOG.missing(runs):
             perform(run, options)
+    console = Console(width=150)
     console.print(LOG.environments(), highlight=False)
     metrics = [f"{task}\n{glue_task(task).headline}" for task in GLUE_TASKS]
-    console.print(results_table("GLUE dev, per cent: all-mpnet-base-v2 and students of 7.7x", metrics, dict(rows())))
+    console.print(results_table("GLUE dev, per cent: all-mpnet-base-v2 and its students", metrics, dict(rows())))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Tiny distillations on sequences of unequal length; also a script, for the tests that need processes of their own.
 
-    python distilling.py FOLDER '{"max_steps": 6, ...}' [STEP TO DIE AT]
+    python distilling.py FOLDER '{"max_steps": 6, ...}' [die=STEP] [cut=STEP]
 
-trains in FOLDER/run, goes on from its last complete checkpoint if there is one, and writes FOLDER/result.pt.
+trains in FOLDER/run, goes on from its last complete checkpoint if there is one, and writes FOLDER/result.pt. In the
+middle of a step it may die, or find its machine cut off from the network for ten seconds (`machines`).
 """
 
 import atexit
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,23 +149,38 @@ def assert_same_step(found, expected, rtol=1e-5, atol=1e-6):
         torch.testing.assert_close(found[1][name], gradient, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-class DieAt(TrainerCallback):
-    """kill -9 at the end of a step."""
+class InTheMiddleOf(TrainerCallback):
+    """Something happens when the gradients of a step are there, and the weights still are what they were."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, event):
+        self.step, self.event = step, event
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            self.event()
+
+
+def die():
+    """kill -9; with the launcher of this machine, if there is one."""
+    if "LOCAL_RANK" in os.environ:
+        os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cut():
+    """Ten seconds without a network."""
+    link = ["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"]]
+    subprocess.run([*link, "down"], check=True)
+    subprocess.Popen(["sh", "-c", f"sleep 10; {' '.join(link)} up"])
 
 
 def main():
     folder, arguments = Path(sys.argv[1]), json.loads(sys.argv[2])
     dense_class = getattr(transformers, arguments.pop("model", "BertForSequenceClassification"))
-    teacher, student = pair(dense_class)
+    teacher, student = (model.to(getattr(torch, arguments.pop("dtype", "float32"))) for model in pair(dense_class))
     keep = KeepGradients()
-    callbacks = [keep, *(DieAt(int(step)) for step in sys.argv[3:])]
+    events = dict(event.split("=") for event in sys.argv[3:])
+    callbacks = [keep, *(InTheMiddleOf(int(step), globals()[name]) for name, step in events.items())]
     trainer = make_trainer(student, teacher, folder / "run", examples(student, 16), callbacks, **arguments)
     trainer.train(resume_from_checkpoint=any(folder.glob("run/checkpoint-*")))
     if trainer.is_world_process_zero():

@@ -77,7 +77,7 @@ def test_resumed_after_kill_9_it_ends_bit_for_bit_the_same(tmp_path):
         "save_strategy": "steps", "save_steps": 3, "max_grad_norm": 1.0, "weight_decay": 0.1,
     }  # fmt: skip
     assert script(tmp_path / "whole", arguments).returncode == 0
-    killed = script(tmp_path / "killed", arguments, 5)
+    killed = script(tmp_path / "killed", arguments, "die=6")
     assert killed.returncode == -9
     assert not (tmp_path / "killed" / "result.pt").exists()
     # it died while it wrote a checkpoint, too

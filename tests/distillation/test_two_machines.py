@@ -1,0 +1,103 @@
+"""The same training on two machines, with the launchers of docs/scaling.md, over real sockets."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from machines import needs_namespaces, two_machines
+
+pytestmark = [pytest.mark.slow, needs_namespaces]
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests" / "distilling.py"
+CONFIG = ROOT / "examples" / "accelerate" / "two-machines.yaml"
+ARGUMENTS = {
+    "max_steps": 6, "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 4, "dropout": None,
+    "save_strategy": "steps", "save_steps": 2, "ddp_backend": "gloo",
+}  # fmt: skip
+ENOUGH = 300
+"""Seconds, after which a training hangs."""
+
+
+def accelerate(machine):
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CONFIG)]
+    return [*launcher, "--main_process_ip", "10.77.0.1", "--machine_rank", str(machine.rank), "--max_restarts", "3"]
+
+
+def torchrun(machine):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    return [*launcher, "--master_addr", "10.77.0.1", "--node_rank", str(machine.rank), "--max_restarts", "3"]
+
+
+def start(machine, folder, *events, launcher=accelerate, **changes):
+    command = [*launcher(machine), str(SCRIPT), str(folder), json.dumps({**ARGUMENTS, **changes}), *events]
+    log = folder.with_name(f"{folder.name}-{machine.rank}.log")
+    return machine.start(command, log, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+
+
+def ended(processes, folder):
+    """The result of a training, once all its launchers have come to a good end."""
+    codes = [process.wait(ENOUGH) for process in processes]
+    logs = "\n".join(path.read_text()[-3000:] for path in folder.parent.glob(f"{folder.name}-*.log"))
+    assert not any(codes), logs
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+def assert_same(found, expected, atol=0.0):
+    assert found["processes"] == 2
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture
+def machines():
+    with two_machines() as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training without accidents."""
+    folder = tmp_path_factory.mktemp("two") / "whole"
+    with two_machines() as machines:
+        return ended([start(machine, folder) for machine in machines], folder)
+
+
+@pytest.mark.parametrize("launcher", [accelerate, torchrun])
+def test_two_machines_equal_one_process(launcher, machines, tmp_path):
+    """To 1e-6, in double precision: what is left is the order of sums."""
+    exact = {"dtype": "float64", "dropout": 0.0}
+    two = [start(machine, tmp_path / "two", launcher=launcher, **exact) for machine in machines]
+    found = ended(two, tmp_path / "two")
+
+    def alone(machine):
+        return [sys.executable]
+
+    one = start(machines[0], tmp_path / "one", launcher=alone, **exact, per_device_train_batch_size=8, ddp_backend=None)
+    assert one.wait(ENOUGH) == 0
+    expected = torch.load(tmp_path / "one" / "result.pt", weights_only=True)
+    assert expected["processes"] == 1
+    assert_same(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("launcher", [accelerate, torchrun])
+def test_a_machine_that_dies_in_a_step_comes_back_and_nothing_changes(launcher, machines, whole, tmp_path):
+    folder = tmp_path / "killed"
+    first, second = machines
+    staying = start(first, folder, launcher=launcher)
+    dying = start(second, folder, "die=4", launcher=launcher)
+    assert dying.wait(ENOUGH) == -9
+    assert not (folder / "result.pt").exists()
+    found = ended([staying, start(second, folder, launcher=launcher)], folder)
+    assert len(found["gradients"]) == 4  # of the steps after the checkpoint of step 2
+    assert_same(found, whole)
+
+
+def test_ten_seconds_without_a_network_change_nothing(machines, whole, tmp_path):
+    folder = tmp_path / "cut"
+    first, second = machines
+    found = ended([start(first, folder), start(second, folder, "cut=3")], folder)
+    assert len(found["gradients"]) == 6  # it waited; nothing was begun anew
+    assert_same(found, whole)

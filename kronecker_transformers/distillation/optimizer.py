@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 
@@ -63,9 +64,10 @@ def learning_rate_scales(model: nn.Module) -> dict[nn.Parameter, float]:
     scales: dict[nn.Parameter, float] = {}
     for module in model.modules():
         if isinstance(module, (KroneckerLinear, KroneckerEmbedding)):
-            rms = product_rms(module.A, module.B)
-            for factor in (module.A, module.B):
-                scales[factor] = float(factor.double().square().mean()) ** 0.5 / rms if rms else 1.0
+            whole = {factor: gathered(factor) for factor in (module.A, module.B)}
+            rms = product_rms(*whole.values())
+            for factor, values in whole.items():
+                scales[factor] = float(values.double().square().mean()) ** 0.5 / rms if rms else 1.0
     return scales
 
 
@@ -142,7 +144,7 @@ class MuonAdamW(torch.optim.AdamW):
                 state["momentum"].lerp_(X.grad, 1 - MOMENTUM)
                 X.mul_(1 - group["lr"] * group["weight_decay"])
                 items.append((X, group["lr"]))
-                directions.append(X.grad.lerp(state["momentum"], MOMENTUM))  # as Nesterov's
+                directions.append(gathered(X.grad.lerp(state["momentum"], MOMENTUM)))  # as Nesterov's
         unfoldings = [max(_UNFOLDINGS, key=lambda unfolding: min(_sides(X.shape, *unfolding))) for X, _ in items]
         steps = orthogonalized(
             [
@@ -152,7 +154,19 @@ class MuonAdamW(torch.optim.AdamW):
         )
         for (X, rate), (order, _), step in zip(items, unfoldings, steps, strict=True):
             folded = step.reshape([X.shape[axis] for axis in order]).permute(order)  # each order is its own inverse
-            X.sub_(folded, alpha=rate * STEP_RMS * max(step.shape) ** 0.5)
+            X.sub_(divided_like(X, folded), alpha=rate * STEP_RMS * max(step.shape) ** 0.5)
+
+
+def gathered(X: Tensor) -> Tensor:
+    """All of a parameter or gradient, of which each process may hold a part (FSDP2)."""
+    return X.full_tensor() if isinstance(X, DTensor) else X
+
+
+def divided_like(X: Tensor, values: Tensor) -> Tensor:
+    """Values that all processes have, divided between them as X is."""
+    if not isinstance(X, DTensor):
+        return values
+    return distribute_tensor(values.contiguous(), X.device_mesh, X.placements, src_data_rank=None)
 
 
 def _sides(shape: torch.Size, order: tuple[int, ...], rows: int) -> tuple[int, int]:

@@ -9,6 +9,8 @@ the factors of `kronecker_layers`. The cost depends on the order and on how the 
   The obvious code, with the larger factor in the batch, is slower than a dense layer;
 - on a CPU a block of tokens goes through at a time, so that what lies between the factors stays in the cache;
 - only the input is kept for the gradients, as in a dense layer; what lies between the factors is computed again.
+
+A sum of low rank, where A or B is one column for each term, is two dense products, and PyTorch's own are the best.
 """
 
 from __future__ import annotations
@@ -207,6 +209,10 @@ def contract(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (T, m).
     """
+    if A.shape[2] == B.shape[0] == 1:
+        return F.linear(F.linear(x, B.squeeze(0)), A.squeeze(2), bias)
+    if A.shape[0] == B.shape[2] == 1:
+        return F.linear(F.linear(x, A.squeeze(0)), B.squeeze(2), bias)
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, bias))
     compute: Any = _Linear.apply if trained and not _is_traced() else _linear
     return compute(x, A, B, bias)

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..models.kronecker_family import family_of, heads_of, pooler_of
 from .activations import CalibrationBatch
 
+FEWEST_ROWS = 3
+"""Outputs of which something is left when their mean is taken away, and more than a sign."""
 PROBE_TOKENS = 1024
 """Held-out tokens on which outputs are compared, at least where there are so many."""
 
@@ -22,6 +24,9 @@ class HeldOutOutputs:
     Args:
         teacher: dense, with any head that is supported.
         batches: from `calibration_batches`; so many of those that are held out as give `PROBE_TOKENS`.
+
+    Raises:
+        ValueError: too few of them.
     """
 
     def __init__(self, teacher: Any, batches: Sequence[CalibrationBatch]) -> None:
@@ -32,6 +37,11 @@ class HeldOutOutputs:
                 self._batches.append(batch)
                 tokens += int(batch.attention_mask.sum())
         self._wanted = self._outputs(teacher)
+        if (rows := min(map(len, self._wanted))) < FEWEST_ROWS:
+            raise ValueError(
+                f"calibration text leaves {rows} held-out sequences or tokens to compare outputs on, and at least "
+                f"{FEWEST_ROWS} are needed; give some hundred sentences"
+            )
 
     def lost(self, model: Any) -> list[float]:
         """Relative error of a model's outputs, up to a common factor and their mean, of each kind.

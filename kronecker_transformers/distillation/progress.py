@@ -23,23 +23,33 @@ class Progress(TrainerCallback, ExportableState):
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.samples, self.elapsed, self.max_minutes = 0, 0.0, max_minutes
-        self._before, self._started = 0.0, time.monotonic()
+        self._before = 0.0
+        self._started: float | None = None  # while a training runs
 
     def seconds(self) -> float:
         """Of training so far, earlier runs included."""
-        return self._before + time.monotonic() - self._started
+        return self._before + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def skip(self, seconds: float) -> None:
         """Do not count seconds that were not training, such as those of an evaluation on the way."""
-        self._started += seconds
+        if self._started is not None:
+            self._started += seconds
 
     def share_of_time(self) -> float:
         """Of `max_minutes`, from 0; 0 without a limit."""
         return self.elapsed / (60 * self.max_minutes) if self.max_minutes else 0.0
 
+    def is_over(self) -> bool:
+        """Whether the time of a training is over, of one that was restored too."""
+        return self.max_minutes is not None and self.seconds() >= 60 * self.max_minutes
+
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Start the clock."""
         self._started = time.monotonic()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop it: what comes later is no training."""
+        self._before, self._started = self.seconds(), None
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End a training whose time is over."""
@@ -56,6 +66,7 @@ class Progress(TrainerCallback, ExportableState):
         kept: Any = state.stateful_callbacks or {}
         found = kept.get(type(self).__name__, {}).get("attributes", {})
         self.samples, self._before, self.elapsed = found.get("samples", 0), found.get("_before", 0.0), 0.0
+        self._started = None
 
 
 def follow_time(scheduler: Any, steps: int, progress: Progress) -> None:

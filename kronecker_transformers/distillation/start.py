@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.load import load_model
 from ..compression.compress import compress
-from ..models.kronecker_family import FACTORED_CLASSES, family_of
+from ..models.kronecker_family import FACTORED_CLASSES, FAMILIES, family_of
 
 
 def start_student(
@@ -33,7 +33,7 @@ def start_student(
     Args:
         teacher: with the head that the student will have.
         plan: as for `compress`; not used with `start`, which has its own.
-        start: folder or Hub name of a factored model of the same sizes, with any head; or of a dense one, of as many
+        start: folder or Hub name of a model of the same family and sizes, with any head, factored or dense, of as many
             layers or fewer.
         calibration: texts for which the factors are fitted, as for `compress`; not with `start`.
         tokenizer: of the teacher; needed with `calibration`.
@@ -43,7 +43,8 @@ def start_student(
         A student whose parameters all train.
 
     Raises:
-        ValueError, OSError: as `compress`; or `start` is of other sizes, or was given beside calibration text.
+        ValueError, OSError: as `compress`; or `start` is of another family or of other sizes, has more layers, or was
+            given beside calibration text.
     """
     if start is None:
         result = compress(teacher, plan, calibration=calibration, tokenizer=tokenizer, progress=progress)
@@ -53,10 +54,17 @@ def start_student(
             f"start={os.fspath(start)!r} has factors of its own, and calibration would replace them; give one of both"
         )
     earlier, _ = load_model(start)
-    if type(earlier) in FACTORED_CLASSES:
-        student = keep_layers(teacher, range(earlier.config.num_hidden_layers))
-    else:
-        student = compress(teacher, earlier.config.factor_plan).model
+    kinds = [FAMILIES[model.config.model_type].dense_config_class.model_type for model in (earlier, teacher)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"start={os.fspath(start)!r} is of the family {kinds[0]!r}, its teacher of {kinds[1]!r}; take another"
+        )
+    depth, whole = (model.config.num_hidden_layers for model in (earlier, teacher))
+    if depth > whole:
+        raise ValueError(f"start={os.fspath(start)!r} has {depth} layers, its teacher only {whole}; take another")
+    student = keep_layers(teacher, range(depth))
+    if type(earlier) not in FACTORED_CLASSES:
+        student = compress(student, earlier.config.factor_plan).model
     wanted, found = student.base_model.state_dict(), earlier.base_model.state_dict()
     if earlier.base_model is earlier:
         pooler = family_of(earlier).pooler_module
@@ -84,12 +92,18 @@ def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMo
         A model of the teacher's class whose parameters all train.
 
     Raises:
-        ValueError: no layers, not in ascending order, or layers that the teacher does not have.
+        ValueError: no layers, not in ascending order, or layers that the teacher does not have; or fewer layers of a
+            teacher whose layers compute by their number.
     """
     depth, layers = teacher.config.num_hidden_layers, list(layers)
     if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
         raise ValueError(
             f"layers={layers} must be layers of the teacher, from 0 to {depth - 1}, in ascending order; correct them"
+        )
+    if layers != list(range(len(layers))) and getattr(teacher.config, "scale_attn_by_inverse_layer_idx", False):
+        raise ValueError(
+            f"layers={layers} would get other numbers, by which the teacher's attention is divided "
+            "(scale_attn_by_inverse_layer_idx=True); keep its first layers, or all"
         )
     student = copy.deepcopy(teacher)
     base: Any = student.base_model

@@ -118,6 +118,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         for name in ("model_init", "compute_loss_func"):
             if trainer.get(name) is not None:
                 raise ValueError(f"{name} cannot be used in a distillation, which has its own; leave it out")
+        if args.muon and (trainer.get("optimizers") or (None,))[0] is not None:
+            raise ValueError("muon=True and an optimizer of your own were given; leave one of them out")
         check_tokenizers(trainer.get("processing_class"), teacher_processing_class)
         self.objective = Objective(
             model,
@@ -142,6 +144,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         teacher.to(args.device)  # type: ignore[arg-type]  # of transformers' own wrapper
         # so that the loss comes back as it is: it is divided by the counts of the whole step already
         self.model_accepts_loss_kwargs = True
+        self._own_optimizer: Any = self.optimizer
+        self._has_best = False
         self._window: dict[str, Tensor] = {}
         self._window_start = 0
         self.add_callback(Progress(args.max_minutes))
@@ -190,12 +194,18 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
     def _finished(self, checkpoint: str) -> TrainOutput | None:
         """The end of a training of which this is the last checkpoint; the base class would do one step more."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
-        if not 0 < self.args.max_steps <= state.global_step:
+        self.progress.restore(state)
+        if not (0 < self.args.max_steps <= state.global_step or self.progress.is_over()):
             return None
         self._load_from_checkpoint(checkpoint)
         self.state = state
-        self.progress.restore(state)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {"train_runtime": 0.0})
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._has_best = True
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the base class; then every factor gets the learning rate that suits it (see `optimizer`)."""
@@ -303,24 +313,33 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         Samples are counted as they were seen, those included that several processes see twice to end an epoch together;
         tokens are counted where the arguments ask for it.
         """
-        args = self.args
+        args, whole = self.args, str(self.model.dtype).removeprefix("torch.")
         return {
             "steps": self.state.global_step,
             "samples": self.progress.samples,
-            "tokens": self.state.num_input_tokens_seen,
+            "tokens": self.state.num_input_tokens_seen if self._counts_tokens() else None,
             "seconds": round(self.progress.seconds(), 1),
             "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "learning_rate": args.learning_rate,
-            "optimizer": "Muon and AdamW" if args.muon else str(getattr(args.optim, "value", args.optim)),
-            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "learning_rate": self._own_optimizer.defaults["lr"] if self._own_optimizer else args.learning_rate,
+            "optimizer": self._optimizer_name(),
+            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else whole,
             "objective": args.weights(),
             "seed": args.seed,
         }
 
+    def _counts_tokens(self) -> bool:
+        return self.args.include_num_input_tokens_seen not in ("no", False)
+
+    def _optimizer_name(self) -> str:
+        if self._own_optimizer is not None:
+            return type(self._own_optimizer).__name__
+        return "Muon and AdamW" if self.args.muon else str(getattr(self.args.optim, "value", self.args.optim))
+
     def record(self) -> dict[str, Any]:
-        """As the base class: the teacher, the training, and the last evaluation."""
+        """As the base class: the teacher, the training, and the evaluation of the model as it is, if there was one."""
+        step = self.state.best_global_step if self._has_best else self.state.global_step
         evaluations = [log for log in self.state.log_history if any(name.startswith("eval_") for name in log)]
-        scores = evaluations[-1] if evaluations else {}
+        scores = next((log for log in reversed(evaluations) if log["step"] == step), {})
         unscored = ("_runtime", "_per_second")
         rows = {
             name.removeprefix("eval_"): [value] for name, value in scores.items()
@@ -368,8 +387,9 @@ def newest_checkpoint(folder: str | Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
+    found = {path: int(step) for path, step in steps.items() if step.isdecimal()}
+    for path in sorted(found, key=lambda path: found[path], reverse=True):
         if is_complete(path):
             return path
         logger.warning("%s was not written to its end and is passed over", path)

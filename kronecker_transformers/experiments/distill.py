@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.files import check_new_folder, new_folder, to_json, write_text
 from ..checkpoint.load import source_name, write_checkpoint
+from ..checkpoint.sentence_modules import encoder_settings
 from ..checkpoint.teachers import check_teacher
 from ..compression.compress import compress, planned
 from ..compression.plan_file import write_plan
@@ -51,10 +52,7 @@ FEWEST_WATCHED = 20
 """Sentences, on which similarities say something."""
 TIMED, ROUNDS = 256, 5
 """Examples that are timed at the end, and how often."""
-FIDELITY = (
-    "; fidelity is the Spearman correlation between the cosine similarities that teacher and student give to 20,000 "
-    "random pairs"
-)
+FIDELITY = "; fidelity is the Spearman correlation between the {} that teacher and student give to 20,000 random pairs"
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,7 @@ def distill(
         "options": options,
         "training": training,
         **({"dense_training": earlier} if earlier else {}),
-        "protocol": f"{number:,} held-out examples{'' if heads_of(dense) else FIDELITY}",
+        "protocol": _protocol(dense, tokenizer, lesson, number),
         "environment": environment(),
     }
     with new_folder(target) as draft:
@@ -233,9 +231,12 @@ def distill(
             logger.warning("the student is saved, but could not be judged or drawn: %r", error)
             record["evaluation_failed"] = f"{type(error).__name__}: {error}"
         write_text(draft / "results.json", to_json(record))
-        own = folder_metadata(dense.config.name_or_path)  # of a teacher in a folder, whatever its name on the Hub
-        card = model_card(draft, f"your-name/{target.name}", base_model=base_model, look_up=lambda _: own)
-        write_text(draft / "README.md", str(card))
+        try:
+            own = folder_metadata(dense.config.name_or_path)  # of a teacher in a folder, whatever its name on the Hub
+            card = model_card(draft, f"your-name/{target.name}", base_model=base_model, look_up=lambda _: own)
+            write_text(draft / "README.md", str(card))
+        except Exception as error:
+            logger.warning("the student is saved, but without a card: %r", error)
     return Distilled(student, tokenizer, result.report, rows, training, target, tuple(models))
 
 
@@ -285,6 +286,17 @@ def _own(
     if family_of(teacher).causal:
         tokenizer.padding_side = "right"  # it counts positions from the left, padding included
     return teacher, tokenizer
+
+
+def _protocol(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, number: int) -> str:
+    """On what the models are compared."""
+    found = f"{number:,} held-out examples"
+    if lesson.scores is not None:
+        return f"agreement and speed on {found}, the task's metrics on its whole validation set"
+    if heads_of(teacher):
+        return found
+    cosine = encoder_settings(teacher, tokenizer).normalize
+    return found + FIDELITY.format("cosine similarities" if cosine else "dot products")
 
 
 def _rows_of(batch: Mapping[str, Tensor]) -> int:

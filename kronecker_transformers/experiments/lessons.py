@@ -17,6 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
+from ..checkpoint.pooling import Pooling
 from ..checkpoint.sentence_modules import encoder_settings
 from ..distillation import TeacherMemory
 from ..models.kronecker_family import heads_of, longest_sequence
@@ -56,6 +57,8 @@ class Lesson:
     """The task's own metrics."""
     memory: TeacherMemory = field(default_factory=TeacherMemory)
     """What the teacher has said of sentences, for all students that learn this."""
+    pooling: Pooling | None = None
+    """Of sentence embeddings, without the prompt where that does not count."""
 
 
 def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: TextSource, seed: int) -> Lesson:
@@ -71,11 +74,11 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     needs = {"words": ("pad", "mask", "cls", "sep"), "next_token": ("eos",)}.get(str(kind), ("pad",))
     check_special_tokens(tokenizer, *needs)
     length, batch, objective = min(longest, 128), 32, "kronecker_bert"
-    weights = dict(WEIGHTS)
+    weights, pooling = dict(WEIGHTS), None
     if kind is None:
         settings = encoder_settings(teacher, tokenizer)
         length, batch = min(length, settings.max_length or length), 64
-        objective, weights = "sentence_encoder", {}
+        objective, weights, pooling = "sentence_encoder", {}, settings.pooling
         make = partial(_sentences, tokenizer, length, settings.prompt)
     elif kind == "next_token":
         length, batch = min(longest, 256), 16
@@ -102,7 +105,9 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
             "examples; give at least a few hundred lines, better some thousand"
         )
     calibration = lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION]  # from all over the beginning
-    return Lesson(batch, length, objective, partial(make, train), collate, kept, sentences, calibration, weights)
+    return Lesson(
+        batch, length, objective, partial(make, train), collate, kept, sentences, calibration, weights, pooling=pooling
+    )
 
 
 def labelled_lesson(

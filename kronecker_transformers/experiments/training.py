@@ -123,12 +123,14 @@ def train(
             examples = iter(stream)
             batches = [lesson.collate(list(islice(examples, batch))) for _ in range(TRIED)]
             known = lesson.memory if len(lesson.memory) else None  # these sentences are, if any are
-            arguments.max_steps = affordable_steps(student, teacher, arguments, batches, limit or 0, known)
+            arguments.max_steps = affordable_steps(
+                student, teacher, arguments, batches, limit or 0, known, lesson.pooling
+            )
         planned = f"{arguments.max_steps:,} steps" + (f" in at most {limit:g} minutes" if limit else "")
         depth = "" if factored else f" of a dense student with {student.config.num_hidden_layers} layers"
         say(f"Distillation{depth}: {planned}, {batch} examples each")
         trainer = DistillationTrainer(
-            student, teacher, arguments, memory=lesson.memory,
+            student, teacher, arguments, memory=lesson.memory, pooling=lesson.pooling,
             train_dataset=stream, data_collator=lesson.collate, callbacks=[watch],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..checkpoint.pooling import Pooling
 from ..distillation import Objective, TeacherMemory
 from ..distillation.agreement import Judge
 from ..distillation.progress import Progress
@@ -79,6 +80,7 @@ def affordable_steps(
     batches: list[Any],
     minutes: float,
     memory: TeacherMemory | None = None,
+    pooling: Pooling | None = None,
 ) -> int:
     """How many steps of distillation this machine makes in a number of minutes, from a try with a copy of the student.
 
@@ -89,7 +91,7 @@ def affordable_steps(
     autocast = partial(torch.autocast, arguments.device.type, torch.bfloat16, enabled=arguments.bf16)
     weights, layers = arguments.weights(), arguments.layer_map
     dense = teacher.to(arguments.device)
-    pooling = teacher_pooling(dense, weights)  # what is new goes into the memory
+    pooling = pooling or teacher_pooling(dense, weights)  # what is new goes into the memory
     objective = Objective(copied, dense, weights, layer_map=layers, autocast=autocast, pooling=pooling, memory=memory)
     objective.attach(copied)
     optimizer = torch.optim.AdamW(copied.parameters(), fused=True)

@@ -7,12 +7,14 @@ and the command `benchmark --json` write: ``results.json`` and ``benchmark.json`
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..checkpoint.load import REPORT_FILE, load_model
@@ -20,7 +22,9 @@ from ..checkpoint.sentence_modules import read_modules
 from ..evaluation.cost import describe
 from ..models import DENSE_CLASSES, FACTORED_CLASSES
 from ..models.kronecker_family import heads_of
-from .files import BENCHMARK_FILE, CARD, RESULTS_FILE, published_files, read_object
+from .files import BENCHMARK_FILE, CARD, RESULTS_FILE, published_files, read_object, without_folders
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parent / "card.md"
 MADE = "<!-- Made by kronecker_transformers: a push makes it anew. Remove this line to keep what you write here. -->"
@@ -109,6 +113,7 @@ def model_card(
     source = options.get("teacher") or _read(records / REPORT_FILE).get("teacher")
     given = {"base_model": base_model, "license": license, "language": language}
     known = {**folder_metadata(records), **folder_metadata(source), **{key: v for key, v in given.items() if v}}
+    teacher = base_model or (source if _is_hub_name(source) else Path(source).name if source else None)
     base_model = known.get("base_model") or (source if _is_hub_name(source) else None)
     if look_up and isinstance(base_model, str) and not {"license", "language"} <= known.keys():
         known = {**look_up(base_model), **known}
@@ -149,7 +154,7 @@ def model_card(
         repo_id=repo_id,
         twin_of=twin_of,
         has_twin=has_twin,
-        teacher=base_model or (Path(source).name if source else None),
+        teacher=teacher or base_model,
         architecture=architecture,
         auto_class=auto_class(model),
         is_sentence_encoder=is_sentence_encoder,
@@ -185,11 +190,15 @@ def has_own_card(folder: str | os.PathLike[str]) -> bool:
 
 
 def folder_metadata(source: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """What the card in a folder says of base model, licence and language; empty where there is none."""
+    """What the card in a folder says of base model, licence and language; empty where nothing can be read."""
     path = Path(source or "") / CARD
     if not source or not path.is_file():
         return {}
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning("the first lines of %s are not read (%s); mend them, or give licence and language", path, error)
+        return {}
     return {key: data[key] for key in ("base_model", "license", "language") if data.get(key)}
 
 
@@ -230,9 +239,15 @@ def _speed(folder: Path) -> str | None:
     model, against = found["model"], found["against"]
     return (
         f"{model['milliseconds']:.1f} ms for {found['batch']} x {found['length']} tokens in {found['dtype']} on "
-        f"{found['device']}, {found['speedup']:.2f} times as fast as {Path(against['name']).name} with "
+        f"{found['device']}{_engine(found)}, {found['speedup']:.2f} times as fast as {Path(against['name']).name} with "
         f"{against['milliseconds']:.1f} ms ({found['environment']})."
     )
+
+
+def _engine(found: Mapping[str, Any]) -> str:
+    """What computed a benchmark, where it was not PyTorch as it is."""
+    runtime = found.get("runtime", "torch")
+    return f" with {runtime}" if runtime != "torch" else " with torch.compile" if found.get("compiled") else ""
 
 
 def _quality(record: Mapping[str, Any]) -> tuple[list[tuple[str, list[str]]], list[str]]:
@@ -295,9 +310,10 @@ def _training(training: Mapping[str, Any]) -> str | None:
         return None
     terms = ", ".join(f"{weight:g} {name}" for name, weight in training["objective"].items())
     optimizer = f" ({training['optimizer']})" if "optimizer" in training else ""
+    tokens = f"{training['tokens']:,} tokens, " if training["tokens"] is not None else ""
     return (
         f"{training['steps']:,} steps of {training['batch']} samples ({training['samples']:,} samples, "
-        f"{training['tokens']:,} tokens, {training['seconds'] / 60:.1f} minutes), learning rate "
+        f"{tokens}{training['seconds'] / 60:.1f} minutes), learning rate "
         f"{training['learning_rate']:g}{optimizer}, {training['precision']}, seed {training['seed']}; "
         f"objective: {terms}"
     )
@@ -322,7 +338,7 @@ def _command(command: list[str] | None) -> str | None:
     """For a shell; of local paths only the last part."""
     if not command:
         return None
-    return f"`{shlex.join(Path(part).name if part.startswith('/') else part for part in command)}`"
+    return f"`{shlex.join(Path(part).name if part.startswith('/') else without_folders(part) for part in command)}`"
 
 
 def _first_line(code: bytes) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,6 +22,8 @@ from ..checkpoint.files import to_json
 from ..checkpoint.load import REPORT_FILE
 from ..checkpoint.sentence_modules import read_modules
 
+_PATH = re.compile(r"(?<![\w.:/~-])/(?:[^\s/'\"]+/)+[^\s/'\",;:)]*")
+"""An absolute path of two parts or more in a text; not of an address, nor the end of a relative one."""
 CARD = "README.md"
 RESULTS_FILE, BENCHMARK_FILE = "results.json", "benchmark.json"
 """Beside the weights: what the examples, and the command benchmark with --json, have recorded."""
@@ -85,7 +88,14 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    return f"./{Path(value).name}" if isinstance(value, str) and os.path.isabs(value) else value
+    return without_folders(value) if isinstance(value, str) else value
+
+
+def without_folders(text: str) -> str:
+    """A text whose absolute paths are cut to their last part: a path as a whole, an option, or a message."""
+    if os.path.isabs(text):
+        return f"./{Path(text).name}"
+    return _PATH.sub(lambda found: f"./{Path(found[0]).name}", text)
 
 
 def published_files(folder: str | os.PathLike[str]) -> list[PublishedFile]:

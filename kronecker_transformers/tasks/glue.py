@@ -279,7 +279,8 @@ def load_text_classification(
             f"{str(train_file)!r} has the columns {', '.join(train.column_names)}; it must have label and one of "
             f"{', '.join(' + '.join(names) for names in layouts)}; rename its columns"
         )
-    if labels is None and isinstance(train.features["label"], ClassLabel):  # as a table from the Hub may have it
+    numbered = {split: isinstance(table.features.get("label"), ClassLabel) for split, table in tables.items()}
+    if labels is None and numbered["train"]:  # as a table from the Hub may have it
         labels = train.features["label"].names
     found = train.unique("label")
     is_regression = labels is None and any(isinstance(label, float) for label in found)
@@ -305,7 +306,6 @@ def load_text_classification(
         )
     names = () if is_regression else tuple(map(str, labels or sorted(found)))
     are_ids = not set(map(str, found)) <= set(names) and all(isinstance(label, int) for label in found)
-    ids = {str(i) if are_ids else name: i for i, name in enumerate(names)}
     features = _features(text_columns, names)
     loaded = DatasetDict()
     for split, table in tables.items():
@@ -319,6 +319,7 @@ def load_text_classification(
                 raise ValueError(
                     f"column {name!r} of {file!r} holds {wrong[0]!r}; every row needs a text; mend the file"
                 )
+        ids = {str(i) if are_ids or numbered[split] else name: i for i, name in enumerate(names)}
         known = {"-1": -1, **ids} if ids and split == "test" else ids
         given = [_label(value, known, file) for value in columns.pop("label", [])] or [-1] * len(table)
         loaded[split] = Dataset.from_dict({**columns, "label": given}, features=features)

@@ -39,6 +39,8 @@ from kronecker_transformers.checkpoint.pooling import Pooling as OurPooling
 from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of
 from kronecker_transformers.cli import main
 from kronecker_transformers.distillation import TeacherMemory
+from kronecker_transformers.experiments import training
+from kronecker_transformers.experiments.distill import distill
 from kronecker_transformers.experiments.watch import affordable_steps
 from kronecker_transformers.hub.files import published_files
 from kronecker_transformers.tasks.sentences import encode
@@ -265,6 +267,24 @@ def test_distillation_follows_the_pooling_and_the_prompt(mode, tmp_path, capsys)
         assert (
             torch.linalg.vector_norm(model.encode(SENTENCES, convert_to_tensor=True), dim=-1).sub(1).abs().max() < 1e-5
         )
+
+
+def test_a_prompt_that_does_not_count_does_not_count_in_the_command_distill(tmp_path, monkeypatch):
+    prompts = {"prompts": {"query": "what a "}, "default_prompt_name": "query"}
+    teacher = encoder(tmp_path / "teacher", mode="cls", include_prompt=False, **prompts)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{sentence} {number}" for number in range(40) for sentence in SENTENCES))
+    used = []
+    monkeypatch.setattr(training, "affordable_steps", lambda *given: used.append(given[-1]) or 2)
+
+    class Noted(training.DistillationTrainer):
+        def __init__(self, *given, **options):
+            used.append(options["pooling"])
+            super().__init__(*given, **options)
+
+    monkeypatch.setattr(training, "DistillationTrainer", Noted)
+    distill(teacher, text, tmp_path / "student", ratio=3, minutes=1)
+    assert used == [OurPooling(("cls",), skip=3)] * 2
 
 
 def edit(path, change):

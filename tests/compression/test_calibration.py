@@ -22,6 +22,7 @@ from kronecker_transformers.compression import calibration
 from kronecker_transformers.compression.activations import CalibrationBatch, calibration_batches
 from kronecker_transformers.compression.calibration import calibrate
 from kronecker_transformers.compression.outputs import HeldOutOutputs
+from kronecker_transformers.compression.search import search_plan
 from kronecker_transformers.evaluation.cost import recorded_errors
 
 BERT_PLAN = {
@@ -217,7 +218,7 @@ def test_types_count_by_the_text_and_positions_all_the_same(monkeypatch, tmp_pat
     plan = {"embeddings.position_embeddings": (40, 1, 5), "embeddings.token_type_embeddings": (2, 8)}
     student = compress(dense, plan).model
     before = student.embeddings.position_embeddings.to_dense()
-    errors = calibrate(dense, student, calibration_batches(["the fox"] * 20, tokenizer, dense))
+    errors = calibrate(dense, student, calibration_batches(["the fox"] * 40, tokenizer, dense))
     assert errors.keys() == plan.keys()
     torch.testing.assert_close(student.embeddings.position_embeddings.to_dense(), before)
     assert errors["embeddings.token_type_embeddings"].calibrated < errors["embeddings.token_type_embeddings"].nearest
@@ -274,9 +275,16 @@ def test_bad_calibration_text_is_refused(family):
         compress(dense, plan, calibration=["a", 3], tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"calibration needs the teacher's tokenizer; pass it as tokenizer="):
         compress(dense, plan, calibration=texts())
-    few = [CalibrationBatch(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long), i == 5) for i in range(10)]
+    few = [CalibrationBatch(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long), i < 3) for i in range(10)]
     with pytest.raises(ValueError, match=r"of 20 tokens is too little: .* has 96 inputs, .* give at least 5 times"):
         calibrate(dense, compress(dense, plan).model, few)
+
+
+def test_too_few_sequences_to_compare_classifiers_on_are_refused(tmp_path):
+    """One alone, with its mean taken away, would say that nothing is lost."""
+    classifier, tokenizer = teacher(BertForSequenceClassification), bert_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"leaves 1 held-out sequences or tokens .* at least 3 are needed; give some"):
+        search_plan(classifier, texts()[:12], ratio=2, tokenizer=tokenizer)
 
 
 def test_activations_that_overflow_are_refused(tmp_path):

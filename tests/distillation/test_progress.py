@@ -68,6 +68,25 @@ def test_time_of_earlier_runs_counts(tmp_path, monkeypatch):
     assert trainer.training_summary()["samples"] == 2 * trainer.state.global_step
 
 
+def test_what_comes_after_a_training_is_not_its_time(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, 10.0)
+    trainer, _ = train(tmp_path, clock, max_steps=3)
+    clock.now += 3600
+    assert trainer.training_summary()["seconds"] == pytest.approx(30)
+
+
+def test_a_training_whose_time_was_over_is_not_gone_on_with(tmp_path, monkeypatch):
+    arguments = {"max_steps": 50, "max_minutes": 1.0, "save_strategy": "steps", "save_steps": 1}
+    trainer, weights = train(tmp_path, Clock(monkeypatch, 20.0), **arguments)
+    steps = trainer.state.global_step
+    teacher, student = pair(BertModel)
+    clock = Clock(monkeypatch, 20.0)
+    resumed = make_trainer(student, teacher, tmp_path, callbacks=[clock], per_device_train_batch_size=2, **arguments)
+    assert resumed.train(resume_from_checkpoint=True).global_step == steps
+    assert clock.now == 0
+    assert all(torch.equal(student.state_dict()[name], value) for name, value in weights.items())
+
+
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("inf"), float("nan")])
 def test_bad_limits(minutes, tmp_path):
     with pytest.raises(ValueError, match=r"max_minutes=.* must be a finite number > 0; leave it out for no limit"):

@@ -9,6 +9,7 @@ from transformers import (
     BertForPreTraining,
     BertForSequenceClassification,
     BertModel,
+    DistilBertForSequenceClassification,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPT2Model,
@@ -139,3 +140,36 @@ def test_kept_layers_generate_with_a_cache():
 def test_keep_layers_refuses(layers):
     with pytest.raises(ValueError, match=r"layers=\[.*must be layers of the teacher, from 0 to 2.*; correct them"):
         keep_layers(tiny.teacher(GPT2LMHeadModel), layers)
+
+
+def test_an_earlier_student_of_fewer_layers_keeps_its_depth(tmp_path):
+    teacher = tiny.teacher(BertForSequenceClassification)
+    plan = {"encoder.layer.*.intermediate.dense": (4, 2, 1)}
+    earlier = tiny.perturb(compress(keep_layers(teacher, [0, 2]), plan).model, 3)
+    earlier.save_pretrained(tmp_path)
+    student = start_student(teacher, start=tmp_path)
+    assert student.config.num_hidden_layers == 2
+    assert_same_weights(
+        student.base_model.state_dict(), earlier.base_model.state_dict(), earlier.base_model.state_dict()
+    )
+
+
+def test_refuses_an_earlier_student_of_more_layers_or_another_family(tmp_path):
+    teacher = tiny.teacher(BertForSequenceClassification)
+    plan = {"encoder.layer.*.intermediate.dense": (4, 2, 1)}
+    compress(teacher, plan).save_pretrained(tmp_path / "deep")
+    with pytest.raises(ValueError, match=r"deep' has 3 layers, its teacher only 2; take another"):
+        start_student(keep_layers(teacher, [0, 1]), start=tmp_path / "deep")
+    tiny.teacher(DistilBertForSequenceClassification).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other' is of the family 'distilbert', its teacher of 'bert'; take another"):
+        start_student(teacher, start=tmp_path / "other")
+
+
+def test_layers_that_compute_by_their_number_keep_it(tmp_path):
+    teacher = tiny.teacher(GPT2LMHeadModel, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ValueError, match=r"layers=\[1, 2\] would get other numbers"):
+        keep_layers(teacher, [1, 2])
+    first = keep_layers(teacher, [0, 1]).eval()
+    first.save_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(GPT2LMHeadModel.from_pretrained(tmp_path)(ids).logits, first(ids).logits)

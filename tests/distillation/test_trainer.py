@@ -22,11 +22,13 @@ from distilling import (
     pair,
 )
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel, TrainerCallback
 
 from kronecker_transformers.distillation import DistillationArguments
 from kronecker_transformers.distillation import trainer as trainer_module
+from kronecker_transformers.distillation.trainer import newest_checkpoint
 
 _NAME = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(DistillationArguments, name)
@@ -382,3 +384,65 @@ def test_a_checkpoint_of_the_middle_opens_without_this_package(tmp_path):
     with torch.no_grad():
         expected = student.eval()(**batch).logits
     torch.testing.assert_close(torch.load(tmp_path / "out.pt", weights_only=True), expected)
+
+
+def best_of_four(folder, teacher, student):
+    """A trainer whose evaluation is best after the second of four steps."""
+    scores = iter([0.5, 0.9, 0.7, 0.6])
+    return make_trainer(
+        student, teacher, folder, max_steps=4, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="score",
+        trainer={"eval_dataset": examples(student, 4), "compute_metrics": lambda _: {"score": next(scores)}},
+    )  # fmt: skip
+
+
+def test_the_best_model_at_the_end_is_that_of_the_record_and_of_a_resume(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    trainer = best_of_four(tmp_path, teacher, student)
+    trainer.train()
+    assert trainer.record()["rows"]["score"] == [0.9]
+    second = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    _, fresh = pair(BertForSequenceClassification)
+    resumed = best_of_four(tmp_path, teacher, fresh)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.record()["rows"]["score"] == [0.9]
+    for name, weight in second.items():
+        assert torch.equal(student.state_dict()[name], weight), name
+        assert torch.equal(fresh.state_dict()[name], weight), name
+
+
+def test_the_record_has_no_score_of_an_earlier_step(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    found = {}
+
+    class Note(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            found[state.global_step] = trainer.record().get("rows")
+
+    trainer = make_trainer(
+        student, teacher, tmp_path, callbacks=[Note()], max_steps=4, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=2, trainer={"eval_dataset": examples(student, 4)},
+    )  # fmt: skip
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert found == {1: None, 2: {"loss": [losses[0]]}, 3: None, 4: {"loss": [losses[1]]}}
+
+
+def test_the_record_says_what_was_done(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    own = torch.optim.SGD(student.parameters(), lr=0.5)
+    trainer = make_trainer(student.bfloat16(), teacher, tmp_path, trainer={"optimizers": (own, None)})
+    trainer.train()
+    found = trainer.training_summary()
+    assert (found["optimizer"], found["learning_rate"]) == ("SGD", 0.5)
+    assert found["precision"] == "bfloat16"
+    assert found["tokens"] is None
+    with pytest.raises(ValueError, match="muon=True and an optimizer of your own were given; leave one of them out"):
+        make_trainer(student, teacher, tmp_path, muon=True, trainer={"optimizers": (own, None)})
+
+
+def test_folders_that_are_no_checkpoints_of_a_step_are_passed_over(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    make_trainer(student, teacher, tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"

@@ -148,6 +148,18 @@ def test_a_student_is_not_lost_because_it_cannot_be_drawn(tmp_path, monkeypatch,
     assert record["rows"]["labels as the teacher's"][0] == 1
 
 
+def test_a_student_is_not_lost_because_of_the_card_of_its_teacher(tmp_path, monkeypatch, caplog):
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    (teacher / "README.md").write_text("---\nlicense: mit\nnote: a: b\n---\n")
+    distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, steps=2)
+    assert "teacher/README.md are not read" in caplog.text
+    assert (tmp_path / "student" / "README.md").exists()
+    monkeypatch.setattr("kronecker_transformers.experiments.distill.model_card", lambda *_, **__: 1 / 0)
+    distill(teacher, text_file(tmp_path), tmp_path / "second", ratio=3, steps=2)
+    assert "the student is saved, but without a card: ZeroDivisionError" in caplog.text
+    assert (tmp_path / "second" / "results.json").exists()
+
+
 @pytest.mark.parametrize("known", [None, 5])
 def test_gpt2_pads_with_a_token_that_its_config_knows(known, tmp_path):
     """Else its classifier would read a padding position, or refuse the batch."""

@@ -23,7 +23,8 @@ from transformers.pipelines import SUPPORTED_TASKS
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import save_folder
 from kronecker_transformers.export.dense import to_dense
-from kronecker_transformers.hub.card import model_card
+from kronecker_transformers.hub.card import folder_metadata, model_card
+from kronecker_transformers.hub.files import without_local_paths
 from kronecker_transformers.models import DENSE_CLASSES
 
 RECORD = {
@@ -228,3 +229,54 @@ def test_a_sentence_encoder_is_one_on_the_hub_too(tmp_path):
     assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
     assert "sentence-transformers" in card.data.tags
     assert 'model = SentenceTransformer("org/m", trust_remote_code=True)' in str(card)
+
+
+def test_a_teacher_in_a_folder_is_named_by_it_whatever_it_was_made_from(tmp_path):
+    folder, _ = student_folder(BertForMaskedLM, tmp_path)
+    source = tmp_path / "my-finetuned"
+    source.mkdir()
+    (source / "README.md").write_text("---\nbase_model: org/grand\nlicense: mit\n---\n")
+    write(folder, "results.json", {"options": {"teacher": str(source)}})
+    card = model_card(folder, "org/tiny-new")
+    assert "- Teacher: my-finetuned\n" in card.text
+    assert "org/grand" not in card.text
+    assert (card.data.base_model, card.data.license) == ("org/grand", "mit")
+    assert "- Teacher: org/given\n" in model_card(folder, "org/tiny-new", base_model="org/given").text
+
+
+def test_first_lines_that_are_not_yaml_are_left_out_with_a_warning(tmp_path, caplog):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nnote: a: b\n---\n")
+    assert folder_metadata(tmp_path) == {}
+    assert "README.md are not read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [({"runtime": "onnxruntime"}, "on cpu with onnxruntime, 2.50"), ({"compiled": True}, "on cpu with torch.compile"),
+     ({"runtime": "torch", "compiled": False}, "on cpu, 2.50 times")],
+)  # fmt: skip
+def test_a_time_says_what_computed(how, said, tmp_path):
+    folder, _ = student_folder(BertForMaskedLM, tmp_path)
+    write(folder, "benchmark.json", {**BENCHMARK, **how})
+    assert said in model_card(folder, "org/tiny-new").text
+
+
+def test_tokens_that_were_not_counted_are_not_told(tmp_path):
+    folder, _ = student_folder(BertForMaskedLM, tmp_path)
+    write(folder, "results.json", {**RECORD, "training": {**RECORD["training"], "tokens": None}})
+    assert "(38,400 samples, 10.0 minutes)" in model_card(folder, "org/tiny-new").text
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        ("/home/ada/bert", "./bert"),
+        ("--teacher=/home/ada/secret/bert", "--teacher=./bert"),
+        ("OSError: '/home/ada/x.json' is gone; see (/tmp/a/b)", "OSError: './x.json' is gone; see (./b)"),
+        ("https://huggingface.co/org/model and org/model/a", "https://huggingface.co/org/model and org/model/a"),
+        ("3 / 4 of and/or", "3 / 4 of and/or"),
+    ],
+)
+def test_local_paths_do_not_leave(text, cut, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"options": {"command": [text]}}))
+    assert json.loads(without_local_paths(tmp_path / "results.json")) == {"options": {"command": [cut]}}

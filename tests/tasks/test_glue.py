@@ -404,3 +404,15 @@ def test_a_carriage_return_within_a_text_ends_no_line(tmp_path):
     found = load_glue("sst2", tmp_path, ["validation"])["validation"]
     assert found["sentence"][:] == ["a\rb", "c"]
     assert found["label"][:] == [0, 1]
+
+
+def test_a_class_label_holds_ids_whatever_its_names_are(tmp_path):
+    """Names that are numbers themselves, in another order; a text file beside it holds the names."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["1", "0"])})
+    train = tmp_path / "train.parquet"
+    Dataset.from_dict({"text": ["good", "bad"], "label": [0, 1]}, features=features).to_parquet(train)
+    validation = tmp_path / "validation.csv"
+    validation.write_text("text,label\ngood,1\nbad,0\n")
+    splits, _, names = load_text_classification(train, validation)
+    assert names == ("1", "0")
+    assert splits["train"]["label"][:] == splits["validation"]["label"][:] == [0, 1]

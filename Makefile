@@ -1,4 +1,4 @@
-# Both targets need nothing but Python 3.11 or later: they make .venv, install the tested versions and run.
+# All targets but `browser`, which needs npm, need nothing but Python 3.11 or later: they make .venv, install the tested versions and run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

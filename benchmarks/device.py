@@ -405,9 +405,9 @@ def main() -> None:
     parser.add_argument("--section", choices=SECTIONS, help="one section")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    print(f"{environment()}, onnxruntime {onnxruntime.__version__}; {instructions()}")
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
+    print(f"{environment()}, onnxruntime {onnxruntime.__version__}; {instructions()}")
     for name, section in SECTIONS.items():
         if options.section in (None, name):
             section(options)

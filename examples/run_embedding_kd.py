@@ -3,8 +3,8 @@
     python examples/run_embedding_kd.py --teacher path/to/encoder --train_text sentences.txt \
         --validation_text held_out.txt --output_dir output/encoder
 
-The student learns the teacher's embedding layer, hidden states and sentence embedding, with the pooling and the prompt
-that its settings for sentence-transformers say (without any, the mean over the tokens). Text has one sentence on a
+The student learns the teacher's sentence embeddings and their similarities, with the pooling and the prompt that its
+settings for sentence-transformers say (without any, the mean over the tokens). Text has one sentence on a
 line; a table (.json, .csv, .parquet) or a dataset of the Hub has it in the column `text`. It is read as a stream.
 Training goes over all sentences once, or as often as --num_train_epochs says; --resume_from_checkpoint true goes on
 with a run that stopped.

@@ -47,14 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--data", metavar="DIR", help="folder of the official GLUE files (default: the Hub)")
     command.add_argument("--output", required=True, metavar="DIR", help="new folder for the student")
-    plan = command.add_mutually_exclusive_group()
-    plan.add_argument(
+    command.add_argument(
         "--ratio",
         type=float,
         metavar="X",
         help=f"how many times fewer parameters the base model gets (default: {ratios})",
     )
-    plan.add_argument("--plan", default=None, help="preset or plan file, instead of a search")
+    command.add_argument(
+        "--plan", help="low-rank, to search plans of low rank alone; or a preset or plan file, instead of a search"
+    )
     length = command.add_mutually_exclusive_group()
     length.add_argument(
         "--minutes",
@@ -90,13 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Factor the layers of a dense model and save the result.",
     )
     command.add_argument("teacher", metavar="TEACHER", help="dense model: name on the Hub, or local folder")
-    plan = command.add_mutually_exclusive_group()
-    plan.add_argument(
+    command.add_argument(
         "--plan",
-        help=f"a preset ({presets}), or a YAML or JSON file (default: the first preset; with calibration text, a "
-        f"plan is searched, for a ratio of {ratios})",
+        help=f"a preset ({presets}), a YAML or JSON file, or low-rank, to search plans of low rank alone (default: the "
+        f"first preset; with calibration text, a plan is searched, for a ratio of {ratios})",
     )
-    plan.add_argument(
+    command.add_argument(
         "--ratio", type=float, metavar="X", help="search for the best plan with this ratio; needs --calibration"
     )
     _add_calibration(command, required=False)
@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "--runtime", choices=ENGINES, dest="engine", help="what takes the milliseconds (default: torch, eager)"
     )
     command.add_argument("--int8", action="store_true", default=None, help="in 8 bits, with --runtime onnxruntime")
+    command.add_argument("--low-rank", action="store_true", help="search plans of low rank alone")
     _add_calibration(command, required=True)
     _add_only(command)
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="plan file, .yaml or .json")

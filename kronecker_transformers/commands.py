@@ -92,6 +92,7 @@ def run_search(arguments: argparse.Namespace, console: Console) -> None:
         milliseconds=arguments.milliseconds,
         runtime=runtime,
         only=arguments.only,
+        low_rank=arguments.low_rank,
         progress=True,
     )
     found.save(arguments.output)

@@ -133,7 +133,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("plan", "expected"),
         [
-            ("9x", "plan='9x' is neither a preset (7.7x, 21x, kngpt2) nor a file"),
+            ("9x", "plan='9x' is neither one of 7.7x, 21x, kngpt2, search, low-rank nor a file"),
             ("kngpt2", "plan='kngpt2' is not a preset for bert; choose '7.7x' or '21x'"),
             ({"pooler.dense": [5, 4]}, "module 'pooler.dense' with weight (32, 32): m1=5 must divide m=32"),
             ({"pooler.dense": [8, 4, 0]}, "terms=0 in a factor plan must be >= 1"),

@@ -81,6 +81,7 @@ def measured_layers(
     presets: Mapping[str, Mapping[str, FactorEntry]],
     names: AbstractSet[str],
     progress: bool = False,
+    low_rank: bool = False,
 ) -> Iterator[MeasuredLayer]:
     """All layers in the order in which they compute, with their candidates.
 
@@ -90,6 +91,7 @@ def measured_layers(
         presets: plans of which every entry becomes a candidate: name of a module to entry.
         names: of the modules that may be factored; others have one candidate, the dense layer.
         progress: show a progress bar while the shapes are chosen, which takes most of the time.
+        low_rank: no shapes but those of low rank.
     """
     wanted: dict[str, list[FactorEntry]] = defaultdict(list)  # by the kind of the layer: a preset may factor some only
     for entries in presets.values():
@@ -100,11 +102,14 @@ def measured_layers(
     counts = row_weights(base, [name for name in tables if name in names], batches)
     for name in tables:
         weight = base.get_submodule(name).weight
-        yield _embedding(name, weight, *counts[name], wanted[name]) if name in counts else _kept(name, weight, 0)
+        if name not in counts:
+            yield _kept(name, weight, 0)
+            continue
+        yield _embedding(name, weight, *counts[name], wanted[name], low_rank)
     if family.projection and projection_of(base) is not None:
         name, weight = family.projection, projection_of(base).weight
         moments = projection_moments(base, base, batches) if name in names else None
-        yield _linear(name, weight, REPORT_LENGTH, moments, None, wanted[name])
+        yield _linear(name, weight, REPORT_LENGTH, moments, _low_rank(weight) if low_rank else None, wanted[name])
     place, layers = layers_of(base)
     kinds = {_kind(name) for name in names}
     shortlists: dict[str, list[Shape]] = {}
@@ -116,7 +121,9 @@ def measured_layers(
     inside = {name for name, _ in layers[middle].named_modules() if _kind(f"{place}.{middle}.{name}") in kinds}
     modules = linear_modules(layers[middle], streams, inside)
     for name, module, moments in tqdm(modules, desc="shapes", unit="layer", leave=False, disable=not progress):
-        if moments is not None:
+        if moments is not None and low_rank:
+            shortlists[name] = _low_rank(weight_of(module))
+        elif moments is not None:
             presets_here = wanted[_kind(f"{place}.{middle}.{name}")]
             shortlists[name] = _shortlist(weight_of(module), *moments, presets_here)
     streams = enter(base, batches)
@@ -131,7 +138,7 @@ def measured_layers(
     if family.pooler and pooler_of(base) is not None:
         name, weight = family.pooler, base.get_submodule(family.pooler).weight
         moments = pooler_moments(base, streams, streams) if name in names else None
-        yield _linear(name, weight, 1, moments, None, wanted[name])
+        yield _linear(name, weight, 1, moments, _low_rank(weight) if low_rank else None, wanted[name])
 
 
 def linear_modules(
@@ -171,6 +178,10 @@ def _unit(W: Tensor, m1: int, n1: int) -> int:
 def _terms(W: Tensor, m1: int, n1: int, share: float) -> int:
     """Terms of a shape that have at most this share of the parameters of W."""
     return int(share * W.numel() / _unit(W, m1, n1))
+
+
+def _low_rank(W: Tensor) -> list[Shape]:
+    return [(len(W), 1)]
 
 
 def _shortlist(W: Tensor, fit: Moments, held_out: Moments, presets: Iterable[FactorEntry]) -> list[Shape]:
@@ -234,11 +245,13 @@ def _kept(name: str, W: Tensor, tokens: int) -> MeasuredLayer:
     return MeasuredLayer(name, W, [_candidate(W, tokens, None, 0.0)], None, 0.0)
 
 
-def _embedding(name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry]) -> MeasuredLayer:
+def _embedding(
+    name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry], low_rank: bool
+) -> MeasuredLayer:
     """An embedding with its candidates."""
     m, n = W.shape
     candidates = [_candidate(W, 0, None, 0.0)]
-    for n1 in [d for d in range(1, n) if n % d == 0]:
+    for n1 in [d for d in range(1, 2 if low_rank else n) if n % d == 0]:
         curve = weighted_error_curve(W, fit, n1)
         terms = {_terms(W, m, n1, share) for share in SIZES}
         terms |= {entry.terms for entry in presets if (entry.m1, entry.n1) == (m, n1)}

@@ -33,6 +33,7 @@ from ..models.kronecker_matching import matched_plan, selected_modules
 from ..models.kronecker_nearest import nearest_kronecker
 from .activations import CalibrationBatch, calibration_batches, weight_of
 from .calibration import calibrate
+from .plan_file import SEARCHES
 from .search import PlanSearch, check_budgets, search_batches
 
 
@@ -89,8 +90,9 @@ def compress(
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that is supported.
         plan: name of a preset, a `FactorPlan`, a mapping from pattern to ``(m1, n1, terms)``, or "search": the best
-            plan of the `ratio` that `search_plan` finds for the calibration text. Default: "search" where there is
-            calibration text, else the first preset of the family (7.7x for encoders, kngpt2 for GPT-2).
+            plan of the `ratio` that `search_plan` finds for the calibration text; or "low-rank": the best of those of
+            low rank alone. Default: "search" where there is calibration text, else the first preset of the family (7.7x
+            for encoders, kngpt2 for GPT-2).
         ratio: of a search, how many times smaller the base model becomes; default: that of the first preset, 7.7 or
             1.48.
         only: patterns (fnmatch) of the modules that are factored, relative to the base model; "embedding" is the word
@@ -124,7 +126,8 @@ def compress(
         batches = calibration_batches(calibration, tokenizer, teacher)
     found = None
     if student is None:
-        found = search_batches(teacher, batches, budget, names=names, progress=progress)
+        low_rank = plan == "low-rank"
+        found = search_batches(teacher, batches, budget, names=names, progress=progress, low_rank=low_rank)
         student = _empty_student(teacher, student_class, found.plan)
 
     errors: dict[str, dict[str, float]] = {}
@@ -159,6 +162,11 @@ def compress(
     return CompressionResult(student, tokenizer, describe(student).with_errors(errors), found)
 
 
+def is_searched(plan: Any) -> bool:
+    """Whether a plan is the name of a search."""
+    return isinstance(plan, str) and plan in SEARCHES
+
+
 def planned(
     teacher: PreTrainedModel,
     plan: str | Mapping[str, Any] | None,
@@ -175,13 +183,13 @@ def planned(
         TypeError, ValueError: as `compress`.
     """
     student_class, family = FACTORED_CLASSES[type(teacher)], family_of(teacher)
-    if ratio is not None and plan not in (None, "search"):
+    if ratio is not None and plan is not None and not is_searched(plan):
         raise ValueError(f"ratio={ratio} was given beside a plan, which has its own; leave one of them out")
     if plan is None:
         plan = next(iter(family.presets)) if ratio is None and not has_text else "search"
-    searched = isinstance(plan, str) and plan == "search"
+    searched = is_searched(plan)
     if searched and not has_text:
-        asked = 'plan="search"' if ratio is None else f"ratio={ratio}"
+        asked = f'plan="{plan}"' if ratio is None else f"ratio={ratio}"
         raise ValueError(f"{asked} needs calibration text, for which the best plan is searched; give some")
     budget = {"ratio": family.default_ratio if ratio is None else ratio}
     check_budgets(budget)

@@ -14,22 +14,26 @@ from ..checkpoint.files import check_file, write_text
 from ..models.factor_plan import FactorPlan
 from ..models.kronecker_family import FAMILIES
 
+SEARCHES = ("search", "low-rank")
+"""Plans that are searched: over all shapes, or over low rank alone."""
+
 
 def read_plan(plan: str | Path) -> str | FactorPlan:
-    """The plan that a command-line value stands for: the name of a preset as it is, or the contents of a file.
+    """The plan that a command-line value stands for: the name of a preset or a search as it is, or what a file holds.
 
     Args:
-        plan: a preset such as `7.7x`, or the path of a `.yaml`, `.yml` or `.json` file.
+        plan: a preset such as `7.7x`, one of `SEARCHES`, or the path of a `.yaml`, `.yml` or `.json` file.
 
     Raises:
-        ValueError: neither a preset nor a file, or the file holds no plan.
+        ValueError: none of these, or the file holds no plan.
     """
     presets = list(dict.fromkeys(name for config in FAMILIES.values() for name in config.family.presets))
-    if str(plan) in presets:
+    if str(plan) in (*presets, *SEARCHES):
         return str(plan)
     path = Path(plan)
     if not path.is_file():
-        raise ValueError(f"plan={str(plan)!r} is neither a preset ({', '.join(presets)}) nor a file; give one of these")
+        known = ", ".join([*presets, *SEARCHES])
+        raise ValueError(f"plan={str(plan)!r} is neither one of {known} nor a file; give one of these")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":

@@ -27,7 +27,7 @@ from ..checkpoint.files import check_new_folder, new_folder, to_json, write_text
 from ..checkpoint.load import source_name, write_checkpoint
 from ..checkpoint.sentence_modules import encoder_settings
 from ..checkpoint.teachers import check_teacher
-from ..compression.compress import compress, planned
+from ..compression.compress import compress, is_searched, planned
 from ..compression.plan_file import write_plan
 from ..compression.search import PlanSearch
 from ..display import has_pictures, plan_picture, training_picture
@@ -161,7 +161,7 @@ def distill(
         dense, tokenizer, lesson = labelled_lesson(os.fspath(teacher), str(task), data_dir)
     dense = dense.float().eval()  # whatever precision it was saved in: a student is trained in float32
 
-    searched = isinstance(plan, str) and plan == "search"
+    searched = is_searched(plan)
     asked = family_of(dense).default_ratio if ratio is None else ratio
     allowed = MINUTES if minutes is None and steps is None else minutes
     half = multiplies_bfloat16() if bf16 is None else bf16
@@ -204,7 +204,7 @@ def distill(
         "command": _command(
             base_model or teacher,
             text=text, text_column=None if column == "text" else column, task=task, data=data_dir, ratio=ratio,
-            plan=None if searched else plan if isinstance(plan, str) else "plan.yaml",
+            plan=None if plan == "search" else plan if isinstance(plan, str) else "plan.yaml",
             only=only if only is None or isinstance(only, str) else ",".join(only),
             layers=layers if layers is None or isinstance(layers, int) else ",".join(map(str, layers)),
             minutes=minutes, steps=steps,
@@ -250,7 +250,7 @@ def _ratio_of_rest(
     """
     small = keep_layers(teacher, kept)
     found = ratio
-    if plan == "search":
+    if is_searched(plan):
         if ratio is None and only is not None:
             raise ValueError(f"only={only!r} needs a ratio: the default is for a plan of all modules; give one")
         asked = family_of(teacher).default_ratio if ratio is None else ratio

@@ -161,6 +161,7 @@ def model_card(
         trust="" if twin_of else ", trust_remote_code=True",
         **_costs(model, twin_of is not None),
         speed=_speed(folder),
+        has_rate="examples per second" in record.get("rows", {}),
         quality=quality,
         quality_models=models,
         protocol=record.get("protocol"),

@@ -58,6 +58,23 @@ def test_the_budget_is_used_and_the_counts_are_true(family, request):
     assert found.error == pytest.approx((noise / (1 + noise)) ** 0.5)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_low_rank_alone(family, request):
+    dense, tokenizer, other = request.getfixturevalue(family)
+    found = search_plan(dense, texts(), ratio=2.5, low_rank=True, tokenizer=tokenizer)
+    entries = found.plan.values()
+    assert entries
+    assert all(entry.n1 == 1 and weight[0] == entry.m1 for entry, weight in zip(entries, _weights(found), strict=True))
+    assert 0.99 <= found.parameters / (size(dense) / 2.5) <= 1
+    assert found.error >= other.error - 1e-9  # a part of what the other has searched
+    result = compress(dense, "low-rank", ratio=2.5, calibration=texts(), tokenizer=tokenizer)
+    assert result.search.plan == found.plan
+
+
+def _weights(found):
+    return [layer.weight for layer in found.layers if layer.name in found.plan]
+
+
 def test_every_layer_is_there(bert, gpt2):
     config = KroneckerBertConfig.from_dense(bert[0].config, {})
     names = [name for name in factorable_modules(config) if "token_type" not in name]

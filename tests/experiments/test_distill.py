@@ -375,8 +375,8 @@ def test_a_student_with_fewer_layers(dense_class, tmp_path):
     assert record["options"]["command"][record["options"]["command"].index("--ratio") + 1] == "3"
     card = (tmp_path / "student" / "README.md").read_text()
     for words in (
-        "with 2 of its layers, and in these the weights of",
-        f"it has {whole / student:.2f} times fewer parameters than that",
+        "with 2 of its layers, and with the weights of",
+        f"it has {whole / student:.2f} times fewer parameters than its teacher",
         "Before it was factored, trained as a dense model: layers 0, 2 of the teacher, counted from 0; 8 steps",
     ):
         assert words in card

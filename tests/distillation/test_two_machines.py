@@ -2,11 +2,16 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from distilling_text import saved_teacher, text_file
 from machines import needs_namespaces, two_machines
+from transformers import BertForPreTraining
+
+from kronecker_transformers.checkpoint.load import load_student
 
 pytestmark = [pytest.mark.slow, needs_namespaces]
 
@@ -93,6 +98,33 @@ def test_a_machine_that_dies_in_a_step_comes_back_and_nothing_changes(launcher, 
     found = ended([staying, start(second, folder, launcher=launcher)], folder)
     assert len(found["gradients"]) == 4  # of the steps after the checkpoint of step 2
     assert_same(found, whole)
+
+
+def test_stage_1_goes_on_after_a_machine_was_switched_off(machines, tmp_path):
+    """The script itself, with the options of docs/scaling.md; it is switched off when a third of the steps are done."""
+    teacher, folder = saved_teacher(BertForPreTraining, tmp_path / "teacher"), tmp_path / "out"
+    options = [
+        f"--teacher={teacher}", f"--train_text={text_file(tmp_path)}", f"--output_dir={folder}", "--max_length=16",
+        "--no_next_sentence", "--use_cpu", "--per_device_train_batch_size=4", "--max_steps=300", "--save_steps=100",
+        "--resume_from_checkpoint=true", "--report_to=none", "--disable_tqdm=true",
+    ]  # fmt: skip
+
+    def stage_1(machine):
+        command = [*accelerate(machine), str(ROOT / "examples" / "run_mlm_kd.py"), *options]
+        return machine.start(command, tmp_path / f"out-{machine.rank}.log", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+
+    first, second = machines
+    staying, switched_off = stage_1(first), stage_1(second)
+    while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
+        assert staying.poll() is None, (tmp_path / "out-0.log").read_text()[-3000:]
+        time.sleep(0.05)
+    second.kill()
+    assert switched_off.wait(ENOUGH) != 0
+    codes = [process.wait(ENOUGH) for process in (staying, stage_1(second))]
+    assert codes == [0, 0], (tmp_path / "out-0.log").read_text()[-3000:]
+    record = json.loads((folder / "results.json").read_text())
+    assert (record["training"]["steps"], record["training"]["samples"]) == (300, 2 * 4 * 300)
+    assert type(load_student(folder / "student")[0]).__name__ == "KroneckerBertForPreTraining"
 
 
 def test_ten_seconds_without_a_network_change_nothing(machines, whole, tmp_path):

@@ -52,7 +52,7 @@ def test_end_to_end(teacher, tmp_path, capsys):
 
 def test_a_calibrated_start_is_that_of_compress(teacher, tmp_path, monkeypatch):
     text, plan = tmp_path / "train.txt", {"encoder.layer.*.attention.self.*": (8, 8)}
-    text.write_text("\n".join(SENTENCES))
+    text.write_text("\n".join(2 * SENTENCES))
     (tmp_path / "plan.json").write_text(json.dumps({name: {"m1": 8, "n1": 8} for name in plan}))
     starts = []
 
@@ -64,9 +64,9 @@ def test_a_calibrated_start_is_that_of_compress(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr("kronecker_transformers.distillation.DistillationTrainer", Distillation)
     run_example(
         "run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[text], plan=tmp_path / "plan.json",
-        calibration=text, calibration_texts=15, per_device_train_batch_size=4, max_steps=1,
+        calibration=text, calibration_texts=35, per_device_train_batch_size=4, max_steps=1,
     )  # fmt: skip
-    expected = compress(teacher, plan, calibration=SENTENCES[:15]).model.state_dict()
+    expected = compress(teacher, plan, calibration=(2 * SENTENCES)[:35]).model.state_dict()
     assert expected.keys() == starts[0].keys()
     for name, value in expected.items():
         torch.testing.assert_close(starts[0][name], value, msg=lambda m, n=name: f"{n}: {m}")

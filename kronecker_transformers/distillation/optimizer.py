@@ -182,15 +182,15 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
     as X has few rows or few columns; matrices of nearly one size together, padded with zeros.
 
     Args:
-        matrices: (p, q) each, of any sizes, on one device.
+        matrices: (p, q) each, of any sizes.
     """
     whole = [X.to(torch.promote_types(X.dtype, torch.float32)) for X in matrices]
     wide = [X.mT if X.shape[0] > X.shape[1] else X for X in whole]
-    alike: dict[int, list[int]] = defaultdict(list)
+    alike: dict[Any, list[int]] = defaultdict(list)
     for place, X in enumerate(wide):
-        alike[math.ceil(len(X) / _PADDED) * _PADDED].append(place)
+        alike[math.ceil(len(X) / _PADDED) * _PADDED, X.device, X.dtype].append(place)
     found = list(whole)
-    for size, places in alike.items():
+    for (size, *_), places in alike.items():
         polynomials = _newton_schulz(torch.stack([_padded(wide[place] @ wide[place].mT, size) for place in places]))
         for place, polynomial in zip(places, polynomials, strict=True):
             X = wide[place]

@@ -170,6 +170,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             )
         if resume_from_checkpoint and (done := self._finished(str(resume_from_checkpoint))):
             return done
+        self._has_best = False
         state = TrainerState()
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
@@ -320,7 +321,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             "tokens": self.state.num_input_tokens_seen if self._counts_tokens() else None,
             "seconds": round(self.progress.seconds(), 1),
             "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "learning_rate": self._own_optimizer.defaults["lr"] if self._own_optimizer else args.learning_rate,
+            "learning_rate": getattr(self._own_optimizer, "defaults", {}).get("lr", args.learning_rate),
             "optimizer": self._optimizer_name(),
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else whole,
             "objective": args.weights(),

@@ -1,4 +1,4 @@
-# All targets but `browser`, which needs npm, need nothing but Python 3.11 or later: they make .venv, install the tested versions and run.
+# All targets need nothing but Python 3.11 or later (`browser` also npm): they make .venv, install the tested versions and run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -120,7 +120,7 @@ def perform(run: Run, text: Path, data: Path, work: Path) -> None:
 
 def curve(said: list[str]) -> dict[str, float]:
     """Fidelity on other held-out text by step, from what `distill` says on the way."""
-    points = [re.match(r" *step +([\d,]+) of .* ([\d.e+-]+)$", line) for line in said]
+    points = [re.match(r" *step +([\d,]*\d) .* ([\d.e+-]+)$", line) for line in said]
     return {point[1].replace(",", ""): float(point[2]) for point in points if point}
 
 

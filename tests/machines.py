@@ -38,18 +38,6 @@ class Machine:
                 ["ip", "netns", "exec", self._name, *command], env=environment, stdout=file, stderr=subprocess.STDOUT
             )
 
-    def switch_cable(self, on):
-        """Connect the machine, or cut it off."""
-        ip("-n", self._name, "link", "set", self._interface, "up" if on else "down")
-
-    def sent(self):
-        """Bytes so far."""
-        statistics = f"/sys/class/net/{self._interface}/statistics/tx_bytes"
-        found = subprocess.run(
-            ["ip", "netns", "exec", self._name, "cat", statistics], check=True, capture_output=True, text=True
-        )
-        return int(found.stdout)
-
     def kill(self):
         """End all its processes at once, as a power failure does."""
         for process in ip("netns", "pids", self._name).split():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..distillation import DistillationArguments, DistillationTrainer, keep_laye
 from ..models import FACTORED_CLASSES
 from ..tasks.text import TextStream
 from .lessons import Lesson
-from .watch import TRIED, Watch, affordable_steps
+from .watch import Watch
 
 RATE, DENSE_RATE, HIDDEN = 1e-3, 3e-4, 384
 """Learning rates of factored and dense students of this hidden size, and of smaller ones; above, they fall with the
@@ -24,6 +23,8 @@ DENSE_ENCODER_RATE, DENSE_ENCODER_BATCH = 6e-4, 32
 """Of dense sentence encoders: smaller batches, so more steps, help them; to factored ones they make no difference."""
 WARMUP = 0.1
 """Share of the steps in which the rate rises."""
+MOST_STEPS = 1_000_000
+"""Of a training that is limited in time, whose learning rate follows the time: more than any has."""
 DENSE_SHARE = 0.4
 """Of minutes or steps, for the dense student."""
 
@@ -111,7 +112,7 @@ def train(
     stream = TextStream(lesson.examples, schedule.seed, group=batch)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationArguments(
-            output_dir=scratch, objective=lesson.objective, **lesson.weights, max_steps=schedule.steps or 1,
+            output_dir=scratch, objective=lesson.objective, **lesson.weights, max_steps=schedule.steps or MOST_STEPS,
             max_minutes=limit, per_device_train_batch_size=batch, learning_rate=rate, warmup_steps=WARMUP,
             muon=factored and encoder, dropout=0.0, seed=schedule.seed,
             layer_map=None if layers is None else list(layers),
@@ -119,14 +120,7 @@ def train(
             save_strategy="no", logging_strategy="no", include_num_input_tokens_seen="non_padding", report_to=[],
             disable_tqdm=True, remove_unused_columns=False, accelerator_config={"dispatch_batches": False},
         )  # fmt: skip
-        if schedule.steps is None:
-            examples = iter(stream)
-            batches = [lesson.collate(list(islice(examples, batch))) for _ in range(TRIED)]
-            known = lesson.memory if len(lesson.memory) else None  # these sentences are, if any are
-            arguments.max_steps = affordable_steps(
-                student, teacher, arguments, batches, limit or 0, known, lesson.pooling
-            )
-        planned = f"{arguments.max_steps:,} steps" + (f" in at most {limit:g} minutes" if limit else "")
+        planned = f"{limit:g} minutes" if schedule.steps is None else f"{schedule.steps:,} steps"
         depth = "" if factored else f" of a dense student with {student.config.num_hidden_layers} layers"
         say(f"Distillation{depth}: {planned}, {batch} examples each")
         trainer = DistillationTrainer(

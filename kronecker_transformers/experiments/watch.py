@@ -1,28 +1,19 @@
-"""How a distillation goes: its pace on this machine, and the student's quality on the way."""
+"""How a distillation goes: the student's quality on the way."""
 
 from __future__ import annotations
 
-import copy
-import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..checkpoint.pooling import Pooling
-from ..distillation import Objective, TeacherMemory
 from ..distillation.agreement import Judge
 from ..distillation.progress import Progress
-from ..distillation.trainer import attention_kernel, teacher_pooling
 
 LOOKS = 12
 """Points of the curves."""
-TRIED, MARGIN = 8, 1.25
-"""Batches on which the pace of this machine is measured, and the factor on the steps that follow from it."""
 
 
 def multiplies_bfloat16() -> bool:
@@ -48,7 +39,7 @@ class Watch(TrainerCallback):
         self._judge, self._say, self._looked = judge, say, 0
 
     def look(self, model: PreTrainedModel, step: int, steps: int) -> None:
-        """Add a point to the curve."""
+        """Add a point to the curve; `steps` are all of a training that is not limited in time."""
         start, training = time.monotonic(), model.training
         values = self._judge(model.eval())
         model.train(training)
@@ -56,7 +47,9 @@ class Watch(TrainerCallback):
         self.name, value = next(iter(values.items()))
         self.steps.append(step)
         self.quality.append(value)
-        self._say(f"  step {step:5,d} of {steps:,}: {self.name} {value:.4g}")
+        limit = self.progress.max_minutes
+        share = f"of {steps:,}" if limit is None else f"after {self.progress.seconds() / 60:.1f} of {limit:g} minutes"
+        self._say(f"  step {step:5,d} {share}: {self.name} {value:.4g}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a log, and so for a look, when one is due."""
@@ -71,42 +64,3 @@ class Watch(TrainerCallback):
             for loss in args.weights():
                 self.losses.setdefault(loss, []).append(logs[loss])
             self.look(model, state.global_step, state.max_steps)
-
-
-def affordable_steps(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    arguments: Any,
-    batches: list[Any],
-    minutes: float,
-    memory: TeacherMemory | None = None,
-    pooling: Pooling | None = None,
-) -> int:
-    """How many steps of distillation this machine makes in a number of minutes, from a try with a copy of the student.
-
-    It is only a plan, with a margin: the training ends by time, and its learning rate follows the time, where steps are
-    slower; were they faster than planned, minutes would be left over.
-    """
-    copied = copy.deepcopy(student).to(arguments.device).train()
-    autocast = partial(torch.autocast, arguments.device.type, torch.bfloat16, enabled=arguments.bf16)
-    weights, layers = arguments.weights(), arguments.layer_map
-    dense = teacher.to(arguments.device)
-    pooling = pooling or teacher_pooling(dense, weights)  # what is new goes into the memory
-    objective = Objective(copied, dense, weights, layer_map=layers, autocast=autocast, pooling=pooling, memory=memory)
-    objective.attach(copied)
-    optimizer = torch.optim.AdamW(copied.parameters(), fused=True)
-    seconds = []
-    for batch in [*batches, *batches]:  # the first time to warm up
-        batch = {name: value.to(arguments.device) for name, value in batch.items() if isinstance(value, Tensor)}
-        start = time.perf_counter()
-        with attention_kernel(arguments, batch["input_ids"].shape[-1]):
-            with autocast():
-                losses = objective.values(copied, batch, objective.count(batch))
-            loss = torch.stack(list(losses.values())).sum()
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for an accelerator
-        seconds.append(time.perf_counter() - start)
-    objective.detach()
-    return max(LOOKS, int(MARGIN * 60 * minutes / statistics.mean(seconds[len(batches) :])))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -38,10 +37,8 @@ from kronecker_transformers.checkpoint.pooling import MODES
 from kronecker_transformers.checkpoint.pooling import Pooling as OurPooling
 from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of
 from kronecker_transformers.cli import main
-from kronecker_transformers.distillation import TeacherMemory
 from kronecker_transformers.experiments import training
 from kronecker_transformers.experiments.distill import distill
-from kronecker_transformers.experiments.watch import affordable_steps
 from kronecker_transformers.hub.files import published_files
 from kronecker_transformers.tasks.sentences import encode
 
@@ -275,7 +272,6 @@ def test_a_prompt_that_does_not_count_does_not_count_in_the_command_distill(tmp_
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{sentence} {number}" for number in range(40) for sentence in SENTENCES))
     used = []
-    monkeypatch.setattr(training, "affordable_steps", lambda *given: used.append(given[-1]) or 2)
 
     class Noted(training.DistillationTrainer):
         def __init__(self, *given, **options):
@@ -283,8 +279,8 @@ def test_a_prompt_that_does_not_count_does_not_count_in_the_command_distill(tmp_
             super().__init__(*given, **options)
 
     monkeypatch.setattr(training, "DistillationTrainer", Noted)
-    distill(teacher, text, tmp_path / "student", ratio=3, minutes=1)
-    assert used == [OurPooling(("cls",), skip=3)] * 2
+    distill(teacher, text, tmp_path / "student", ratio=3, steps=2)
+    assert used == [OurPooling(("cls",), skip=3)]
 
 
 def edit(path, change):
@@ -343,15 +339,3 @@ def test_modules_that_no_distillation_follows_are_refused_before_it(tmp_path):
         run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[tmp_path / "text.txt"])
     assert not (tmp_path / "out").exists()
     shutil.rmtree(teacher)
-
-
-def test_what_is_read_while_the_pace_is_tried_is_remembered_as_the_teacher_pools(tmp_path):
-    teacher, tokenizer = load_teacher(encoder(tmp_path / "teacher", mode="cls"))
-    student = compress(teacher, exact(teacher)).model
-    arguments = SimpleNamespace(device=torch.device("cpu"), bf16=False, weights=lambda: {"pooled": 1.0}, layer_map=None)
-    batch = dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
-    memory = TeacherMemory()
-    affordable_steps(student, teacher, arguments, [batch], 1.0, memory)
-    kept = memory.embeddings(batch, batch["attention_mask"], lambda *_: pytest.fail("read again"))
-    with torch.no_grad():
-        torch.testing.assert_close(kept, teacher(**batch).last_hidden_state[:, 0])

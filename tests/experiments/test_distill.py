@@ -296,35 +296,14 @@ def test_instructions_for_bfloat16_are_those_of_a_cpu(monkeypatch):
     assert not multiplies_bfloat16()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_more_minutes_are_more_steps(monkeypatch, bf16):
-    """The number of steps follows from the pace of a step, on a clock that goes 1/128 s at each look at it.
-
-    The steps that are tried compute as those of the training will.
-    """
-    import itertools
-    from types import SimpleNamespace
-
-    from distilling import collate, examples, pair
-
-    from kronecker_transformers.experiments import watch as module
-
-    ticks = itertools.count()
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 128))
-    teacher, student = pair(transformers.BertModel)
-    before = {name: value.clone() for name, value in student.state_dict().items()}
-    batches = [dict(collate(examples(student)))] * 6
-    arguments = SimpleNamespace(
-        device=torch.device("cpu"), bf16=bf16, weights=lambda: {"hidden_mse": 1.0}, layer_map=None
-    )
-    dtypes = set()
-    for model in (teacher, student):  # a hook is copied with its module
-        model.encoder.layer[0].output.dense.register_forward_hook(lambda _, inputs, output: dtypes.add(output.dtype))
-    few, many = (module.affordable_steps(student, teacher, arguments, batches, minutes) for minutes in (0.5, 2.0))
-    assert (few, many) == (1.25 * 0.5 * 60 * 128, 1.25 * 2 * 60 * 128)
-    assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
-    assert module.affordable_steps(student, teacher, arguments, batches, 0) == module.LOOKS
-    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+def test_minutes_end_a_training_and_its_looks_tell_the_time(tmp_path):
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    lines = []
+    found = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, minutes=0.02, show=lines.append)
+    assert found.training["steps"] > 0
+    assert found.training["seconds"] >= 1.2
+    assert "Distillation: 0.02 minutes, 64 examples each" in lines
+    assert "step     0 after 0.0 of 0.02 minutes: similarity" in lines[2]
 
 
 def test_the_recorded_command_writes_whole_numbers_plainly_and_names_as_they_are():

@@ -22,6 +22,7 @@ from ..checkpoint.pooling import MEAN, Pooling
 from ..checkpoint.sentence_modules import modules_of
 from ..hub.trainer import STATE_FILE, PublishingTrainer
 from .arguments import DistillationArguments
+from .checkpoints import is_complete, newest_checkpoint
 from .memory import TeacherMemory
 from .objective import Objective, check_tokenizers
 from .optimizer import MuonAdamW, scale_learning_rates
@@ -378,32 +379,6 @@ class _Watch(TrainerCallback):
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == self._epoch_start and state.global_step < state.max_steps:
             raise self._trainer._out_of_data()
-
-
-def newest_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint of the highest step in `folder` that was written to its end.
-
-    A run that was killed while it saved leaves an unfinished one behind; it is passed over.
-
-    Raises:
-        ValueError: there is none.
-    """
-    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
-    found = {path: int(step) for path, step in steps.items() if step.isdecimal()}
-    for path in sorted(found, key=lambda path: found[path], reverse=True):
-        if is_complete(path):
-            return path
-        logger.warning("%s was not written to its end and is passed over", path)
-    raise ValueError(f"output_dir={str(folder)!r} holds no complete checkpoint to resume from; start anew")
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer has written the last of the files of a checkpoint."""
-    try:
-        TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-    except (OSError, ValueError, TypeError):
-        return False
-    return True
 
 
 def _leave_process_group() -> None:

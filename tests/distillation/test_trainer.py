@@ -28,7 +28,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 
 from kronecker_transformers.distillation import DistillationArguments
 from kronecker_transformers.distillation import trainer as trainer_module
-from kronecker_transformers.distillation.trainer import newest_checkpoint
+from kronecker_transformers.distillation.checkpoints import newest_checkpoint
 
 _NAME = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(DistillationArguments, name)

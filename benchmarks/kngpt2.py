@@ -90,7 +90,7 @@ def train_teacher(data: Path, folder: Path) -> None:
         use_cpu=QUIET["use_cpu"],
     )  # fmt: skip
     source = TextSource((str(text),))
-    blocks = TextStream(lambda seed: block_examples(source, gpt2_tokenizer, LENGTH))
+    blocks = TextStream(lambda seed, share: block_examples(source, gpt2_tokenizer, LENGTH, share))
     Trainer(model, arguments, train_dataset=blocks, data_collator=default_data_collator).train(
         resume_from_checkpoint=any(checkpoints.glob("checkpoint-*"))
     )

@@ -15,6 +15,7 @@ it. --resume_from_checkpoint true goes on with a run that stopped, after it has 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ from kronecker_transformers.models.kronecker_family import longest_sequence
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import block_examples
 from kronecker_transformers.tasks.perplexity import NORMALISATIONS, perplexity
-from kronecker_transformers.tasks.text import TextSource, TextStream, training_steps
+from kronecker_transformers.tasks.text import WHOLE, Example, Share, TextSource, TextStream, training_steps
 
 
 @dataclass
@@ -90,8 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
     models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student), "student": student}
 
-    def examples(seed: int) -> Any:
-        return block_examples(text, tokenizer, length)
+    def examples(seed: int, share: Share = WHOLE) -> Iterable[Example]:
+        return block_examples(text, tokenizer, length, share)
 
     arguments.max_steps = training_steps(arguments, examples(0))
     arguments.accelerator_config.dispatch_batches = False  # each process reads the stream and takes its share

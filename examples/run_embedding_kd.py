@@ -40,7 +40,15 @@ from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import sentence_examples
 from kronecker_transformers.tasks.sentences import encode, neighbour_agreement, similarity_fidelity
 from kronecker_transformers.tasks.tables import read_table
-from kronecker_transformers.tasks.text import Example, TextSource, TextStream, length_group, training_steps
+from kronecker_transformers.tasks.text import (
+    WHOLE,
+    Example,
+    Share,
+    TextSource,
+    TextStream,
+    length_group,
+    training_steps,
+)
 
 
 @dataclass
@@ -93,8 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         "student": student,
     }
 
-    def examples(seed: int) -> Iterable[Example]:
-        return sentence_examples(text, tokenizer, length, settings.prompt)
+    def examples(seed: int, share: Share = WHOLE) -> Iterable[Example]:
+        return sentence_examples(text.share(share), tokenizer, length, settings.prompt)
 
     arguments.max_steps = training_steps(arguments, examples(arguments.seed))
     arguments.accelerator_config.dispatch_batches = False  # each process reads the stream and takes its share

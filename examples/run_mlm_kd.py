@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -47,7 +48,15 @@ from kronecker_transformers.experiments.run import (
 from kronecker_transformers.models.kronecker_family import heads_of
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import masked_examples
-from kronecker_transformers.tasks.text import Example, TextSource, TextStream, length_group, training_steps
+from kronecker_transformers.tasks.text import (
+    WHOLE,
+    Example,
+    Share,
+    TextSource,
+    TextStream,
+    length_group,
+    training_steps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +101,10 @@ def main(argv: list[str] | None = None) -> None:
     check_special_tokens(tokenizer, "cls", "sep", "pad", *(["mask"] if predicts_words else []))
     options.max_length = length = checked_length(teacher, options.max_length, recipe.length)
     next_sentence = not options.no_next_sentence and has_next_sentence(teacher, text, options.train_heads > 0, note)
-    examples = partial(masked_examples, text, tokenizer, length, next_sentence, short=options.short_fraction)
+
+    def examples(seed: int, share: Share = WHOLE) -> Iterable[Example]:
+        return masked_examples(text.share(share), tokenizer, length, next_sentence, seed, options.short_fraction)
+
     stream = TextStream(examples, arguments.seed, group=length_group(arguments))
     if options.train_heads:
         teacher = with_heads(teacher, tokenizer, next_sentence, stream, options.train_heads, arguments, folder)

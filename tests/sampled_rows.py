@@ -88,7 +88,7 @@ def main():
         trainer = make_trainer(
             *pair(BertModel)[::-1], folder / "unused", per_device_train_batch_size=BATCH, **arguments
         )
-        stream = TextStream(lambda seed: iter(rows(ROWS)), seed=0, group=length_group(trainer.args))
+        stream = TextStream(lambda seed, share: share.of(rows(ROWS)), seed=0, group=length_group(trainer.args))
         found = seen_rows(folder / f"stream-{workers}", stream, **arguments)
         save(folder / f"stream-{workers}.json", everywhere([found]))
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler, SequentialSampler
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
@@ -41,6 +42,9 @@ class LengthGroups(Sampler[int]):
 class SamplingTrainer(Trainer):
     """The Trainer of transformers, whose every `train_sampling_strategy` is safe with several processes and resumes.
 
+    A stream that has a method `share` makes in each process the share of it alone; of others each process makes all of
+    the examples and leaves out those that are not its own.
+
     An evaluation and `predict` keep the order of the dataset. Both samplers are chosen by private methods of the base
     class; there is no public place for it (`tests/distillation/test_sampling.py` says when it is needed no more).
     """
@@ -50,6 +54,15 @@ class SamplingTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(_TellEpoch(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in the base class, but for streams that divide themselves."""
+        loader = super().get_train_dataloader()
+        whole = loader.dataset
+        if isinstance(whole, IterableDatasetShard) and hasattr(whole.dataset, "share"):
+            whole.dataset = whole.dataset.share(whole.process_index, whole.num_processes)
+            whole.process_index, whole.num_processes = 0, 1
+        return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)

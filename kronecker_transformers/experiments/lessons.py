@@ -22,7 +22,7 @@ from ..checkpoint.sentence_modules import encoder_settings
 from ..distillation import TeacherMemory
 from ..models.kronecker_family import heads_of, longest_sequence
 from ..tasks.language_modeling import block_examples, masked_examples, sentence_examples
-from ..tasks.text import Example, TextSource
+from ..tasks.text import WHOLE, Example, Share, TextSource
 from .classification import check_unnamed_labels, judged, load_classifier, load_task, tokenized
 from .masked_language import collator_for
 from .run import check_special_tokens
@@ -44,8 +44,8 @@ class Lesson:
     batch: int
     length: int
     objective: str
-    examples: Callable[[int], Iterable[Example]]
-    """One pass, by its seed."""
+    examples: Callable[[int, Share], Iterable[Example]]
+    """One pass, by its seed, or a share of it."""
     collate: Callable[[list[Example]], Any]
     held_out: Sequence[Example] = ()
     """To compare on."""
@@ -70,7 +70,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     heads, longest = heads_of(teacher), longest_sequence(teacher)
     kind = heads[0].kind if heads else None
     collate: Callable[[list[Example]], Any] = DataCollatorWithPadding(tokenizer)
-    make: Callable[[TextSource, int], Iterable[Example]]
+    make: Callable[[TextSource, int, Share], Iterable[Example]]
     needs = {"words": ("pad", "mask", "cls", "sep"), "next_token": ("eos",)}.get(str(kind), ("pad",))
     check_special_tokens(tokenizer, *needs)
     length, batch, objective = min(longest, 128), 32, "kronecker_bert"
@@ -97,7 +97,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
         source = replace(source, by_line=True)
     held_out, train = source.part(0, HELD_OUT_SHARE), source.part(HELD_OUT_SHARE, 1)
     sentences = held_out.lines(HELD_OUT + WATCHED)
-    kept = list(islice(make(held_out, seed), HELD_OUT + WATCHED))
+    kept = list(islice(make(held_out, seed, WHOLE), HELD_OUT + WATCHED))
     lines = train.lines(20 * CALIBRATION)
     if len(sentences) < 10 or len(kept) < 2:
         raise ValueError(
@@ -138,23 +138,25 @@ def labelled_lesson(
     )  # fmt: skip
 
 
-def _rows(data: Dataset, seed: int) -> Iterator[Example]:
-    return iter(data.shuffle(seed=seed))
+def _rows(data: Dataset, seed: int, share: Share) -> Iterator[Example]:
+    return share.of(data.shuffle(seed=seed))
 
 
-def _sentences(tokenizer: Any, length: int, prompt: str, source: TextSource, seed: int) -> Iterator[Example]:
-    return sentence_examples(source, tokenizer, length, prompt)
+def _sentences(
+    tokenizer: Any, length: int, prompt: str, source: TextSource, seed: int, share: Share
+) -> Iterator[Example]:
+    return sentence_examples(source.share(share), tokenizer, length, prompt)
 
 
-def _blocks(tokenizer: Any, length: int, source: TextSource, seed: int) -> Iterator[Example]:
-    return block_examples(source, tokenizer, length)
+def _blocks(tokenizer: Any, length: int, source: TextSource, seed: int, share: Share) -> Iterator[Example]:
+    return block_examples(source, tokenizer, length, share)
 
 
-def _masked_text(tokenizer: Any, length: int, source: TextSource, seed: int) -> Iterator[Example]:
-    return masked_examples(source, tokenizer, length, next_sentence=False, seed=seed)
+def _masked_text(tokenizer: Any, length: int, source: TextSource, seed: int, share: Share) -> Iterator[Example]:
+    return masked_examples(source.share(share), tokenizer, length, next_sentence=False, seed=seed)
 
 
-def _choices(tokenizer: Any, length: int, source: TextSource, seed: int) -> Iterator[Example]:
+def _choices(tokenizer: Any, length: int, source: TextSource, seed: int, share: Share) -> Iterator[Example]:
     """Each line beside the one that follows it, as two choices."""
-    for pair in pairwise(sentence_examples(source, tokenizer, length)):
+    for pair in pairwise(sentence_examples(source.share(share), tokenizer, length)):
         yield {**{name: [example[name] for example in pair] for name in pair[0]}, "labels": 0}  # nobody looks at it

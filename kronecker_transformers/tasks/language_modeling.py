@@ -8,7 +8,7 @@ from itertools import accumulate, chain, islice, pairwise, takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from .text import BUFFERED, SENTENCE_END, Document, Example, TextSource
+from .text import BUFFERED, SENTENCE_END, WHOLE, Document, Example, Share, TextSource
 
 _ENCODED = 256  # sentences at a time: one by one they take a third longer
 
@@ -24,13 +24,23 @@ def sentence_examples(
             yield dict(zip(encoded, values, strict=True))
 
 
-def block_examples(source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:
+def block_examples(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, share: Share = WHOLE
+) -> Iterator[Example]:
     """Blocks of exactly `length` tokens from documents that follow each other, for causal language modelling.
 
-    A document ends with the end-of-text token; a text without documents is one running text. What is left at the very
-    end is dropped.
+    A document ends with the end-of-text token; a text without documents is one running text, of which every share reads
+    the whole and takes its own blocks. What is left at the very end is dropped.
     """
     has_documents = source.has_documents()
+    if not has_documents:
+        return share.of(_blocks(source, tokenizer, length, has_documents))
+    return _blocks(source.share(share), tokenizer, length, has_documents)
+
+
+def _blocks(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, has_documents: bool
+) -> Iterator[Example]:
     buffer: list[int] = []
     for document in source.documents():
         text = "\n".join(document) + ("" if has_documents else "\n")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import datasets
 import pyarrow.parquet
@@ -29,6 +29,7 @@ Document = list[str]
 """The sentences, or lines, of one document."""
 Example = dict[str, Any]
 """One example without padding, by the names of the model's inputs."""
+T = TypeVar("T")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 BUFFERED = 1000
 """Documents that are looked at, or held, at a time."""
@@ -36,6 +37,25 @@ BUFFERED = 1000
 _TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 _LOOK_AHEAD = 10_000  # lines of a text file in which a blank line tells that it has documents
 _SORTED = 50  # groups of examples of similar length that are made at once
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of `number` equal shares of a stream, that of one process or worker."""
+
+    index: int = 0
+    number: int = 1
+
+    def of(self, things: Iterable[T]) -> Iterator[T]:
+        """Every `number`-th thing."""
+        return islice(things, self.index, None, self.number)
+
+    def divided(self, inner: Share) -> Share:
+        """A share of this one."""
+        return Share(self.index * inner.number + inner.index, self.number * inner.number)
+
+
+WHOLE = Share()
 
 
 @dataclass(frozen=True)
@@ -124,6 +144,10 @@ class TextSource:
         """The documents between two shares of this one, 0 <= begin < end <= 1; parts that meet have none in common."""
         share = end - begin
         return replace(self, fraction=share * self.fraction, skipped=self.skipped + begin * self.fraction)
+
+    def share(self, share: Share) -> TextSource:
+        """The documents of one share; which ones, the documents themselves tell, so that no other needs to be known."""
+        return self.part(share.index / share.number, (share.index + 1) / share.number)
 
     def _read(self, name: str) -> Iterator[Document]:
         if _is_plain(name):
@@ -219,32 +243,49 @@ def _text_documents(path: Path) -> Iterator[Document]:
 class TextStream(IterableDataset[Example]):
     """An endless dataset of the examples that a generator function makes, shuffled within a buffer.
 
+    Processes and workers divide each pass: each makes its own share of the examples, so that no text is tokenized
+    twice. Groups of all shares have about the same length in the same step, so that no process waits for another.
+
     Args:
-        examples: makes the examples of one pass over a text, given a seed that is another one for each pass.
+        examples: makes a share of the examples of one pass, given a seed that is another one for each pass.
         seed: of the first pass and of the order; the same seed gives the same stream.
         buffer: examples.
         group: number of examples of similar length of one pass that follow each other, so that a batch of them needs
             little padding; 1 leaves them in random order.
+        share: of the process.
 
     Raises:
         ValueError: in the first step, if there are no examples.
     """
 
     def __init__(
-        self, examples: Callable[[int], Iterable[Example]], seed: int = 0, buffer: int = 2000, group: int = 1
+        self,
+        examples: Callable[[int, Share], Iterable[Example]],
+        seed: int = 0,
+        buffer: int = 2000,
+        group: int = 1,
+        share: Share = WHOLE,
     ) -> None:
-        self._examples, self._seed, self._buffer, self._group = examples, seed, buffer, group
+        self._examples, self._seed, self._buffer, self._group, self._share = examples, seed, buffer, group, share
+
+    def share(self, index: int, number: int) -> TextStream:
+        """The stream of one of `number` processes."""
+        share = self._share.divided(Share(index, number))
+        return TextStream(self._examples, self._seed, self._buffer, self._group, share)
 
     def __iter__(self) -> Iterator[Example]:
         worker = get_worker_info()
+        share = self._share.divided(Share(worker.id, worker.num_workers)) if worker else self._share
         for seed in count(self._seed):
-            found = _shuffled(self._examples(seed), self._buffer, random.Random(seed))
+            found = _shuffled(self._examples(seed, share), self._buffer, random.Random(seed))
             first = next(found, None)
             if first is None:
-                raise ValueError("the text gives 0 examples; give more text, a larger fraction or a smaller length")
+                divided = f" for share {share.index + 1} of {share.number}" if share.number > 1 else ""
+                fewer = ", fewer processes or workers" if share.number > 1 else ""
+                raise ValueError(
+                    f"the text gives 0 examples{divided}; give more text, a larger fraction or a smaller length{fewer}"
+                )
             found = chain([first], found)
-            if worker:
-                found = islice(found, worker.id, None, worker.num_workers)
             yield from _grouped(found, self._group, random.Random(seed)) if self._group > 1 else found
 
 
@@ -272,8 +313,7 @@ def _grouped(examples: Iterator[Example], size: int, generator: random.Random) -
 
 def length_group(arguments: TrainingArguments) -> int:
     """The `group` of a `TextStream` for ``train_sampling_strategy``, which the Trainer ignores for streams."""
-    by_length = arguments.train_sampling_strategy == "group_by_length"
-    return arguments.train_batch_size * arguments.world_size if by_length else 1  # a batch of all processes
+    return arguments.train_batch_size if arguments.train_sampling_strategy == "group_by_length" else 1
 
 
 def training_steps(arguments: TrainingArguments, examples: Iterable[Example]) -> int:

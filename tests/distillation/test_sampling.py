@@ -124,6 +124,6 @@ def test_predictions_keep_the_order_of_the_dataset(strategy, tmp_path):
 
 def test_a_stream_that_is_grouped_repeats_nothing_within_a_pass():
     rows = [{"input_ids": [0] * (3 + i % 9), "row": i} for i in range(300)]
-    stream = iter(TextStream(lambda seed: iter(rows), seed=0, group=64))
+    stream = iter(TextStream(lambda seed, share: share.of(rows), seed=0, group=64))
     for _ in range(3):
         assert sorted(next(stream)["row"] for _ in range(300)) == list(range(300))

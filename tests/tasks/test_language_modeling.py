@@ -8,7 +8,7 @@ import torch
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from kronecker_transformers.tasks.language_modeling import block_examples, masked_examples, sentence_examples
-from kronecker_transformers.tasks.text import TextSource
+from kronecker_transformers.tasks.text import WHOLE, Share, TextSource
 
 WORDS = tiny.TEXT.split()
 
@@ -155,6 +155,27 @@ def test_long_lines_are_divided_at_the_ends_of_sentences(bert_tokenizer, tmp_pat
         "[CLS] the fox jumps over [UNK] the dog knows [UNK] [SEP]",
         "[CLS] a model learns what a model knows and jumps [SEP]",
     ]
+
+
+def test_shares_of_blocks(gpt2_tokenizer, tmp_path):
+    """Of a running text, every share has its own blocks of the whole; of documents, the blocks of its own documents."""
+    lines = [f"line {i} of the text" for i in range(60)]
+    running, documents = tmp_path / "running.txt", tmp_path / "documents.txt"
+    running.write_text("\n".join(lines))
+    documents.write_text("\n\n".join(lines))
+
+    def blocks(path, share=WHOLE):
+        return [example["input_ids"] for example in block_examples(TextSource((str(path),)), gpt2_tokenizer, 8, share)]
+
+    parts = [blocks(running, Share(index, 3)) for index in range(3)]
+    assert sorted(itertools.chain(*parts)) == sorted(blocks(running))
+    for index in range(3):
+        share = Share(index, 3)
+        own = TextSource((str(documents),)).share(share).documents()
+        whole = []
+        for (text,) in own:
+            whole += [*gpt2_tokenizer(text).input_ids, gpt2_tokenizer.eos_token_id]
+        assert blocks(documents, share) == [whole[i : i + 8] for i in range(0, len(whole) // 8 * 8, 8)]
 
 
 def test_masked_examples_repeat_with_their_seed(marked):

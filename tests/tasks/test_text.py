@@ -11,7 +11,7 @@ import tiny
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from kronecker_transformers.tasks.text import TextSource, TextStream, length_group, training_steps
+from kronecker_transformers.tasks.text import WHOLE, Share, TextSource, TextStream, length_group, training_steps
 
 WORDS = tiny.TEXT.split()
 
@@ -158,8 +158,8 @@ def test_broken_files(tmp_path):
 # ---- streams and steps ----
 
 
-def numbered(seed, count=50):
-    return ({"number": i, "seed": seed} for i in range(count))
+def numbered(seed, share=WHOLE, count=50):
+    return ({"number": i, "seed": seed} for i in share.of(range(count)))
 
 
 def test_a_stream_repeats_without_end_and_shuffles():
@@ -180,9 +180,9 @@ def test_a_stream_repeats_without_end_and_shuffles():
     assert order(7) == order(7) != order(8)
 
 
-def of_length(seed, count=50):
+def of_length(seed, share=WHOLE, count=50):
     """Examples of 1 to 10 tokens in an order that is not theirs, each with its number."""
-    for number in range(count):
+    for number in share.of(range(count)):
         yield {"number": number, "input_ids": [1] * (1 + 7 * number % 10)}
 
 
@@ -195,6 +195,43 @@ def test_groups_of_a_stream_have_similar_length_and_nothing_is_lost():
     again = list(itertools.islice(TextStream(of_length, seed=7, group=5), 250))
     other = list(itertools.islice(TextStream(of_length, seed=8, group=5), 250))
     assert found == again != other
+
+
+def test_processes_and_workers_divide_every_pass_without_overlap():
+    """Three processes with two workers each; a worker makes its own examples alone."""
+    made = []
+
+    def examples(seed, share):
+        made.append(share)
+        return numbered(seed, share, count=60)
+
+    shares = [TextStream(examples, seed=3).share(index, 3) for index in range(3)]
+    found = [[example["number"] for example in itertools.islice(stream, 40)] for stream in shares]
+    for begin in (0, 20):
+        assert sorted(itertools.chain(*(part[begin : begin + 20] for part in found))) == list(range(60))
+    assert made == [Share(index, 3) for index in range(3) for _ in range(2)]
+    assert [Share(1, 3).divided(Share(worker, 2)) for worker in (0, 1)] == [Share(2, 6), Share(3, 6)]
+    loader = DataLoader(TextStream(partial(numbered, count=60), seed=3).share(1, 3), batch_size=None, num_workers=2)
+    worked = [example["number"] for example in itertools.islice(loader, 20)]
+    assert sorted(worked) == sorted([*Share(2, 6).of(range(60)), *Share(3, 6).of(range(60))])
+
+
+def test_groups_of_all_shares_have_similar_length_in_the_same_step():
+    shares = [iter(TextStream(partial(of_length, count=2000), seed=7, group=20).share(i, 2)) for i in (0, 1)]
+    seen = set()
+    for _ in range(50):
+        steps = [[len(next(stream)["input_ids"]) for _ in range(20)] for stream in shares]
+        assert abs(max(steps[0]) - max(steps[1])) <= 1
+        seen.add(max(steps[0]))
+    assert len(seen) >= 5
+
+
+def test_shares_of_a_text_are_all_of_it_and_have_no_document_in_common(tmp_path):
+    names = (write(tmp_path / "documents.txt", "".join(f"first {i}\nsecond {i}\n\n" for i in range(200))),)
+    for source in (TextSource(names), TextSource(names, fraction=0.5, skipped=0.2)):
+        parts = [list(source.share(Share(index, 5)).documents()) for index in range(5)]
+        assert sorted(itertools.chain(*parts)) == sorted(source.documents())
+        assert min(map(len, parts)) > len(list(source.documents())) / 10
 
 
 @pytest.mark.parametrize(("strategy", "group"), [("random", 1), ("group_by_length", 4)])
@@ -213,7 +250,9 @@ def test_workers_divide_a_stream():
 
 def test_an_empty_stream_is_an_error():
     with pytest.raises(ValueError, match="the text gives 0 examples; give more text"):
-        next(iter(TextStream(lambda seed: [])))
+        next(iter(TextStream(lambda seed, share: [])))
+    with pytest.raises(ValueError, match=r"0 examples for share 2 of 2; .*, fewer processes or workers"):
+        next(iter(TextStream(partial(numbered, count=1)).share(1, 2)))
 
 
 def test_training_steps(tmp_path, caplog):

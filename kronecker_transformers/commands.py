@@ -21,7 +21,7 @@ from .evaluation.cost import Report, describe, recorded_errors
 from .evaluation.timing import Comparison, benchmark
 from .export.dense import to_dense
 from .hub.card import has_own_card, model_card
-from .hub.push import Pushed, card_metadata, files_to_push, push, push_space
+from .hub.push import Pushed, card_metadata, files_to_push, full_name, push, push_space
 from .tasks.text import TextSource
 
 
@@ -78,7 +78,7 @@ def run_search(arguments: argparse.Namespace, console: Console) -> None:
     """Find the best plan for a budget."""
     check_plan_path(arguments.output)
     if arguments.picture:
-        check_file(arguments.picture)
+        display.check_picture(arguments.picture)
     names = ("batch", "length", "engine", "int8")
     timed = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     runtime = Runtime(**timed) if timed else None
@@ -152,8 +152,10 @@ def _export_graphs(arguments: argparse.Namespace, console: Console) -> None:
 
 def run_benchmark(arguments: argparse.Namespace, console: Console) -> None:
     """Compare two models on this machine."""
-    for path in filter(None, (arguments.json, arguments.picture)):
-        check_file(path)
+    if arguments.json:
+        check_file(arguments.json)
+    if arguments.picture:
+        display.check_picture(arguments.picture)
     sizes = {name: getattr(arguments, name) for name in ("batch", "length", "rounds")}
     found: Comparison
     if arguments.runtime in ("onnxruntime", "openvino"):
@@ -180,7 +182,8 @@ def run_benchmark(arguments: argparse.Namespace, console: Console) -> None:
 
 def run_push(arguments: argparse.Namespace, console: Console) -> None:
     """Publish a model."""
-    name, twin_name = arguments.repository, f"{arguments.repository}-dense"
+    name = full_name(arguments.repository)
+    twin_name = full_name(f"{name}-dense") if arguments.with_dense_twin else ""
     known: dict[str, Any] = {key: getattr(arguments, key) for key in ("base_model", "license", "language")}
     own = has_own_card(arguments.folder)
     if own and any(known.values()):

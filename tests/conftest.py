@@ -44,7 +44,11 @@ def hub(monkeypatch, waits):
     from loopback_hub import Hub
 
     with Hub(tokens=("hf_good",)) as hub:
-        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in {
+            "ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():  # fmt: skip
             monkeypatch.setattr(constants, name, value)
         # the Trainer switches progress bars on again after it has pushed
         monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)

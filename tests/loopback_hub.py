@@ -74,8 +74,8 @@ class Fault:
 class Hub:
     """Start with `with Hub() as hub:`; `hub.url` is its endpoint."""
 
-    def __init__(self, tokens=("hf_good",), namespaces=("org",)):
-        self.tokens, self.namespaces = set(tokens), set(namespaces)
+    def __init__(self, tokens=("hf_good",)):
+        self.tokens, self.namespaces = set(tokens), {"org"}
         self.repos: dict[str, Repo] = {}
         """By "models/org/name" or "spaces/org/name"."""
         self.lfs: dict[str, bytes] = {}
@@ -206,6 +206,11 @@ class _Handler(BaseHTTPRequestHandler):
         return repo.revisions.get(revision, revision)
 
     # routes
+    def whoami(self, _):
+        if self._token() is None:
+            raise _RefusedError(401, message="Invalid username or password.")
+        return 200, {"type": "user", "name": "org", "orgs": []}, {}
+
     def create(self, body):
         asked = json.loads(body)
         name, kind = f"{asked.get('organization') or 'org'}/{asked['name']}", (asked.get("type") or "model") + "s"
@@ -344,6 +349,7 @@ for _method in ("GET", "HEAD", "POST", "PUT"):
 _REPO = r"/api/(?P<kind>models|spaces)/(?P<name>[^/]+/[^/]+)"
 _FILE = r"/(?:(?P<kind>spaces)/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+|refs/pr/\d+)/(?P<path>.+)"
 ROUTES = [
+    ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate),
     ("POST", _REPO + r"/preupload/(?P<revision>.+)", _Handler.preupload),

@@ -65,6 +65,14 @@ def test_options_given_win_over_the_recipe(tmp_path):
     assert arguments.output_dir == str(tmp_path / "checkpoints")
 
 
+def test_tokens_are_in_no_record(tmp_path):
+    secret = "hf_" + "a" * 30
+    given = ["--hub_token", secret, f"--hub-token={secret}", "--seed", "3"]
+    options, arguments = parse_script(Options, "glue", ["--output_dir", str(tmp_path), "--use_cpu", *given])
+    assert arguments.hub_token == secret
+    assert options.command[2:] == ["--output_dir", str(tmp_path), "--use_cpu", "--seed", "3"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -111,17 +111,15 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         if target.exists():
             draft.chmod(target.stat().st_mode)
         draft.replace(target)
-    except Exception as error:  # the tokenizer's and the weights' libraries do not raise OSError on a full disk
+    except BaseException as error:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
         for parent in missing:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        raise OSError(
+        if isinstance(error, (ValueError, TypeError)) or not isinstance(error, Exception):
+            raise
+        raise OSError(  # the tokenizer's and the weights' libraries raise other errors on a full disk
             f"output {str(folder)!r} could not be written and nothing was left behind: {error}; "
             "free some space or choose another folder"
         ) from error
-    except BaseException:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-        raise

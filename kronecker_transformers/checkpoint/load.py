@@ -83,8 +83,8 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
 
 
 def source_name(source: str) -> str:
-    """For records: a name on the Hub as it is, a folder by its whole path, so that the two are not confused later."""
-    return str(Path(source).resolve()) if source and os.path.isdir(source) else source
+    """For records: a name on the Hub as it is, a file or folder by its whole path, so that they cannot be confused."""
+    return str(Path(source).resolve()) if source and os.path.exists(source) else source
 
 
 def load_model(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +35,11 @@ ENCODER_FILES = tuple(
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 """Settings of the encoder; sentence-transformers takes the first that is there."""
+_NEEDED = {
+    "Pooling": ("config.json",), "Dense": ("config.json", "model.safetensors"),
+    "LayerNorm": ("config.json", "model.safetensors"),
+}  # fmt: skip
+"""Files without which a module is not what it was."""
 _MODULE_FILES = ("config.json", "cnn_config.json", "lstm_config.json", "model.safetensors", "pytorch_model.bin")
 _ENCODERS = ("Transformer", "MLMTransformer")
 KINDS = (
@@ -106,6 +111,11 @@ class SentenceModules:
             ends = ids[-1] in (tokenizer.sep_token_id, tokenizer.eos_token_id)
             pooling = replace(pooling, skip=len(ids) - ends)
         encoder = next((self._object(name) for name in ENCODER_FILES if name in self.files), {})
+        if encoder.get("do_lower_case") and tokenizer("A").input_ids != tokenizer("a").input_ids:
+            raise ValueError(
+                "do_lower_case=True in the settings of the teacher's encoder is not what its tokenizer does; give the "
+                "tokenizer a Lowercase normalizer, or remove the setting, in a copy of the teacher"
+            )
         is_unit = similarity == "cosine" or "Normalize" in self.kinds
         return EncoderSettings(pooling, prompt, encoder.get("max_seq_length"), is_unit)
 
@@ -159,6 +169,12 @@ def modules_of(model: PreTrainedModel) -> SentenceModules | None:
         source, found = model.config.name_or_path, None
         if source and (model.base_model is model or _architecture(source) == type(model).__name__):
             found = read_modules(source, local=True)
+            if found is None and not os.path.isdir(source) and model.base_model is model:
+                logger.warning(
+                    "whether %s has pooling and prompts of sentence-transformers is not known, since the model was "
+                    "passed; pass its name, or a folder with all of its files, if it is a sentence encoder",
+                    source,
+                )
         share_modules(found, model)
     shared: SentenceModules | None = vars(model)[_SHARED]
     return shared
@@ -215,6 +231,13 @@ def read_modules(source: str | os.PathLike[str], local: bool = False) -> Sentenc
                 found[name.replace("pytorch_model.bin", "model.safetensors")] = (
                     _as_safetensors(content, name) if name.endswith(".bin") else content
                 )
+    for entry in entries[1:]:
+        for name in (f"{entry['path']}/{file}" for file in _NEEDED.get(_kind(entry), ())):
+            if name not in found:
+                raise ValueError(
+                    f"{MODULES_FILE} of {os.fspath(source)!r} has the module {_kind(entry)}, but {name} is missing; "
+                    "save or download the teacher again"
+                )
     for name, content in found.items():
         if name.endswith(".json"):
             refuse_code(
@@ -236,9 +259,16 @@ def _content(source: str | os.PathLike[str], name: str, local: bool) -> bytes | 
         return path.read_bytes() if path.is_file() else None
     try:
         cached = try_to_load_from_cache(source, name) if local else hf_hub_download(source, name)
-    except (EntryNotFoundError, HFValidationError) as error:
-        if isinstance(error, LocalEntryNotFoundError) and name == MODULES_FILE:
+    except LocalEntryNotFoundError as error:
+        if name == MODULES_FILE:
             logger.warning("%s of %s cannot be looked up: if it has one, the student lacks its pooling", name, source)
+        elif not constants.HF_HUB_OFFLINE:
+            raise OSError(
+                f"{name} of {source!r} cannot be looked up ({error}); try again, or set HF_HUB_OFFLINE=1 if all of its "
+                "files are in the cache"
+            ) from error
+        return None
+    except (EntryNotFoundError, HFValidationError):
         return None
     except Exception as error:  # of the Hub's client and of the HTTP client below it
         raise OSError(f"{name} of {source!r} cannot be read ({error}); try again") from error
@@ -257,12 +287,15 @@ def _entries(content: bytes, source: str) -> list[dict[str, Any]]:
     remedy = f"remove {MODULES_FILE} from a copy of it to compress its encoder alone, without pooling and prompts"
     entries = _parsed(content, MODULES_FILE)
     listed = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    seen = set()
     for entry in entries if listed and entries else [{}]:
         path, kind = entry.get("path"), str(entry.get("type"))
-        if not isinstance(path, str) or not re.fullmatch(r"(\w[\w.-]*)?", path):
+        is_folder = isinstance(path, str) and re.fullmatch(r"\w[\w.-]*", path)
+        if path in seen or not (is_folder or (path == "" and entry is entries[0])):
             raise ValueError(
-                f"{MODULES_FILE} of {source!r} has a module with the path {path!r}, no folder in it; {remedy}"
+                f"{MODULES_FILE} of {source!r} has a module with the path {path!r}, no folder of its own; {remedy}"
             )
+        seen.add(path)
         known = KINDS if entry is not entries[0] else _ENCODERS
         if not kind.startswith("sentence_transformers.") or _kind(entry) not in known:
             raise ValueError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.kronecker_family import FACTORED_CLASSES, supported_classes
+from ..models.kronecker_family import FACTORED_CLASSES, family_of, heads_of, supported_classes
 from .load import load_teacher
 
 
@@ -27,8 +28,35 @@ def check_teacher(
     if type(teacher) not in FACTORED_CLASSES:
         name = type(teacher).__name__
         raise ValueError(f"teacher of class {name} is not supported; supported are {supported_classes()}")
+    layers: Any = teacher.base_model.get_submodule(family_of(teacher).layers)
+    depth = len(layers)
+    if depth != teacher.config.num_hidden_layers:
+        raise ValueError(
+            f"teacher has {depth} layers, and its config says num_hidden_layers={teacher.config.num_hidden_layers}; "
+            "make both agree first"
+        )
     check_finite(teacher)
     return teacher, tokenizer
+
+
+def needs_pad_token(model: PreTrainedModel) -> bool:
+    """Whether a model can classify only one text at a time, since it does not know which tokens are padding."""
+    heads = heads_of(model)
+    is_classifier = bool(heads) and heads[0].kind == "sequence" and family_of(model).causal
+    return is_classifier and model.config.pad_token_id is None
+
+
+def check_pad_token(model: PreTrainedModel) -> None:
+    """Refuse such a model.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if needs_pad_token(model):
+        raise ValueError(
+            f"the {type(model).__name__} has no pad_token_id in its config, so it cannot read several texts at once; "
+            "set model.config.pad_token_id, for instance to its eos_token_id, and save the model"
+        )
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.convert import copy_rest, is_tied, model_like, set_parameter
 from ..checkpoint.sentence_modules import modules_of, share_modules
-from ..checkpoint.teachers import check_finite
+from ..checkpoint.teachers import check_finite, needs_pad_token
 from ..models import DENSE_CLASSES
 from ..models.kronecker_family import has_choices, longest_sequence
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
@@ -59,8 +59,8 @@ def _check_outputs(model: PreTrainedModel, dense: PreTrainedModel) -> None:
     Raises:
         ValueError: they differ by more than rounding.
     """
-    length = min(16, longest_sequence(model))
-    ids = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    length, rows = min(16, longest_sequence(model)), 1 if needs_pad_token(model) else 2
+    ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     ids = ids.unsqueeze(0) if has_choices(model) else ids
     training = model.training
     batch = {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}

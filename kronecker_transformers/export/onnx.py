@@ -39,7 +39,7 @@ from transformers.masking_utils import eager_mask
 
 from ..checkpoint.files import check_new_folder, new_folder
 from ..checkpoint.sentence_modules import modules_of
-from ..checkpoint.teachers import check_finite
+from ..checkpoint.teachers import check_finite, check_pad_token
 from ..models import DENSE_CLASSES
 from ..models.kronecker_family import family_of, has_choices, heads_of
 from .openvino import require_openvino, write_openvino, write_openvino_int8
@@ -52,6 +52,10 @@ BLOCK = 32
 """Entries of a weight of 4 bits that share a scale."""
 SMALLEST = 4096
 """Entries of a weight or table that is worth quantizing."""
+
+
+LARGEST = 2**31 - 1
+"""Bytes of a graph in one file, the limit of its format."""
 
 
 def export_onnx(
@@ -135,7 +139,16 @@ def write_graphs(model: PreTrainedModel, folder: Path, forms: Iterable[str]) -> 
         model: in fp32 on the CPU, in evaluation mode.
         folder: for the files that `parity.FORMS` names.
         forms: which of them.
+
+    Raises:
+        ValueError: a model that cannot read several texts at once, or more weights than a graph holds.
     """
+    check_pad_token(model)
+    if (size := 4 * sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
+        raise ValueError(
+            f"the {type(model).__name__} has {size / 2**30:.1f} GiB of weights in fp32, and a graph holds at most 2; "
+            "export a smaller model"
+        )
     forms = set(forms)
     source = folder / FORMS["fp32"]
     source.parent.mkdir()

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.load import REPORT_FILE, load_model
 from ..checkpoint.sentence_modules import read_modules
-from ..evaluation.cost import describe
+from ..evaluation.cost import describe, recorded_errors
 from ..models import DENSE_CLASSES, FACTORED_CLASSES
 from ..models.kronecker_family import heads_of
 from .files import BENCHMARK_FILE, CARD, RESULTS_FILE, published_files, read_object, without_folders
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).parent / "card.md"
 MADE = "<!-- Made by kronecker_transformers: a push makes it anew. Remove this line to keep what you write here. -->"
 """In every card."""
+_OWN = ("megabytes", "examples per second")
+"""Rows of a record that are not those of the dense twin."""
 _SENTENCE = "The students were proud of what their teacher had taught them."
 
 
@@ -108,6 +112,11 @@ def model_card(
     folder = Path(folder)
     records = Path(records or folder)
     model, tokenizer = load_model(folder)
+    if type(model) not in DENSE_CLASSES and twin_of is None:
+        raise ValueError(
+            f"{str(folder)!r} holds a {type(model).__name__}, not a factored model; push the factored folder, with "
+            "--with-dense-twin for its twin, or write a README.md of your own beside a dense model"
+        )
     record = _read(records / RESULTS_FILE)
     options, training = record.get("options", {}), record.get("training", {})
     source = options.get("teacher") or _read(records / REPORT_FILE).get("teacher")
@@ -122,6 +131,8 @@ def model_card(
     use = _USES[heads[0].kind if heads else None]
     modules = read_modules(folder)
     is_sentence_encoder = modules is not None and "Pooling" in modules.kinds
+    if twin_of:  # the twin has the same quality, but not the size and the speed of the factored model
+        record = {**record, "rows": {name: row for name, row in record.get("rows", {}).items() if name not in _OWN}}
     quality, models = _quality(record)
     results = _eval_results(record, options)
     data = ModelCardData(
@@ -158,6 +169,7 @@ def model_card(
         architecture=architecture,
         auto_class=auto_class(model),
         is_sentence_encoder=is_sentence_encoder,
+        only_factored=not training and bool(recorded_errors(records, describe(model).factors_sha256)),
         trust="" if twin_of else ", trust_remote_code=True",
         **_costs(model, twin_of is not None),
         speed=_speed(folder),
@@ -181,7 +193,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_hub_name(source: str | None) -> bool:
-    return bool(source and source.count("/") <= 1 and source[0] not in "./" and not os.path.exists(source))
+    """Whether it may be a name on the Hub, perhaps with a configuration after a colon."""
+    if not source or os.path.exists(source):
+        return False
+    name, suffix = source.partition(":")[0], Path(source).suffix.lower()
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return suffix not in _FILES and len(name) > 1  # a single letter is a drive
+
+
+_FILES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
 
 
 def has_own_card(folder: str | os.PathLike[str]) -> bool:
@@ -339,7 +362,8 @@ def _command(command: list[str] | None) -> str | None:
     """For a shell; of local paths only the last part."""
     if not command:
         return None
-    return f"`{shlex.join(Path(part).name if part.startswith('/') else without_folders(part) for part in command)}`"
+    parts = (Path(part).name if part.startswith("/") else without_folders(part) for part in command)
+    return f"`{shlex.join(parts)}`"
 
 
 def _first_line(code: bytes) -> str:

@@ -24,6 +24,9 @@ from ..checkpoint.sentence_modules import read_modules
 
 _PATH = re.compile(r"(?<![\w.:/~-])/(?:[^\s/'\"]+/)+[^\s/'\",;:)]*")
 """An absolute path of two parts or more in a text; not of an address, nor the end of a relative one."""
+_WINDOWS_PATH = re.compile(r"(?<![\w/])[A-Za-z]:[\\/](?:[^\s\\/'\"]+[\\/])*(?=[^\s\\/'\"])")
+"""The folders of a path of Windows."""
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 CARD = "README.md"
 RESULTS_FILE, BENCHMARK_FILE = "results.json", "benchmark.json"
 """Beside the weights: what the examples, and the command benchmark with --json, have recorded."""
@@ -32,7 +35,7 @@ WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.i
 PUBLISHED = (
     CARD, "config.json", "generation_config.json", *WEIGHTS,
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.txt", "vocab.json", "merges.txt",
+    "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "spiece.model", "sentencepiece.bpe.model", "spm.model",
     *RECORDS, "plan.yaml", "*.png",
 )  # fmt: skip
 """Names in the top folder of a checkpoint that are published; code comes by what the config names, and the files of
@@ -92,9 +95,13 @@ def _without_paths(value: Any) -> Any:
 
 
 def without_folders(text: str) -> str:
-    """A text whose absolute paths are cut to their last part: a path as a whole, an option, or a message."""
+    """A text whose absolute paths are cut to their last part: a path as a whole, an option, or a message.
+
+    A token of the Hub, should there be one, is cut too.
+    """
     if os.path.isabs(text):
         return f"./{Path(text).name}"
+    text = _WINDOWS_PATH.sub("./", _TOKEN.sub("hf_...", text))
     return _PATH.sub(lambda found: f"./{Path(found[0]).name}", text)
 
 

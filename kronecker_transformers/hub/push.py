@@ -19,7 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, SpaceCardData, constants
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    SpaceCardData,
+    constants,
+    get_token,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -79,7 +87,7 @@ def push(
     """
     if create_pr and revision not in (None, constants.DEFAULT_REVISION):
         raise ValueError(f"revision={revision!r} cannot be combined with a pull request, which goes to main; leave one")
-    _check_name(repo_id)
+    repo_id = full_name(repo_id, token)
     sources = {file.name: file.source for file in files_to_push(folder, repo_id, card=card, token=token)}
     sources.update(also or {})
     files = {name: source if isinstance(source, bytes) else str(source) for name, source in sources.items()}
@@ -92,7 +100,7 @@ def files_to_push(
     folder: str | os.PathLike[str], repo_id: str, *, card: ModelCard | None = None, token: str | None = None
 ) -> list[PublishedFile]:
     """What `push` sends, with the card, sorted by name; its arguments and errors."""
-    files = published_files(folder)
+    files, repo_id = published_files(folder), full_name(repo_id, token)
     if card is None and not has_own_card(folder):
         card = model_card(folder, repo_id, look_up=partial(card_metadata, token=token))
     if card is not None:
@@ -157,6 +165,25 @@ def push_space(
     files["README.md"] = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n".encode()
     options = {"private": private, "repo_type": "space", "space_sdk": "gradio"}
     return _publish(api, repo_id, files, "Upload Space", options)
+
+
+def full_name(repo_id: str, token: str | None = None) -> str:
+    """A name with its owner; of a name alone, the owner is whoever is logged in.
+
+    Raises:
+        ValueError: a name that the Hub does not allow, or without an owner where nobody is logged in.
+        OSError: the Hub cannot be asked who that is.
+    """
+    _check_name(repo_id)
+    if "/" in repo_id:
+        return repo_id
+    if not (token or get_token()):
+        raise ValueError(
+            f"repository {repo_id!r} names no owner, and nobody is logged in; write owner/{repo_id}, or log in with "
+            "`hf auth login`"
+        )
+    api = HfApi(token=token)
+    return f"{_tried(api.whoami, api, repo_id)['name']}/{repo_id}"
 
 
 def _check_name(repo_id: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,8 +169,9 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
         parser.error(f"unknown option {unknown[0]!r}; --help and --help_training list the known ones")
     try:
         chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(own) if f.init}
-        if "teacher" in chosen:
-            chosen["teacher"] = source_name(chosen["teacher"])
+        for name in {"teacher", "train_text", "train_file"} & chosen.keys():
+            given = chosen[name]
+            chosen[name] = list(map(source_name, given)) if isinstance(given, list) else given and source_name(given)
         inits = {f.name for f in dataclasses.fields(DistillationArguments) if f.init}
         wanted = {key: value for key, value in vars(namespace).items() if key in inits}
         if wanted["include_num_input_tokens_seen"] in ("no", False):
@@ -177,8 +179,19 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
         arguments = DistillationArguments(**wanted)
         set_seed(arguments.seed)  # a new head of a teacher is drawn before the Trainer sets it
         found: Any = script(**chosen)
-        found.command = ["python", f"examples/{Path(sys.modules[script.__module__].__file__ or '').name}", *argv]
+        program = f"examples/{Path(sys.modules[script.__module__].__file__ or '').name}"
+        found.command = ["python", program, *_without_tokens(argv)]
         return found, arguments
     except (ValueError, OSError) as error:
         parser.error(str(error))
         raise  # parser.error does not return
+
+
+def _without_tokens(argv: list[str]) -> list[str]:
+    """Without options like --hub_token and their values, since the command is recorded and published."""
+    secret = re.compile(r"--[\w-]*token(=.*)?", re.DOTALL)
+    return [
+        part
+        for before, part in zip(["", *argv], argv, strict=False)
+        if not secret.fullmatch(part) and not (secret.fullmatch(before) and "=" not in before)
+    ]

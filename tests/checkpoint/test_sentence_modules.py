@@ -8,6 +8,8 @@ import tiny
 import torch
 from datasets import Dataset
 from examples_runner import run_example
+from huggingface_hub import constants
+from loopback_hub import Fault
 from safetensors.torch import load_file
 from sentence_transformers import (
     SentenceTransformer,
@@ -35,7 +37,7 @@ from kronecker_transformers import compress, to_dense
 from kronecker_transformers.checkpoint.load import load_student, load_teacher, save_folder
 from kronecker_transformers.checkpoint.pooling import MODES
 from kronecker_transformers.checkpoint.pooling import Pooling as OurPooling
-from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of
+from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of, read_modules
 from kronecker_transformers.cli import main
 from kronecker_transformers.experiments import training
 from kronecker_transformers.experiments.distill import distill
@@ -292,8 +294,10 @@ def edit(path, change):
 BROKEN = {
     "foreign": (lambda m: m[1].update(type="evil.Pooling"), "has the module 'evil.Pooling', where Pooling or"),
     "unknown": (lambda m: m[1].update(type="sentence_transformers.models.CLIPModel"), r"module '.*CLIPModel', where"),
-    "outside": (lambda m: m[1].update(path="../1_Pooling"), "path '../1_Pooling', no folder in it"),
-    "hidden": (lambda m: m[1].update(path="/etc"), "path '/etc', no folder in it"),
+    "outside": (lambda m: m[1].update(path="../1_Pooling"), "path '../1_Pooling', no folder of its own"),
+    "hidden": (lambda m: m[1].update(path="/etc"), "path '/etc', no folder of its own"),
+    "root": (lambda m: m[1].update(path=""), "path '', no folder of its own"),
+    "twice": (lambda m: m.append(m[1]), "path '1_Pooling', no folder of its own"),
     "no encoder": (
         lambda m: m.pop(0),
         "where Transformer or MLMTransformer of sentence-transformers can be taken over",
@@ -332,10 +336,61 @@ def test_code_in_the_config_of_a_cross_encoder_is_refused(changes, tmp_path):
         compress(teacher, "7.7x")
 
 
+@pytest.mark.parametrize("name", ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"])
+def test_a_module_that_lacks_a_file_is_refused(name, tmp_path):
+    teacher = encoder(tmp_path / "teacher", modules=[Dense(32, 5)])
+    (teacher / name).unlink()
+    kind = name.partition("/")[0][2:]
+    with pytest.raises(ValueError, match=f"has the module {kind}, but {name} is missing; save or download"):
+        compress(teacher, "7.7x")
+
+
+def test_letters_that_only_sentence_transformers_would_lower_are_refused(tmp_path):
+    teacher, settings = encoder(tmp_path / "teacher"), "sentence_bert_config.json"
+    model, tokenizer = load_teacher(teacher)
+    edit(teacher / settings, lambda c: c.update(do_lower_case=True))
+    assert encoder_settings(load_teacher(teacher)[0], tokenizer).pooling.modes == ("mean",)  # it lowers them itself
+    tokenizer.backend_tokenizer.normalizer = None
+    tokenizer.add_tokens(["A", "a"])
+    with pytest.raises(ValueError, match="do_lower_case=True in the settings of the teacher's encoder is not what its"):
+        encoder_settings(load_teacher(teacher)[0], tokenizer)
+    assert encoder_settings(model, tokenizer).pooling.modes == ("mean",)  # without that setting
+
+
+def put_on_hub(hub, folder, name="org/encoder"):
+    hub.repos[f"models/{name}"] = repo = hub.empty_repo()
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    repo.commit("main", files, "upload")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_file_that_the_hub_fails_to_send_is_not_a_file_that_is_not_there(hub, cache, tmp_path):
+    put_on_hub(hub, encoder(tmp_path / "teacher", mode="cls"))
+    assert read_modules("org/encoder").pooling().modes == ("cls",)
+    shutil.rmtree(cache)
+    hub.faults = [Fault(method, "1_Pooling/config.json", 500, times=9) for method in ("HEAD", "GET")]
+    with pytest.raises(OSError, match=r"1_Pooling/config.json of 'org/encoder' cannot be (looked up|read)"):
+        read_modules("org/encoder")
+
+
+def test_a_model_that_was_passed_does_not_know_its_pooling_and_says_so(hub, cache, tmp_path, caplog):
+    put_on_hub(hub, encoder(tmp_path / "teacher", mode="cls"))
+    model = AutoModel.from_pretrained("org/encoder", cache_dir=cache)
+    assert modules_of(model) is None
+    assert "whether org/encoder has pooling and prompts of sentence-transformers is not known" in caplog.text
+    caplog.clear()
+    assert modules_of(load_teacher("org/encoder")[0]).pooling().modes == ("cls",)
+    assert not caplog.text
+
+
 def test_modules_that_no_distillation_follows_are_refused_before_it(tmp_path):
     teacher = encoder(tmp_path / "teacher", modules=[Dense(32, 5)])
     (tmp_path / "text.txt").write_text("\n".join(SENTENCES))
     with pytest.raises(ValueError, match="has the modules Pooling, Dense; embeddings are compared after Pooling"):
         run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[tmp_path / "text.txt"])
     assert not (tmp_path / "out").exists()
-    shutil.rmtree(teacher)

@@ -221,6 +221,13 @@ def test_refusals_come_before_the_work(monkeypatch, tmp_path):
         exporting.export_graphs(model, None, tmp_path / "a", [])
     with pytest.raises(ValueError, match=r"texts=\[\] leave nothing to compare"):
         exporting.export_onnx(model, None, tmp_path / "a", texts=[])
+    unpadded = teacher(transformers.GPT2ForSequenceClassification, pad_token_id=None)
+    with pytest.raises(ValueError, match="GPT2ForSequenceClassification has no pad_token_id in its config"):
+        exporting.export_onnx(unpadded, None, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "LARGEST", 4 * model.num_parameters() - 1)
+        with pytest.raises(ValueError, match=r"of weights in fp32, and a graph holds at most 2"):
+            exporting.export_onnx(model, None, tmp_path / "a")
     other = transformers.CamembertModel(transformers.CamembertConfig(num_hidden_layers=1))
     with pytest.raises(ValueError, match="CamembertModel is not supported"):
         exporting.export_onnx(other, None, tmp_path / "a")

@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from safetensors import safe_open
-from tiny import bert_tokenizer, teacher, tokenizer_for
+from tiny import bert_tokenizer, perturb, teacher, tokenizer_for
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -85,6 +85,36 @@ def test_the_example_has_the_mask_of_the_tokenizer(tmp_path):
     assert card.data.widget == [{"text": "Paris is the <mask> of France."}]
 
 
+def test_a_twin_has_the_quality_of_the_factored_model_but_not_its_size_and_speed(tmp_path):
+    folder, model = student_folder(BertForMaskedLM, tmp_path)
+    rows = {**RECORD["rows"], "megabytes": [40.0, 13.25, 13.25], "examples per second": [10.0, 40.0, 40.0]}
+    write(folder, "results.json", {**RECORD, "rows": rows})
+    twin = save_folder(tmp_path / "twin", to_dense(model))
+    card = model_card(twin, "org/tiny-dense", twin_of="org/tiny", records=folder).text
+    assert "| accuracy | 0.91 | 0.5 | 0.8765 |" in card
+    assert "13.25" not in card
+    assert "**Time**: not measured." in card
+    assert "**Time**: examples per second are below." in model_card(folder, "org/tiny").text
+
+
+def test_only_a_model_that_is_as_it_was_factored_is_called_untrained(tmp_path):
+    """Somebody may have trained it without our trainer, which leaves no record."""
+    folder, model = student_folder(BertForMaskedLM, tmp_path)
+    assert "It has not been distilled, and is poor" in model_card(folder, "org/tiny").text
+    perturb(model).save_pretrained(folder)
+    text = model_card(folder, "org/tiny").text
+    assert "It has not been distilled" not in text
+    assert "Only factored, not trained" not in text
+    assert "- Training: not recorded" in text
+
+
+def test_a_dense_folder_gets_no_card_of_a_factored_one(tmp_path):
+    _, model = student_folder(BertForMaskedLM, tmp_path)
+    twin = save_folder(tmp_path / "twin", to_dense(model))
+    with pytest.raises(ValueError, match="holds a BertForMaskedLM, not a factored model; push the factored folder"):
+        model_card(twin, "org/tiny")
+
+
 def test_sizes_are_those_of_the_files(tmp_path):
     folder, _ = student_folder(BertForMaskedLM, tmp_path)
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -149,6 +179,9 @@ def test_what_is_known_is_taken_over(tmp_path):
         ({"version": "v1.1", "train_file": "/x/mine.json"}, "mine.json", None, False),
         ({"version": "v1.1", "validation_file": "/x/mine.json"}, "not recorded", None, False),
         ({"train_text": ["/x/a.txt", "/x/b.txt"], "fraction": 0.1}, "a.txt, b.txt, 10% of it", None, False),
+        ({"train_text": ["data/corpus.txt"]}, "corpus.txt", None, False),
+        ({"train_text": ["wikimedia/wikipedia:20231101.en"]}, "wikimedia/wikipedia:20231101.en",
+         ["wikimedia/wikipedia:20231101.en"], False),
         ({"train_text": ["Salesforce/wikitext"], "fraction": 1.0}, "Salesforce/wikitext", ["Salesforce/wikitext"],
          False),
     ],
@@ -275,6 +308,9 @@ def test_tokens_that_were_not_counted_are_not_told(tmp_path):
         ("OSError: '/home/ada/x.json' is gone; see (/tmp/a/b)", "OSError: './x.json' is gone; see (./b)"),
         ("https://huggingface.co/org/model and org/model/a", "https://huggingface.co/org/model and org/model/a"),
         ("3 / 4 of and/or", "3 / 4 of and/or"),
+        ("C:\\Users\\ada\\bert", "./bert"),
+        ("--teacher=C:/Users/ada/bert --seed 3", "--teacher=./bert --seed 3"),
+        ("--hub_token hf_abcdefghijklmnopqrstuvwxyz0123", "--hub_token hf_..."),
     ],
 )
 def test_local_paths_do_not_leave(text, cut, tmp_path):

@@ -1,5 +1,6 @@
 """Pushes to a hub on loopback, with the real client; and what a stranger then gets from it."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from tiny import bert_tokenizer, inputs, model_type, perturb, teacher, tokenizer
 from transformers import BertForSequenceClassification
 from transformers.pipelines import SUPPORTED_TASKS
 
-from kronecker_transformers import compress
+from kronecker_transformers import commands, compress
 from kronecker_transformers.checkpoint.load import save_folder
 from kronecker_transformers.cli import main
 from kronecker_transformers.export.dense import to_dense
@@ -253,8 +254,7 @@ def test_private(hub, folder, private):
     ids=lambda value: f"{value.path}-{value.status}-{value.done}" if isinstance(value, Fault) else "",
 )
 def test_what_passes_is_tried_again(hub, folder, waits, fault, waited):
-    hub.faults = [fault]
-    fault.times = fault.times or 1
+    hub.faults = [dataclasses.replace(fault)]
     done = push(folder, "org/tiny", token=TOKEN)
     assert done.is_new
     assert waits == waited
@@ -315,6 +315,24 @@ def test_wrong_or_no_token(hub, folder, token, name, caplog):
 def test_foreign_name(hub, folder):
     with pytest.raises(OSError, match="the token may not write to 'other/tiny'"):
         push(folder, "other/tiny", token=TOKEN)
+
+
+def test_a_name_of_ones_own(hub, folder, monkeypatch, capsys):
+    monkeypatch.setattr("kronecker_transformers.hub.push.get_token", lambda: None)
+    with pytest.raises(ValueError, match="'tiny' names no owner, and nobody is logged in; write owner/tiny, or log in"):
+        push(folder, "tiny")
+    assert main(["push", str(folder), "tiny", "--dry-run"]) == 1
+    assert "names no owner" in capsys.readouterr().err
+    push(folder, "tiny", token=TOKEN)
+    assert 'from_pretrained("org/tiny", trust_remote_code=True)' in hub.repo("org/tiny").files()["README.md"].decode()
+
+
+def test_both_names_are_looked_at_before_the_work(hub, folder, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "model_card", lambda *a, **k: pytest.fail("work began"))
+    for name in ("org/bad name", f"org/{'x' * 88}"):
+        assert main(["push", str(folder), name, "--with-dense-twin", "--dry-run"]) == 1
+        assert "is no name that the Hub allows" in capsys.readouterr().err
+    assert not hub.requests
 
 
 def test_the_token_is_in_no_log(hub, folder, caplog):

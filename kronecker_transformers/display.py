@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from .checkpoint.files import check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -193,6 +196,24 @@ def _cell(value: Any) -> str:
 def has_pictures() -> bool:
     """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Refuse a picture that could not be drawn, before long work begins.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: it cannot write such a file.
+        OSError: as `checkpoint.files.check_file`.
+    """
+    if not has_pictures():
+        raise ImportError("a picture needs matplotlib; pip install matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if (ending := Path(path).suffix.lower().removeprefix(".")) not in known:
+        raise ValueError(f"picture {str(path)!r} must not end in {ending!r}; give it one of {', '.join(sorted(known))}")
+    check_file(path)
 
 
 def picture_axes(columns: int = 1) -> tuple[Any, Any]:

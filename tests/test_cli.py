@@ -1,4 +1,5 @@
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from tiny import bert_tokenizer, gpt2_tokenizer, inputs, teacher
 from transformers import AutoTokenizer, BertForSequenceClassification, GPT2LMHeadModel
 
 import kronecker_transformers as kt
+from kronecker_transformers import commands
+from kronecker_transformers.checkpoint.files import new_folder
 from kronecker_transformers.cli import main
 
 
@@ -252,6 +255,29 @@ class TestBadInput:
         assert "student' could not be written and nothing was left behind" in message
         assert "free some space or choose another folder" in message
         assert not [path for path in tmp_path.iterdir() if "student" in path.name]
+
+    def test_what_is_no_fault_of_the_disk_is_not_called_one(self, tmp_path):
+        with pytest.raises(ValueError, match=r"^plan and layers disagree$"), new_folder(tmp_path / "a" / "b"):
+            raise ValueError("plan and layers disagree")
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("picture", "message"),
+        [("plan.foo", "must not end in 'foo'; give it one of"), ("missing/plan.png", "folder .* does not exist")],
+    )
+    def test_pictures_that_cannot_be_drawn(self, bert, tmp_path, capsys, monkeypatch, picture, message):
+        for name in ("search_plan", "benchmark"):
+            monkeypatch.setattr(commands, name, lambda *a, **k: pytest.fail("work began"))
+        given = ("--picture", tmp_path / picture)
+        text = tmp_path / "text.txt"
+        text.write_text("the fox\n" * 30)
+        search = ("search", bert, "--ratio", 2, "--calibration", text, "--output", tmp_path / "plan.yaml")
+        for command in (search, ("benchmark", bert, bert)):
+            assert kronecker(*command, *given) == 1
+            assert re.search(message, capsys.readouterr().err)
+        monkeypatch.setattr("kronecker_transformers.display.has_pictures", lambda: False)
+        assert kronecker(*search, "--picture", tmp_path / "plan.png") == 1
+        assert "pip install matplotlib" in capsys.readouterr().err
 
     def test_full_disk_while_the_tokenizer_is_written(self, tmp_path):
         teacher(BertForSequenceClassification, vocab_size=5000).save_pretrained(tmp_path / "big")

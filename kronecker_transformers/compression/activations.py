@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint.teachers import check_pad_token
 from ..models.kronecker_family import family_of, longest_sequence
 
 LENGTH = 128
@@ -44,7 +45,7 @@ class CalibrationBatch(NamedTuple):
 def calibration_batches(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int = LENGTH
 ) -> list[CalibrationBatch]:
-    """Encode calibration text: text by text, or in blocks for a causal model; longer texts are cut into pieces.
+    """Encode calibration text: text by text, or in whole blocks for a causal model; longer texts are cut into pieces.
 
     Args:
         texts: sentences or documents.
@@ -57,7 +58,7 @@ def calibration_batches(
 
     Raises:
         TypeError: a text is not a string, or all is one string.
-        ValueError: too few texts.
+        ValueError: too few texts, or a causal classifier that does not know its padding token.
     """
     if isinstance(texts, str):
         raise TypeError("calibration text is one string; give a list of strings")
@@ -65,15 +66,15 @@ def calibration_batches(
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"calibration text {index} is of type {type(text).__name__}; give strings")
+    check_pad_token(model)
     texts = [text for text in texts if text.strip()]
     length = min(length, longest_sequence(model))
     if family_of(model).causal:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ids = list(chain.from_iterable([*row, *end] for row in tokenizer(texts)["input_ids"])) if texts else []
-        rows = [ids[start : start + length] for start in range(0, len(ids), length)]
+        rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     else:
-        cut = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
-        rows = tokenizer(texts, **cut)["input_ids"] if texts else []
+        rows = _pieces(texts, tokenizer, length) if texts else []
     if len(rows) < HELD_OUT:
         raise ValueError(
             f"calibration text of {len(texts)} texts gives {len(rows)} sequences of at most {length} tokens; at least "
@@ -83,6 +84,18 @@ def calibration_batches(
     held_out = rows[HELD_OUT // 2 :: HELD_OUT]
     del rows[HELD_OUT // 2 :: HELD_OUT]
     return [*_batches(rows, False), *_batches(held_out, True)]
+
+
+def _pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    """The ids of texts, each piece of a longer one with the special tokens."""
+    if tokenizer.is_fast:
+        cut = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
+        rows: list[list[int]] = tokenizer(texts, **cut)["input_ids"]
+        return rows
+    room = length - tokenizer.num_special_tokens_to_add()
+    plain = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    pieces = chain.from_iterable([row[i : i + room] for i in range(0, max(1, len(row)), room)] for row in plain)
+    return [tokenizer.build_inputs_with_special_tokens(piece) for piece in pieces]
 
 
 def _batches(rows: list[list[int]], held_out: bool) -> Iterator[CalibrationBatch]:

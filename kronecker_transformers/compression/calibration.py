@@ -9,20 +9,21 @@ they compute. A part of the text is held out: a layer whose nearest factors do b
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..models.kronecker_family import family_of, projection_of
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, seeing, weight_of
 from .calibrated import calibrated_kronecker, weighted_kronecker
 from .moments import Moments, MomentSums, kronecker_product
-from .outputs import HeldOutOutputs
+from .outputs import HeldOutOutputs, check_held_out
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def _calibrate(
 ) -> dict[str, LayerErrors]:
     """The same for base models, layer by layer alone; without `fit` the factors are measured and kept."""
     names = [name for name, module in factored.named_modules() if _is_factored(module)]
-    _check_amount(batches, factored)
+    check_amount(batches, factored.modules())
     errors: dict[str, LayerErrors] = {}
     with tqdm(desc="calibrating", total=len(names), unit="layer", disable=not progress) as bar:
 
@@ -132,14 +133,36 @@ def _is_factored(module: nn.Module) -> bool:
     return isinstance(module, (KroneckerLinear, KroneckerEmbedding))
 
 
-def _check_amount(batches: Sequence[CalibrationBatch], student: nn.Module) -> None:
+def check_text(teacher: PreTrainedModel, batches: Sequence[CalibrationBatch], modules: Iterable[nn.Module]) -> None:
+    """Refuse, before long work, what `calibrate` would refuse for these layers of a student.
+
+    Raises:
+        ValueError: too little text.
+    """
+    check_amount(batches, modules)
+    check_held_out(teacher, batches)
+
+
+def check_amount(batches: Sequence[CalibrationBatch], modules: Iterable[nn.Module]) -> None:
+    """Refuse less text than the largest of some linear layers, dense or factored, needs.
+
+    Raises:
+        ValueError: with how much is needed.
+    """
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    needed = max((m.A.shape[2] * m.B.shape[2] for m in student.modules() if isinstance(m, KroneckerLinear)), default=1)
+    needed = max(map(_inputs, modules), default=1)
     if tokens < needed:
         raise ValueError(
             f"calibration text of {tokens:,} tokens is too little: the largest layer has {needed:,} inputs, and at "
             f"least as many tokens are needed; give at least {-(-needed // tokens)} times as much, better more"
         )
+
+
+def _inputs(module: Any) -> int:
+    """Of a linear layer; 1 of other modules, for which any text will do."""
+    if isinstance(module, KroneckerLinear):
+        return module.in_features
+    return weight_of(module).shape[1] if isinstance(module, (nn.Linear, Conv1D)) else 1
 
 
 def _fit_group(
@@ -225,25 +248,27 @@ def row_weights(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """How much each row of the embeddings among these modules counts: to fit, and to judge on held-out text; (m,) each.
 
-    Words count as often as the text has them, positions all the same, for later text may be longer.
+    Words count as often as the text has them, positions and distances all the same, for later text may be longer.
     """
+    family = family_of(dense)
     modules = {name: dense.get_submodule(name) for name in names}
     modules = {name: module for name, module in modules.items() if isinstance(module, nn.Embedding)}
     counts = {
         held_out: {name: torch.zeros(len(m.weight), dtype=torch.float64) for name, m in modules.items()}
         for held_out in (False, True)
     }
-    for batch in batches if modules else ():
-        with seeing(modules) as seen:
+    counted = {name: module for name, module in modules.items() if name not in (family.positions, family.position_bias)}
+    for batch in batches if counted else ():
+        with seeing(counted) as seen:
             ids, mask = batch.input_ids.to(dense.device), batch.attention_mask.to(dense.device)
             dense(ids, attention_mask=mask, use_cache=False)
         for name, ((rows, *_), _) in seen.items():
             found = counts[batch.held_out][name]
             found += torch.bincount(rows.expand(mask.shape)[mask.bool()], minlength=len(found)).cpu()
-    weights, positions = {}, family_of(dense).positions
+    weights = {}
     for name, module in modules.items():
         fit, held_out = counts[False][name] + UNSEEN, counts[True][name]
-        if name == positions:
+        if name not in counted:
             fit = held_out = torch.ones_like(fit)
         weights[name] = fit.to(module.weight.device), held_out.to(module.weight.device)
     return weights

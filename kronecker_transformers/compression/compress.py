@@ -32,9 +32,9 @@ from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from ..models.kronecker_matching import matched_plan, selected_modules
 from ..models.kronecker_nearest import nearest_kronecker
 from .activations import CalibrationBatch, calibration_batches, weight_of
-from .calibration import calibrate
+from .calibration import calibrate, check_text
 from .plan_file import SEARCHES
-from .search import PlanSearch, check_budgets, search_batches
+from .search import PlanSearch, check_budgets, check_reach, search_batches
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ def compress(
         if tokenizer is None:
             raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
         batches = calibration_batches(calibration, tokenizer, teacher)
+        layers = map(teacher.base_model.get_submodule, names) if student is None else student.modules()
+        check_text(teacher, batches, layers)
     found = None
     if student is None:
         low_rank = plan == "low-rank"
@@ -199,6 +201,7 @@ def planned(
             f"only={only!r} needs a ratio: the default, {family.default_ratio}, is for a plan of all modules; give one"
         )
     if searched:
+        check_reach(teacher.base_model, names, budget)
         return None, budget, names
     if only is not None:
         plan = _restricted(teacher, student_class, plan, names)

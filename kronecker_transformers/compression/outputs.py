@@ -14,8 +14,27 @@ from .activations import CalibrationBatch
 
 FEWEST_ROWS = 3
 """Outputs of which something is left when their mean is taken away, and more than a sign."""
-PROBE_TOKENS = 1024
-"""Held-out tokens on which outputs are compared, at least where there are so many."""
+PROBE_TOKENS = 4096
+"""Held-out tokens on which outputs are compared, at most."""
+
+
+def check_held_out(model: Any, batches: Sequence[CalibrationBatch]) -> None:
+    """Refuse calibration text that leaves too little to compare outputs on.
+
+    Raises:
+        ValueError: with what is needed.
+    """
+    kinds = {head.kind for head in heads_of(model)} or {"sequence"}  # without a head, of means over sequences too
+    held_out = [batch for batch in batches if batch.held_out]
+    if kinds & {"sequence", "next_sentence", "choices"}:
+        rows, what = sum(len(batch.input_ids) for batch in held_out), "sequences"
+    else:
+        rows, what = sum(int(batch.attention_mask.sum()) for batch in held_out), "tokens"
+    if rows < FEWEST_ROWS:
+        raise ValueError(
+            f"calibration text leaves {rows} held-out {what} to compare outputs on, and at least {FEWEST_ROWS} are "
+            "needed; give some hundred sentences"
+        )
 
 
 class HeldOutOutputs:
@@ -23,25 +42,19 @@ class HeldOutOutputs:
 
     Args:
         teacher: dense, with any head that is supported.
-        batches: from `calibration_batches`; so many of those that are held out as give `PROBE_TOKENS`.
+        batches: from `calibration_batches`; of what is held out, all, or of every length the share that gives
+            `PROBE_TOKENS`.
 
     Raises:
         ValueError: too few of them.
     """
 
     def __init__(self, teacher: Any, batches: Sequence[CalibrationBatch]) -> None:
-        self._batches: list[CalibrationBatch] = []
-        tokens = 0
-        for batch in batches:
-            if batch.held_out and tokens < PROBE_TOKENS:
-                self._batches.append(batch)
-                tokens += int(batch.attention_mask.sum())
+        held_out = [batch for batch in batches if batch.held_out]
+        every = -(-sum(int(batch.attention_mask.sum()) for batch in held_out) // PROBE_TOKENS)
+        self._batches = [_thinned(batch, every) for batch in held_out]
+        check_held_out(teacher, batches)
         self._wanted = self._outputs(teacher)
-        if (rows := min(map(len, self._wanted))) < FEWEST_ROWS:
-            raise ValueError(
-                f"calibration text leaves {rows} held-out sequences or tokens to compare outputs on, and at least "
-                f"{FEWEST_ROWS} are needed; give some hundred sentences"
-            )
 
     def lost(self, model: Any) -> list[float]:
         """Relative error of a model's outputs, up to a common factor and their mean, of each kind.
@@ -55,6 +68,14 @@ class HeldOutOutputs:
     def _outputs(self, model: Any) -> list[Tensor]:
         rows = zip(*(_outputs_that_count(model, batch) for batch in self._batches), strict=True)
         return [torch.cat(kind) - torch.cat(kind).mean(0) for kind in rows]
+
+
+def _thinned(batch: CalibrationBatch, every: int) -> CalibrationBatch:
+    """One row in so many of a batch, the rows of which are sorted by length; at least one."""
+    start = min(every, len(batch.input_ids)) // 2
+    ids, mask = batch.input_ids[start::every], batch.attention_mask[start::every]
+    length = int(mask.sum(1).max())
+    return CalibrationBatch(ids[:, :length], mask[:, :length], batch.held_out)
 
 
 def _lost(wanted: Tensor, got: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def write_plan(path: str | os.PathLike[str], plan: FactorPlan) -> Path:
 
 
 def _key(pattern: str) -> str:
-    return json.dumps(pattern) if pattern.startswith("*") else pattern
+    return pattern if re.fullmatch(r"[A-Za-z_][\w.*?-]*", pattern) else json.dumps(pattern)
 
 
 def _without_repeats(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -30,9 +30,10 @@ from ..models import FACTORED_CLASSES
 from ..models.factor_plan import FactorEntry, FactorPlan
 from ..models.kronecker_family import longest_sequence
 from ..models.kronecker_matching import matched_plan, selected_modules
-from .activations import CalibrationBatch, calibration_batches
+from .activations import CalibrationBatch, calibration_batches, weight_of
+from .calibration import check_text
 from .candidates import Candidate, influences, measured_layers, noise_to_signal
-from .estimates import UNITS, best_choice
+from .estimates import UNITS, best_choice, factor_shapes
 from .latency import LatencyTable, Runtime, latency_table
 from .plan_file import write_plan
 
@@ -172,6 +173,27 @@ def check_budgets(given: Mapping[str, float]) -> None:
             raise ValueError(f"{name}={value} must be above {1 if name == 'ratio' else 0}; give a larger number")
 
 
+def check_reach(base: Any, names: AbstractSet[str], budgets: Mapping[str, float]) -> None:
+    """Refuse budgets of parameters that no plan for these modules of a base model can meet, by their shapes alone.
+
+    Raises:
+        ValueError: with what is possible at most; the search itself knows it exactly.
+    """
+    dense, least = sum(p.numel() for p in base.parameters()), 0
+    left = dense
+    for name in names:
+        m, n = weight_of(base.get_submodule(name)).shape
+        left -= m * n
+        least += min((m1 * n1 + m * n // (m1 * n1) for m1, n1 in factor_shapes(m, n)), default=m * n)
+    wanted = {"ratio": lambda v: dense / v, "parameters": float, "size_bytes": lambda v: v / base.dtype.itemsize}
+    for name, value in budgets.items():
+        if name in wanted and wanted[name](value) < left + least:
+            raise ValueError(
+                f"{name}={value:,} cannot be met: {left:,} of {dense:,} parameters are in modules that stay dense, and "
+                f"the others need at least {least:,}; give another budget, or factor more modules"
+            )
+
+
 @torch.no_grad()
 def search_batches(
     teacher: PreTrainedModel,
@@ -188,6 +210,8 @@ def search_batches(
     """
     training = teacher.training
     names = selected_modules(teacher.base_model, None) if names is None else names
+    check_reach(teacher.base_model, names, budgets)
+    check_text(teacher, batches, map(teacher.base_model.get_submodule, names))
     try:
         return _search(teacher.eval(), batches, budgets, runtime or Runtime(), names, progress, low_rank)
     finally:

@@ -27,6 +27,8 @@ from ..checkpoint.files import check_new_folder, new_folder, to_json, write_text
 from ..checkpoint.load import source_name, write_checkpoint
 from ..checkpoint.sentence_modules import encoder_settings
 from ..checkpoint.teachers import check_teacher
+from ..compression.activations import calibration_batches
+from ..compression.calibration import check_text
 from ..compression.compress import compress, is_searched, planned
 from ..compression.plan_file import write_plan
 from ..compression.search import PlanSearch
@@ -38,6 +40,7 @@ from ..evaluation.timing import environment, in_turn
 from ..hub.card import folder_metadata, model_card
 from ..models.factor_plan import FactorPlan
 from ..models.kronecker_family import family_of, heads_of
+from ..models.kronecker_matching import selected_modules
 from ..tasks.text import TextSource
 from .lessons import Lesson, labelled_lesson, text_lesson
 from .run import check_special_tokens
@@ -167,6 +170,10 @@ def distill(
     half = multiplies_bfloat16() if bf16 is None else bf16
     schedule, kept = Schedule(allowed, steps, learning_rate, half, seed), kept_layers(dense, layers)
     factor_ratio = ratio if kept is None else _ratio_of_rest(dense, kept, plan, ratio, only)
+
+    if kept is not None:  # what the second half would refuse is refused before the first
+        modules = map(dense.base_model.get_submodule, selected_modules(dense.base_model, only))
+        check_text(dense, calibration_batches(lesson.calibration, tokenizer, dense), modules)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of masks

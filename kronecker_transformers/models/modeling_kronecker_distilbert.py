@@ -18,6 +18,7 @@ from transformers import (
 from .configuration_kronecker import KroneckerConfigMixin
 from .kronecker_blocks import in_blocks
 from .kronecker_family import SPAN, Family, Head, register_family
+from .kronecker_layers import KroneckerEmbedding
 from .kronecker_presets import EncoderModules, encoder_presets
 from .modeling_kronecker import KroneckerPreTrainedModel
 
@@ -60,6 +61,16 @@ class KroneckerDistilBertConfig(KroneckerConfigMixin, DistilBertConfig):
 
 class KroneckerDistilBertPreTrainedModel(KroneckerPreTrainedModel, DistilBertPreTrainedModel):
     """Base class of the factored DistilBERT models."""
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """As in DistilBERT; a ValueError where the positions are factored."""
+        positions = self.base_model.get_submodule(self.config.family.positions)
+        if isinstance(positions, KroneckerEmbedding):
+            raise ValueError(
+                f"new_num_position_embeddings={new_num_position_embeddings} is not possible, since the positions are "
+                "factored; resize the teacher's, and compress it again"
+            )
+        super().resize_position_embeddings(new_num_position_embeddings)
 
     config: KroneckerDistilBertConfig
     config_class = KroneckerDistilBertConfig

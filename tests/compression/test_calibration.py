@@ -6,9 +6,11 @@ import torch
 from tiny import TEXT, as_family, bert_tokenizer, gpt2_tokenizer, teacher, texts, tokenizer_for
 from transformers import (
     BertForSequenceClassification,
+    BertJapaneseTokenizer,
     BertModel,
     DistilBertForMaskedLM,
     ElectraForPreTraining,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     MPNetModel,
     RobertaForTokenClassification,
@@ -18,7 +20,9 @@ from transformers import (
 from kronecker_transformers import compress, describe
 from kronecker_transformers.checkpoint.load import load_student
 from kronecker_transformers.cli import main
-from kronecker_transformers.compression import calibration
+from kronecker_transformers.compression import calibration, search
+from kronecker_transformers.compression import compress as compress_module
+from kronecker_transformers.compression import outputs as outputs_module
 from kronecker_transformers.compression.activations import CalibrationBatch, calibration_batches
 from kronecker_transformers.compression.calibration import calibrate
 from kronecker_transformers.compression.outputs import HeldOutOutputs
@@ -260,9 +264,53 @@ def test_gpt2_sees_blocks(tmp_path):
     given = texts()
     batches = calibration_batches(given, tokenizer, dense, length=16)
     rows = [row[real] for batch in batches for row, real in zip(batch.input_ids, batch.real, strict=True)]
-    assert sorted(map(len, rows))[1:] == [16] * (len(rows) - 1)
+    assert {len(row) for row in rows} == {16}  # what is left makes no block, and nothing is padded
     total = sum(len(tokenizer(text)["input_ids"]) + 1 for text in given)
-    assert sum(map(len, rows)) == total
+    assert len(rows) == total // 16
+
+
+def test_a_slow_tokenizer_loses_nothing_either(tmp_path):
+    fast, dense = bert_tokenizer(tmp_path), teacher(BertModel)
+    vocabulary = tmp_path / "words.txt"
+    vocabulary.write_text("\n".join(sorted(fast.get_vocab(), key=fast.get_vocab().get)))
+    slow = BertJapaneseTokenizer(str(vocabulary), word_tokenizer_type="basic")
+    assert not slow.is_fast
+    given = [" ".join((TEXT.split() * 6)[start : start + 70]) for start in range(12)]
+    found = [calibration_batches(given, tokenizer, dense, length=20) for tokenizer in (fast, slow)]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.attention_mask, other.attention_mask)
+
+
+def test_a_causal_classifier_without_a_padding_token_is_refused_before_the_search(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "measured_layers", lambda *a: pytest.fail("work began"))
+    dense = teacher(GPT2ForSequenceClassification, pad_token_id=None)
+    with pytest.raises(ValueError, match=r"has no pad_token_id in its config.*; set model\.config\.pad_token_id"):
+        compress(dense, ratio=1.4, calibration=texts(), tokenizer=gpt2_tokenizer(tmp_path))
+
+
+def test_of_much_held_out_text_every_length_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs_module, "PROBE_TOKENS", 150)
+    dense, seen = teacher(BertModel), []
+    dense.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    given = [" ".join((TEXT.split() * 6)[:number]) for number in range(1, 31) for _ in range(10)]
+    batches = calibration_batches(given, bert_tokenizer(tmp_path), dense, length=40)
+    HeldOutOutputs(dense, batches)
+    lengths = [int(row.sum()) for mask in seen for row in mask]
+    held_out = [int(row.sum()) for batch in batches if batch.held_out for row in batch.attention_mask]
+    assert 75 < sum(lengths) <= 150 < sum(held_out)
+    assert min(lengths) < 10 < 25 < max(lengths)
+    assert abs(np.mean(lengths) - np.mean(held_out)) < 2
+
+
+def test_distances_of_positions_count_all_the_same(tmp_path):
+    dense, tokenizer = teacher(MPNetModel), tokenizer_for("mpnet", tmp_path)
+    rows = len(dense.encoder.relative_attention_bias.weight)
+    plan = {"encoder.relative_attention_bias": (rows, 1, 1)}
+    result = compress(dense, plan, calibration=texts(), tokenizer=tokenizer)
+    nearest = compress(dense, plan).model
+    ours, expected = (m.encoder.relative_attention_bias.to_dense() for m in (result.model, nearest))
+    torch.testing.assert_close(ours, expected)
 
 
 def test_bad_calibration_text_is_refused(family):
@@ -283,8 +331,17 @@ def test_bad_calibration_text_is_refused(family):
 def test_too_few_sequences_to_compare_classifiers_on_are_refused(tmp_path):
     """One alone, with its mean taken away, would say that nothing is lost."""
     classifier, tokenizer = teacher(BertForSequenceClassification), bert_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=r"leaves 1 held-out sequences or tokens .* at least 3 are needed; give some"):
+    with pytest.raises(ValueError, match=r"leaves 1 held-out sequences to .* at least 3 are needed; give some"):
         search_plan(classifier, texts()[:12], ratio=2, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("plan", ["search", {"encoder.layer.*[0-9].output.dense": (4, 16)}])
+def test_too_little_text_is_refused_before_the_work(plan, tmp_path, monkeypatch):
+    for module, name in ((search, "measured_layers"), (compress_module, "nearest_kronecker")):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("work began"))
+    dense = teacher(BertModel, intermediate_size=2048)
+    with pytest.raises(ValueError, match=r"too little: the largest layer has 2,048 inputs"):
+        compress(dense, plan, calibration=texts()[:30], tokenizer=bert_tokenizer(tmp_path))
 
 
 def test_activations_that_overflow_are_refused(tmp_path):

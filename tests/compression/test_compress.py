@@ -17,6 +17,8 @@ from transformers import (
     CamembertConfig,
     CamembertForMaskedLM,
     CamembertModel,
+    DistilBertModel,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
 )
 
@@ -232,6 +234,35 @@ def test_teacher_whose_weights_are_not_those_of_its_config():
         compress(dense)
     with pytest.raises(ValueError, match=r"'embeddings.word_embeddings.weight' .* does not have the shape"):
         compress(dense, {"pooler.dense": (16, 16)})
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_teacher_with_other_layers_than_its_config_says(layers):
+    dense = teacher(BertModel)
+    assert dense.config.num_hidden_layers == 3
+    dense.encoder.layer = torch.nn.ModuleList([dense.encoder.layer[i % 3] for i in range(layers)])
+    with pytest.raises(ValueError, match=f"teacher has {layers} layers, and its config says num_hidden_layers=3; make"):
+        compress(dense, "7.7x")
+
+
+def test_twin_of_a_classifier_that_reads_one_text_at_a_time():
+    dense = teacher(GPT2ForSequenceClassification, pad_token_id=None)
+    student = compress(dense, "kngpt2").model
+    ids = torch.tensor([[3, 5, 7]])
+    torch.testing.assert_close(to_dense(student)(ids).logits, student(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_are_factored_are_not_resized():
+    dense = teacher(DistilBertModel)
+    rows = dense.config.max_position_embeddings
+    whole = compress(dense, "7.7x").model
+    factored = compress(dense, {"embeddings.position_embeddings": (rows, 4)}).model
+    whole.resize_position_embeddings(rows + 8)
+    assert len(whole.embeddings.position_embeddings.weight) == rows + 8
+    before = factored.config.max_position_embeddings
+    with pytest.raises(ValueError, match="the positions are factored; resize the teacher's, and compress it again"):
+        factored.resize_position_embeddings(rows + 8)
+    assert factored.config.max_position_embeddings == before
 
 
 def test_twin_of_weights_that_are_not_finite():

@@ -1,6 +1,7 @@
 """The main job in one go, for every head, on tiny teachers."""
 
 import json
+import sys
 
 import pytest
 import tiny
@@ -222,6 +223,21 @@ def test_bad_input_leaves_nothing_behind(changes, message, tmp_path, monkeypatch
     with pytest.raises((ValueError, OSError), match=message):
         distill(teacher, arguments.pop("text"), tmp_path / "student", **arguments)
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"intermediate_size": 4096}, {"ratio": 3}, "too little: the largest layer has 4,096 inputs"),
+        ({}, {"ratio": 500}, "cannot be met: "),
+    ],
+)
+def test_what_the_second_half_refuses_is_refused_before_the_first(changes, options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[distill.__module__], "shallow", lambda *a: pytest.fail("training began"))
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher", **changes)
+    with pytest.raises(ValueError, match=message):
+        distill(teacher, text_file(tmp_path), tmp_path / "student", layers=1, steps=2, **options)
+    assert not (tmp_path / "student").exists()
 
 
 def test_both_trainings_read_a_sentence_once_with_the_teacher(tmp_path, monkeypatch):

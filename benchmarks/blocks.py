@@ -3,7 +3,7 @@
     python benchmarks/blocks.py | tee benchmarks/logs/blocks.txt
 
 First through one layer (`kronecker_contraction.TOKENS_AT_A_TIME`), then through a whole BERT
-(`modeling_kronecker.BLOCK`): BERT-base with weights as drawn for training from scratch, seed 0, one forward pass in
+(`kronecker_blocks.BLOCK`): BERT-base with weights as drawn for training from scratch, seed 0, one forward pass in
 fp32; the dense model gets the whole batch, and in one column blocks of 512 tokens too. All take turns in one process;
 milliseconds, median of the rounds.
 """
@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 
 from kronecker_transformers import compress
 from kronecker_transformers.evaluation.timing import environment, in_turn, median_and_spread
-from kronecker_transformers.models import kronecker_contraction, modeling_kronecker
+from kronecker_transformers.models import kronecker_blocks, kronecker_contraction
 from kronecker_transformers.models.kronecker_layers import kronecker_linear
 
 BATCHES = ((8, 128), (32, 128), (8, 512))  # batch x length
@@ -54,7 +54,7 @@ def in_blocks(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> Callabl
     """A forward pass of a factored model in blocks."""
 
     def run() -> None:
-        with patch.object(modeling_kronecker, "BLOCK", tokens * model.config.hidden_size):
+        with patch.object(kronecker_blocks, "BLOCK", tokens * model.config.hidden_size):
             model(ids)
 
     return run

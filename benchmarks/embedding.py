@@ -6,7 +6,9 @@ DIR holds the folders glue (the official files) and text. Sizes are counted on m
 without its pooler, is compressed with calibrated factors for its embedding and distilled for --minutes on running text
 and the sentences of five GLUE tasks, without labels (`kronecker_transformers.distill`, all parameters train, one seed).
 STS-B: Spearman correlation on the dev set. SST-2: dev accuracy of a logistic regression on embeddings of 4,000
-sentences. Finished runs are lines of logs/embedding.jsonl, and are not made again. --table shows them without a run.
+sentences. (In the run of the log the objective had hidden states and outputs of the embedding beside the sentence
+embeddings, weight 1, and AdamW alone.) Finished runs are lines of logs/embedding.jsonl, and are not made again. --table
+shows them without a run.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def table(console: Console) -> None:
 def main() -> None:
     """Run what is missing, then show it."""
     parser = runs_parser("Sentence encoders that are distilled for long.", "text, plans and students")
-    parser.add_argument("--minutes", type=float, default=8.0, help="of training (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="of training (default: %(default)s)")
     parser.add_argument("--prepare", action="store_true", help="only make text and plans")
     parser.add_argument("--trials", action="store_true", help="only try the learning rates")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)

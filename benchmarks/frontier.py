@@ -3,13 +3,13 @@
     python benchmarks/frontier.py --data DIR --work WORK | tee benchmarks/logs/frontier.txt
 
 DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler. Its
-students are distilled as in plans.py (800 steps of 64 texts, one seed), whatever they are: searched plans, low rank
-everywhere, and what is left if layers are dropped: half of them, at two learning rates, or all but one with an
-embedding of low rank; and both, half of the layers and these factored, after another 800 steps. All are exported by
-`export_onnx` in fp32, int8 and int4. Quality is the Spearman correlation on STS-B's dev set, sentence by sentence; time
-is that of a forward pass of 1 x 128 and of 8 x 128 tokens on one thread, all models in turn in one process. WORK keeps
-trained students and graphs, so that the script can be stopped at any time; --draw draws the figure of a log without
-running anything.
+students are distilled as in plans.py, with the objective that its log had (800 steps of 64 texts, one seed), whatever
+they are: searched plans, low rank everywhere, and what is left if layers are dropped: half of them, at two learning
+rates, or all but one with an embedding of low rank; and both, half of the layers and these factored, after another 800
+steps. All are exported by `export_onnx` in fp32, int8 and int4. Quality is the Spearman correlation on STS-B's dev set,
+sentence by sentence; time is that of a forward pass of 1 x 128 and of 8 x 128 tokens on one thread, all models in turn
+in one process. WORK keeps trained students and graphs, so that the script can be stopped at any time; --draw draws the
+figure of a log without running anything.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ shows a model and its teacher, types, clicks, waits for the answers and takes a 
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def chromium(width=1000, height=800):
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", f"--window-size={width},{height}"):
         options.add_argument(argument)
-    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         yield driver
     finally:

@@ -29,11 +29,11 @@ def code_of(family):
     return names | SHARED_CODE
 
 
-def run(code, *arguments, tmp_path, input=None):
+def run(code, *arguments, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(code))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     return subprocess.run(
         [sys.executable, "-W", "ignore", script, *map(str, arguments)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, input=input, check=False,
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip

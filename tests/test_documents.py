@@ -62,6 +62,7 @@ def test_snippets_of_the_readme(tmp_path, monkeypatch, hub):
     ):
         for shown, short in quick:
             code, command = code.replace(shown, short), command.replace(shown, short)
+        assert not re.search(r"minutes[ =]", code + command), "it would train for minutes"
         if "--format onnx" in command and not CAN_EXPORT:
             done.append(command)
             continue

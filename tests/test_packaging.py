@@ -27,8 +27,13 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_package_and_its_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "kronecker_transformers").rglob("*.py")}
-    assert modules | {"kronecker_transformers/py.typed"} <= set(names)
+    files = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "kronecker_transformers").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {"kronecker_transformers/py.typed", "kronecker_transformers/hub/card.md"} < files
+    assert files <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]
 
@@ -43,6 +48,9 @@ def test_wheel_works_outside_the_source_tree(wheel, tmp_path):
         result = kt.compress(transformers.BertModel(config), "7.7x")
         result.save_pretrained("student")
         assert type(transformers.AutoModel.from_pretrained("student")) is kt.KroneckerBertModel
+        from kronecker_transformers.hub.card import model_card
+        from kronecker_transformers.recipes import RECIPES
+        assert "kroneckerbert-7.7x" in RECIPES and "# tiny" in str(model_card("student", "org/tiny"))
         print(kt.__file__)
     """
     process = subprocess.run(

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import shutil
-import sys
 import threading
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.tasks.sentences import encode
 
-pytestmark = [pytest.mark.network, pytest.mark.slow]
 if not CAN_EXPORT:
     pytest.skip("needs newer versions", allow_module_level=True)
 
@@ -32,6 +30,10 @@ ENDINGS = ("needs a repair soon.", "is known all over the town.", "was late agai
 SENTENCES = [f"{subject} {ending}" for subject in SUBJECTS for ending in ENDINGS]
 QUERY, EXPECTED = "pupils came too late today", "Every student was late again this morning."
 SECONDS = 60
+
+
+def in_a_browser(test):
+    return pytest.mark.network(pytest.mark.slow(test))
 
 
 def builder():
@@ -101,6 +103,7 @@ def pytorch_scores(student):
     return dict(zip(SENTENCES, scores.tolist(), strict=True))
 
 
+@in_a_browser
 def test_paste_ask_and_reload_without_a_network(site, student):
     wanted = pytorch_scores(student)
     with opened(site) as (driver, stop):
@@ -118,6 +121,7 @@ def test_paste_ask_and_reload_without_a_network(site, student):
         assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
 
 
+@in_a_browser
 def test_the_ranking_of_the_graph_in_fp32_is_that_of_pytorch(site, student, tmp_path):
     from kronecker_transformers.export.onnx import export_onnx
 
@@ -129,6 +133,7 @@ def test_the_ranking_of_the_graph_in_fp32_is_that_of_pytorch(site, student, tmp_
         assert ranking(driver, "\n".join(SENTENCES), QUERY) == sorted(SENTENCES, key=wanted.get, reverse=True)
 
 
+@in_a_browser
 def test_what_goes_wrong_is_said(site, tmp_path):
     folder = shutil.copytree(site, tmp_path / "site")
     (folder / "model" / "onnx" / "model_quantized.onnx").unlink()
@@ -166,7 +171,7 @@ def test_what_the_page_would_compute_wrongly_is_refused_before_anything_is_fetch
     assert not (tmp_path / "site").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="PATH is searched otherwise")
+@in_a_browser
 def test_without_npm(student, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OSError, match=r"npm was not found; install Node\.js"):

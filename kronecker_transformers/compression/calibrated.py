@@ -92,7 +92,7 @@ def calibrated_kronecker(
     total = float(moments.output_variance.sum()) + strength * float(W.double().square().sum())
     scale = float(moments.output_variance.sum()) or 1.0
     if (m1, n1) == (m, 1) or (m1, n1) == (1, n):
-        A, B = _low_rank(C, D, m1, n1, terms)
+        A, B = _low_rank(C, D, n1, terms)
         history = [squared_error(C, D, total, kronecker_product(A, B)) / scale]
     else:
         A, B, history = _alternate(W, C, D, total, scale, m1, n1, terms, sweeps)
@@ -153,7 +153,7 @@ def _solve_rows(W: Tensor, weights: Tensor, B: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _low_rank(C: Tensor, D: Tensor, m1: int, n1: int, terms: int) -> tuple[Tensor, Tensor]:
+def _low_rank(C: Tensor, D: Tensor, n1: int, terms: int) -> tuple[Tensor, Tensor]:
     """The best W' of rank `terms`: with C = L L^T, W' L is the truncated SVD of D L^(-T)."""
     m, n = D.shape
     L = torch.linalg.cholesky(C)

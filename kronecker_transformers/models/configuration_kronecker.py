@@ -1,14 +1,13 @@
 """What the configurations of all families share: the factor plan, and the classes a checkpoint can be loaded with."""
 
-# ruff: noqa: E402 - the versions are looked at before anything is imported that older ones do not have
-
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import sys
 
-_TRANSFORMERS = importlib.metadata.version("transformers")
+from transformers import __version__ as _TRANSFORMERS
+
+# before anything is imported that older versions do not have
 if sys.version_info < (3, 11) or [int(part) for part in re.findall(r"\d+", _TRANSFORMERS)[:2]] < [5, 17]:
     raise ImportError(
         "this model needs Python >= 3.11 and transformers >= 5.17, not Python "

@@ -245,7 +245,7 @@ def test_without_the_package(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["cls", "max"])
-def test_distillation_follows_the_pooling_and_the_prompt(mode, tmp_path, capsys):
+def test_distillation_follows_the_pooling_and_the_prompt(mode, tmp_path):
     prompts = {"prompts": {"query": "what a "}, "default_prompt_name": "query"}
     teacher = encoder(tmp_path / "teacher", mode=mode, modules=[Normalize()], **prompts)
     text, sts = tmp_path / "text.txt", tmp_path / "sts.csv"

@@ -143,7 +143,7 @@ def test_every_class_and_its_twin_by_their_names(hub, tmp_path):
         torch.testing.assert_close(output, twin, rtol=1e-4, atol=1e-4)
 
 
-def test_the_licence_comes_from_the_teacher_on_the_hub(hub, model, folder, caplog):
+def test_the_licence_comes_from_the_teacher_on_the_hub(hub, folder, caplog):
     (folder / "results.json").write_text(json.dumps({"options": {"teacher": "org/teacher"}}))
     push(folder, "org/tiny", token=TOKEN)
     assert "the card of 'org/teacher' cannot be read (RepositoryNotFoundError)" in caplog.text

@@ -416,9 +416,12 @@ ALL_LAYERS = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
 
 class TestTools:
     @ALL_LAYERS
-    def test_compiles_without_graph_breaks(self, make):
+    @pytest.mark.parametrize(
+        "backend",
+        ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs g++"))],
+    )
+    def test_compiles_without_graph_breaks(self, make, backend):
         layer, x = make()
-        backend = "inductor" if shutil.which("g++") else "aot_eager"
         torch._dynamo.reset()
         compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
         for rows in (5, 3):

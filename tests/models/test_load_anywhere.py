@@ -2,9 +2,7 @@
 
 import filecmp
 import json
-import os
 import re
-import sys
 
 import pytest
 import torch
@@ -65,13 +63,12 @@ STRANGER = """
             result = pipe(text, **settings)
             json.dump(result, open(job["result"], "w"), default=float)
         model.save_pretrained(job["again"])
-        if "resized" in job:
-            model.resize_token_embeddings(90)
-            model.save_pretrained(job["resized"])
-            again = own.from_pretrained(job["resized"], trust_remote_code=True)
-            ours, theirs = model.state_dict(), again.state_dict()
-            assert all(torch.equal(ours[key], theirs[key]) for key in ours), "resized"
-            assert again.get_input_embeddings().A.shape[0] == again.config.vocab_size == 90
+        model.resize_token_embeddings(90)
+        model.save_pretrained(job["resized"])
+        again = own.from_pretrained(job["resized"], trust_remote_code=True)
+        ours, theirs = model.state_dict(), again.state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), "resized"
+        assert again.get_input_embeddings().A.shape[0] == again.config.vocab_size == 90
     print("done")
 """
 
@@ -248,25 +245,6 @@ def test_models_of_remote_code_are_not_mistaken_for_ours(tmp_path):
     assert process.stdout.strip() == "done", process.stderr[-3000:]
 
 
-def test_hub_set_needs_nothing_but_torch_and_transformers():
-    import ast
-    import pathlib
-
-    for path in pathlib.Path(kt.models.__file__).parent.glob("*.py"):
-        if path.name == "__init__.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                tops = {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level in (0, 1)
-                assert node.level == 0 or (node.module and "." not in node.module), path.name
-                tops = {node.module.split(".")[0]} if node.level == 0 else set()
-            else:
-                continue
-            assert tops <= {"torch", "transformers", *sys.stdlib_module_names}, (path.name, tops)
-
-
 class TestBadCheckpoints:
     @pytest.fixture
     def folder(self, tmp_path):
@@ -287,7 +265,7 @@ class TestBadCheckpoints:
             AutoModelForMaskedLM.from_pretrained(folder)
 
     def test_garbage_for_weights(self, folder):
-        (folder / "model.safetensors").write_bytes(os.urandom(3000))
+        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 12)
         with pytest.raises(OSError, match="truncated or corrupted"):
             AutoModelForMaskedLM.from_pretrained(folder)
 
@@ -342,11 +320,9 @@ def test_older_versions_are_told_what_is_needed(family, tmp_path):
     code = """
         import sys
         sys.modules["kronecker_transformers"] = None
-        import importlib.metadata
-        version = importlib.metadata.version
         import transformers
         for found in ("4.57.6", "5.16.1", "5.0.0rc1"):
-            importlib.metadata.version = lambda name: found if name == "transformers" else version(name)
+            transformers.__version__ = found
             for auto_class in ("AutoConfig", "AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"):
                 try:
                     getattr(transformers, auto_class).from_pretrained(sys.argv[1], trust_remote_code=True)

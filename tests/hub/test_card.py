@@ -223,6 +223,12 @@ def test_shipped_cards(path):
     assert card.data.license
     assert "**Time**" in card.text
     assert "**Quality**" in card.text
+    record = json.loads((path.parent / "records" / f"{path.stem}.json").read_text())
+    for name, values in record["rows"].items():
+        if name != "parameters":
+            shown = " | ".join("-" if value is None else f"{value:.4g}" for value in values)
+            assert f"| {name} | {shown} |" in card.text
+    assert f"{record['training']['steps']:,} steps of" in card.text
 
 
 @pytest.mark.parametrize("dense_class", [BertForMaskedLM, GPT2LMHeadModel, BertForSequenceClassification])

@@ -206,6 +206,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         ValueError: it cannot write such a file.
         OSError: as `checkpoint.files.check_file`.
     """
+    check_file(path)
     if not has_pictures():
         raise ImportError("a picture needs matplotlib; pip install matplotlib")
     from matplotlib.backend_bases import FigureCanvasBase
@@ -213,7 +214,6 @@ def check_picture(path: str | os.PathLike[str]) -> None:
     known = FigureCanvasBase.get_supported_filetypes()
     if (ending := Path(path).suffix.lower().removeprefix(".")) not in known:
         raise ValueError(f"picture {str(path)!r} must not end in {ending!r}; give it one of {', '.join(sorted(known))}")
-    check_file(path)
 
 
 def picture_axes(columns: int = 1) -> tuple[Any, Any]:

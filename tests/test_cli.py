@@ -272,7 +272,7 @@ class TestBadInput:
         text = tmp_path / "text.txt"
         text.write_text("the fox\n" * 30)
         search = ("search", bert, "--ratio", 2, "--calibration", text, "--output", tmp_path / "plan.yaml")
-        for command in (search, ("benchmark", bert, bert)):
+        for command in (search, ("benchmark", bert, "--against", bert)):
             assert kronecker(*command, *given) == 1
             assert re.search(message, capsys.readouterr().err)
         monkeypatch.setattr("kronecker_transformers.display.has_pictures", lambda: False)

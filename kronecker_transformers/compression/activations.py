@@ -165,6 +165,12 @@ def weight_of(module: Any) -> Tensor:
     return weight
 
 
+def modules_named(base: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Those of a base model with these names; a pooler may be named that it does not have."""
+    modules = dict(base.named_modules())
+    return [modules[name] for name in names if name in modules]
+
+
 def layers_of(base: Any) -> tuple[str, nn.ModuleList]:
     """Name and modules of the stack of layers of a base model."""
     place = family_of(base).layers

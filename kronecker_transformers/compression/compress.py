@@ -31,7 +31,7 @@ from ..models.kronecker_family import family_of
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from ..models.kronecker_matching import matched_plan, selected_modules
 from ..models.kronecker_nearest import nearest_kronecker
-from .activations import CalibrationBatch, calibration_batches, weight_of
+from .activations import CalibrationBatch, calibration_batches, modules_named, weight_of
 from .calibration import calibrate, check_text
 from .plan_file import SEARCHES
 from .search import PlanSearch, check_budgets, check_reach, search_batches
@@ -124,7 +124,7 @@ def compress(
         if tokenizer is None:
             raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
         batches = calibration_batches(calibration, tokenizer, teacher)
-        layers = map(teacher.base_model.get_submodule, names) if student is None else student.modules()
+        layers = modules_named(teacher.base_model, names) if student is None else student.modules()
         check_text(teacher, batches, layers)
     found = None
     if student is None:

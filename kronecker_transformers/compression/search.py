@@ -30,7 +30,7 @@ from ..models import FACTORED_CLASSES
 from ..models.factor_plan import FactorEntry, FactorPlan
 from ..models.kronecker_family import longest_sequence
 from ..models.kronecker_matching import matched_plan, selected_modules
-from .activations import CalibrationBatch, calibration_batches, weight_of
+from .activations import CalibrationBatch, calibration_batches, modules_named, weight_of
 from .calibration import check_text
 from .candidates import Candidate, influences, measured_layers, noise_to_signal
 from .estimates import UNITS, best_choice, factor_shapes
@@ -181,8 +181,8 @@ def check_reach(base: Any, names: AbstractSet[str], budgets: Mapping[str, float]
     """
     dense, least = sum(p.numel() for p in base.parameters()), 0
     left = dense
-    for name in names:
-        m, n = weight_of(base.get_submodule(name)).shape
+    for module in modules_named(base, names):
+        m, n = weight_of(module).shape
         left -= m * n
         least += min((m1 * n1 + m * n // (m1 * n1) for m1, n1 in factor_shapes(m, n)), default=m * n)
     wanted = {"ratio": lambda v: dense / v, "parameters": float, "size_bytes": lambda v: v / base.dtype.itemsize}
@@ -211,7 +211,7 @@ def search_batches(
     training = teacher.training
     names = selected_modules(teacher.base_model, None) if names is None else names
     check_reach(teacher.base_model, names, budgets)
-    check_text(teacher, batches, map(teacher.base_model.get_submodule, names))
+    check_text(teacher, batches, modules_named(teacher.base_model, names))
     try:
         return _search(teacher.eval(), batches, budgets, runtime or Runtime(), names, progress, low_rank)
     finally:

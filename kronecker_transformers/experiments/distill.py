@@ -27,7 +27,7 @@ from ..checkpoint.files import check_new_folder, new_folder, to_json, write_text
 from ..checkpoint.load import source_name, write_checkpoint
 from ..checkpoint.sentence_modules import encoder_settings
 from ..checkpoint.teachers import check_teacher
-from ..compression.activations import calibration_batches
+from ..compression.activations import calibration_batches, modules_named
 from ..compression.calibration import check_text
 from ..compression.compress import compress, is_searched, planned
 from ..compression.plan_file import write_plan
@@ -172,7 +172,7 @@ def distill(
     factor_ratio = ratio if kept is None else _ratio_of_rest(dense, kept, plan, ratio, only)
 
     if kept is not None:  # what the second half would refuse is refused before the first
-        modules = map(dense.base_model.get_submodule, selected_modules(dense.base_model, only))
+        modules = modules_named(dense.base_model, selected_modules(dense.base_model, only))
         check_text(dense, calibration_batches(lesson.calibration, tokenizer, dense), modules)
 
     with torch.random.fork_rng(devices=[]):

@@ -329,7 +329,7 @@ def test_a_name_of_ones_own(hub, folder, monkeypatch, capsys):
 
 def test_both_names_are_looked_at_before_the_work(hub, folder, monkeypatch, capsys):
     monkeypatch.setattr(commands, "model_card", lambda *a, **k: pytest.fail("work began"))
-    for name in ("org/bad name", f"org/{'x' * 88}"):
+    for name in ("org/bad name", f"org/{'x' * 91}"):
         assert main(["push", str(folder), name, "--with-dense-twin", "--dry-run"]) == 1
         assert "is no name that the Hub allows" in capsys.readouterr().err
     assert not hub.requests

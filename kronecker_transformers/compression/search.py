@@ -177,7 +177,7 @@ def check_reach(base: Any, names: AbstractSet[str], budgets: Mapping[str, float]
     """Refuse budgets of parameters that no plan for these modules of a base model can meet, by their shapes alone.
 
     Raises:
-        ValueError: with what is possible at most; the search itself knows it exactly.
+        ValueError: with how many parameters are needed at least; the search itself may need more.
     """
     dense, least = sum(p.numel() for p in base.parameters()), 0
     left = dense

@@ -52,8 +52,6 @@ BLOCK = 32
 """Entries of a weight of 4 bits that share a scale."""
 SMALLEST = 4096
 """Entries of a weight or table that is worth quantizing."""
-
-
 LARGEST = 2**31 - 1
 """Bytes of a graph in one file, the limit of its format."""
 
@@ -83,8 +81,9 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
-        ValueError: an unknown form, no texts, a model of no supported class, weights that are not finite, or a graph
-            whose outputs differ from the model's.
+        ValueError: an unknown form, no texts, a model of no supported class, a causal classifier without a padding
+            token, weights that are not finite or more than a graph holds (2 GiB), or a graph whose outputs differ from
+            the model's.
         OSError: the folder cannot be written; as with every other error, nothing is left behind.
     """
     return export_graphs(model, tokenizer, folder, ("fp32", *also), texts=texts)

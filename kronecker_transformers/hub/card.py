@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).parent / "card.md"
 MADE = "<!-- Made by kronecker_transformers: a push makes it anew. Remove this line to keep what you write here. -->"
 """In every card."""
-_OWN = ("megabytes", "examples per second")
-"""Rows of a record that are not those of the dense twin."""
+_SIZE_AND_SPEED = ("megabytes", "examples per second")
+"""Rows of a record, of the factored model and not of its dense twin."""
+_DATA_FILES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
+"""Endings that no name on the Hub has."""
 _SENTENCE = "The students were proud of what their teacher had taught them."
 
 
@@ -132,7 +134,8 @@ def model_card(
     modules = read_modules(folder)
     is_sentence_encoder = modules is not None and "Pooling" in modules.kinds
     if twin_of:  # the twin has the same quality, but not the size and the speed of the factored model
-        record = {**record, "rows": {name: row for name, row in record.get("rows", {}).items() if name not in _OWN}}
+        rows = {name: row for name, row in record.get("rows", {}).items() if name not in _SIZE_AND_SPEED}
+        record = {**record, "rows": rows}
     quality, models = _quality(record)
     results = _eval_results(record, options)
     data = ModelCardData(
@@ -201,10 +204,7 @@ def _is_hub_name(source: str | None) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return suffix not in _FILES and len(name) > 1  # a single letter is a drive
-
-
-_FILES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
+    return suffix not in _DATA_FILES and len(name) > 1  # a single letter is a drive
 
 
 def has_own_card(folder: str | os.PathLike[str]) -> bool:

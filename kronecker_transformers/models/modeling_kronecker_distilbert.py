@@ -62,8 +62,15 @@ class KroneckerDistilBertConfig(KroneckerConfigMixin, DistilBertConfig):
 class KroneckerDistilBertPreTrainedModel(KroneckerPreTrainedModel, DistilBertPreTrainedModel):
     """Base class of the factored DistilBERT models."""
 
+    config: KroneckerDistilBertConfig
+    config_class = KroneckerDistilBertConfig
+
     def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
-        """As in DistilBERT; a ValueError where the positions are factored."""
+        """As in DistilBERT.
+
+        Raises:
+            ValueError: the positions are factored; nothing is changed.
+        """
         positions = self.base_model.get_submodule(self.config.family.positions)
         if isinstance(positions, KroneckerEmbedding):
             raise ValueError(
@@ -71,9 +78,6 @@ class KroneckerDistilBertPreTrainedModel(KroneckerPreTrainedModel, DistilBertPre
                 "factored; resize the teacher's, and compress it again"
             )
         super().resize_position_embeddings(new_num_position_embeddings)
-
-    config: KroneckerDistilBertConfig
-    config_class = KroneckerDistilBertConfig
 
 
 class KroneckerDistilBertModel(KroneckerDistilBertPreTrainedModel, DistilBertModel):

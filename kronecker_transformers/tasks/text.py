@@ -29,7 +29,7 @@ Document = list[str]
 """The sentences, or lines, of one document."""
 Example = dict[str, Any]
 """One example without padding, by the names of the model's inputs."""
-T = TypeVar("T")
+_T = TypeVar("_T")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 BUFFERED = 1000
 """Documents that are looked at, or held, at a time."""
@@ -46,7 +46,7 @@ class Share:
     index: int = 0
     number: int = 1
 
-    def of(self, things: Iterable[T]) -> Iterator[T]:
+    def of(self, things: Iterable[_T]) -> Iterator[_T]:
         """Every `number`-th thing."""
         return islice(things, self.index, None, self.number)
 

@@ -351,6 +351,12 @@ def test_files(folder):
     assert all(file.size == len((folder / file.name).read_bytes()) for file in files)
 
 
+@pytest.mark.parametrize("name", ["bpe.codes", "spiece.model", "sentencepiece.bpe.model", "spm.model"])
+def test_every_kind_of_vocabulary_is_published(folder, name):
+    (folder / name).write_bytes(b"vocabulary")
+    assert {file.name: file.content() for file in published_files(folder)}[name] == b"vocabulary"
+
+
 def test_command_line(hub, folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     arguments = ["push", str(folder), "org/tiny", "--with-dense-twin"]

@@ -21,19 +21,21 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RunLog, low_rank_plan, prepared_text, runs_parser
-from encoders import curve, show_curve, similarity
+from encoders import show_curve, similarity
 from rich.console import Console
 
 from kronecker_transformers import compress, distill, search_plan
 from kronecker_transformers.checkpoint.files import to_json, write_text
 from kronecker_transformers.checkpoint.load import load_student, load_teacher
+from kronecker_transformers.compression.activations import Text
 from kronecker_transformers.compression.plan_file import read_plan, write_plan
 from kronecker_transformers.display import results_table
 from kronecker_transformers.experiments.lessons import text_lesson
@@ -129,7 +131,7 @@ def teacher(work: Path) -> tuple[Any, Any]:
     return model.float().eval().requires_grad_(False), tokenizer
 
 
-def plan_of(run: Run, model: Any, tokenizer: Any, texts: list[str], work: Path) -> Any:
+def plan_of(run: Run, model: Any, tokenizer: Any, texts: Sequence[Text], work: Path) -> Any:
     """The plan of a run; one that is searched is kept as a file."""
     if run.plan == "papers":
         return PRESETS[run.ratio]
@@ -154,23 +156,17 @@ def perform(run: Run, text: Path, options: Any) -> None:
     else:
         folder = options.work / "students" / run.folder
         shutil.rmtree(folder, ignore_errors=True)
-        said: list[str] = []
-
-        def say(line: str) -> None:
-            said.append(line)
-            print(line, file=sys.stderr, flush=True)
-
         found = distill(
             model, text, folder, minutes=run.minutes, seed=run.seed, tokenizer=tokenizer, layers=run.layers,
-            base_model="sentence-transformers/all-mpnet-base-v2", bf16=run.bf16, show=say,
+            base_model="sentence-transformers/all-mpnet-base-v2", bf16=run.bf16,
+            show=partial(print, file=sys.stderr, flush=True),
             **({"plan": plan} if run.layers == DEPTH else {"ratio": run.ratio}),
         )  # fmt: skip
         student, tokenizer = load_student(folder)
         record = json.loads((folder / RESULTS_FILE).read_text())
-        begin = next(i for i, line in enumerate(said) if line.startswith("Compression"))
         results = {
             "models": found.models, "rows": found.rows, "training": found.training,
-            "dense_training": record.get("dense_training"), "curve": curve(said[begin:]),
+            "dense_training": record.get("dense_training"),
         }  # fmt: skip
     score = judged(student.eval(), tokenizer, options.data, run.bf16)
     if run.minutes:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -106,29 +105,24 @@ def perform(run: Run, text: Path, data: Path, work: Path) -> None:
     folder = work / "students" / run.folder
     shutil.rmtree(folder, ignore_errors=True)
     model, tokenizer = teacher()
-    said: list[str] = []
     found = distill(
         model, text, folder, plan=read_plan(make_plan(run.kind, run.ratio, text, work)), minutes=run.minutes,
         learning_rate=run.rate, seed=run.seed, tokenizer=tokenizer, base_model="sentence-transformers/all-MiniLM-L6-v2",
-        show=said.append,
     )  # fmt: skip
     student, tokenizer = load_student(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     score = similarity(student.eval().to(device), tokenizer, data)
-    LOG.add(asdict(run), {"stsb": score, "rows": found.rows, "training": found.training, "curve": curve(said)})
-
-
-def curve(said: list[str]) -> dict[str, float]:
-    """Fidelity on other held-out text by step, from what `distill` says on the way."""
-    points = [re.match(r" *step +([\d,]*\d) .* ([\d.e+-]+)$", line) for line in said]
-    return {point[1].replace(",", ""): float(point[2]) for point in points if point}
+    LOG.add(asdict(run), {"stsb": score, "rows": found.rows, "training": found.training})
 
 
 def show_curve(console: Console, name: str, line: dict[str, Any]) -> None:
-    """The curve of a run, if its line has one."""
-    if points := line.get("curve"):
+    """The curve of a run on other held-out examples, if its line has one."""
+    quality, points = "fidelity", line.get("curve")  # of a line from before `distill` recorded it
+    if curve := line.get("training", {}).get("curve"):
+        quality, points = curve["quality"], dict(zip(curve["steps"], curve["values"], strict=True))
+    if points:
         values = ", ".join(f"{step} {value:.3f}" for step, value in points.items())
-        console.print(f"Fidelity by step, {name}: {values}", highlight=False)
+        console.print(f"{quality.capitalize()} by step, {name}: {values}", highlight=False)
 
 
 def finished(run: Run) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Hidden states of all text are kept between two layers, so nothing is computed fr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.teachers import check_pad_token
 from ..models.kronecker_family import family_of, longest_sequence
+
+Text = str | tuple[str, str]
+"""Calibration text: a sentence or document, or a pair of texts that a model reads together."""
 
 LENGTH = 128
 """Tokens of a calibration sequence, at most."""
@@ -35,20 +39,29 @@ class CalibrationBatch(NamedTuple):
     attention_mask: Tensor
     """(batch, length), 1 for what is not padding."""
     held_out: bool
+    token_type_ids: Tensor | None = None
+    """(batch, length); of pairs, for models that tell the second text from the first by them."""
 
     @property
     def real(self) -> Tensor:
         """Positions that are not padding, (batch, length), bool."""
         return self.attention_mask.bool()
 
+    def inputs(self, device: Any) -> dict[str, Tensor]:
+        """What a model on this device is called with."""
+        named = {name: getattr(self, name) for name in ("input_ids", "attention_mask", "token_type_ids")}
+        return {name: value.to(device) for name, value in named.items() if value is not None}
+
 
 def calibration_batches(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int = LENGTH
+    texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int = LENGTH
 ) -> list[CalibrationBatch]:
-    """Encode calibration text: text by text, or in whole blocks for a causal model; longer texts are cut into pieces.
+    """Encode calibration text: text by text, or in whole blocks for a causal model.
+
+    Longer texts are cut into pieces; of a pair the longer text loses its end, as it does in front of a classifier.
 
     Args:
-        texts: sentences or documents.
+        texts: sentences or documents, or pairs of them (a causal model reads both with a line break between).
         tokenizer: of the teacher.
         model: the teacher, or its student.
         length: tokens of a sequence, at most; cut to what the model can take.
@@ -57,33 +70,44 @@ def calibration_batches(
         Batches of sequences of similar length, some of them held out.
 
     Raises:
-        TypeError: a text is not a string, or all is one string.
+        TypeError: a text is neither a string nor a pair of them, or all is one string.
         ValueError: too few texts, or a causal classifier that does not know its padding token.
     """
     if isinstance(texts, str):
         raise TypeError("calibration text is one string; give a list of strings")
     texts = list(texts)
     for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"calibration text {index} is of type {type(text).__name__}; give strings")
+        parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
+        if not all(isinstance(part, str) for part in parts):
+            raise TypeError(f"calibration text {index} is of type {type(text).__name__}; give strings, or pairs of two")
     check_pad_token(model)
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in texts if "".join(text).strip()]
     length = min(length, longest_sequence(model))
+    rows: list[_Row] = []
     if family_of(model).causal:
+        whole = [text if isinstance(text, str) else "\n".join(text) for text in texts]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids = list(chain.from_iterable([*row, *end] for row in tokenizer(texts)["input_ids"])) if texts else []
-        rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+        ids = list(chain.from_iterable([*row, *end] for row in tokenizer(whole)["input_ids"])) if texts else []
+        rows = [_Row(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
     else:
-        rows = _pieces(texts, tokenizer, length) if texts else []
+        if single := [text for text in texts if isinstance(text, str)]:
+            rows += map(_Row, _pieces(single, tokenizer, length))
+        if pairs := [text for text in texts if not isinstance(text, str)]:
+            rows += _pairs(pairs, tokenizer, length, "token_type_ids" in inspect.signature(model.forward).parameters)
     if len(rows) < HELD_OUT:
         raise ValueError(
             f"calibration text of {len(texts)} texts gives {len(rows)} sequences of at most {length} tokens; at least "
             f"{HELD_OUT} are needed, and some hundred sentences do well"
         )
-    rows.sort(key=len)
+    rows.sort(key=lambda row: len(row.ids))
     held_out = rows[HELD_OUT // 2 :: HELD_OUT]
     del rows[HELD_OUT // 2 :: HELD_OUT]
     return [*_batches(rows, False), *_batches(held_out, True)]
+
+
+class _Row(NamedTuple):
+    ids: list[int]
+    types: list[int] | None = None
 
 
 def _pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
@@ -98,16 +122,27 @@ def _pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -
     return [tokenizer.build_inputs_with_special_tokens(piece) for piece in pieces]
 
 
-def _batches(rows: list[list[int]], held_out: bool) -> Iterator[CalibrationBatch]:
+def _pairs(
+    pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, length: int, with_types: bool
+) -> list[_Row]:
+    """Pairs of texts, with the types of their tokens where tokenizer and model have them."""
+    encoded = tokenizer([one for one, _ in pairs], [other for _, other in pairs], truncation=True, max_length=length)
+    types = encoded.get("token_type_ids") if with_types else None
+    return [_Row(ids, types[i] if types else None) for i, ids in enumerate(encoded["input_ids"])]
+
+
+def _batches(rows: list[_Row], held_out: bool) -> Iterator[CalibrationBatch]:
     """Batches of sorted rows; padded with 0, since the mask hides what stands there."""
     while rows:
-        size = next((n for n in range(1, len(rows)) if (n + 1) * len(rows[n]) > BATCH_TOKENS), len(rows))
+        size = next((n for n in range(1, len(rows)) if (n + 1) * len(rows[n].ids) > BATCH_TOKENS), len(rows))
         batch, rows = rows[:size], rows[size:]
-        ids, mask = torch.zeros(2, size, len(batch[-1]), dtype=torch.long)
+        ids, mask, types = torch.zeros(3, size, len(batch[-1].ids), dtype=torch.long)
         for i, row in enumerate(batch):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        yield CalibrationBatch(ids, mask, held_out)
+            number = len(row.ids)
+            ids[i, :number], mask[i, :number] = torch.tensor(row.ids), 1
+            if row.types is not None:
+                types[i, :number] = torch.tensor(row.types)
+        yield CalibrationBatch(ids, mask, held_out, types if types.any() else None)
 
 
 @dataclass
@@ -181,11 +216,11 @@ def enter(base: Any, batches: Iterable[CalibrationBatch]) -> list[Stream]:
     """All batches before the first layer of a base model."""
     streams = []
     for batch in batches:
-        ids, mask = batch.input_ids.to(base.device), batch.attention_mask.to(base.device)
+        inputs = batch.inputs(base.device)
         with seeing({"first": layers_of(base)[1][0]}) as seen:
-            base(ids, attention_mask=mask, use_cache=False)
+            base(**inputs, use_cache=False)
         (hidden, *args), kwargs = seen["first"]
-        streams.append(Stream(mask.bool(), batch.held_out, hidden, tuple(args), kwargs))
+        streams.append(Stream(inputs["attention_mask"].bool(), batch.held_out, hidden, tuple(args), kwargs))
     return streams
 
 

@@ -208,12 +208,13 @@ def projection_moments(dense: Any, factored: Any, batches: Sequence[CalibrationB
     """The same for the projection after the embedding."""
     sums = {held_out: MomentSums() for held_out in (False, True)}
     for batch in batches:
-        ids, mask = batch.input_ids.to(dense.device), batch.attention_mask.to(dense.device)
+        inputs = batch.inputs(dense.device)
+        real = inputs["attention_mask"].bool()
         with seeing({"y": projection_of(dense)}, outputs=True) as outputs:
-            dense(ids, attention_mask=mask)
-        with seeing({"x": projection_of(factored)}) as inputs:
-            factored(ids, attention_mask=mask)
-        sums[batch.held_out].add(inputs["x"][0][0][mask.bool()], outputs["y"][mask.bool()])
+            dense(**inputs)
+        with seeing({"x": projection_of(factored)}) as seen:
+            factored(**inputs)
+        sums[batch.held_out].add(seen["x"][0][0][real], outputs["y"][real])
     return sums[False].finish(), sums[True].finish()
 
 
@@ -260,11 +261,12 @@ def row_weights(
     counted = {name: module for name, module in modules.items() if name not in (family.positions, family.position_bias)}
     for batch in batches if counted else ():
         with seeing(counted) as seen:
-            ids, mask = batch.input_ids.to(dense.device), batch.attention_mask.to(dense.device)
-            dense(ids, attention_mask=mask, use_cache=False)
+            inputs = batch.inputs(dense.device)
+            dense(**inputs, use_cache=False)
+        real = inputs["attention_mask"].bool()
         for name, ((rows, *_), _) in seen.items():
             found = counts[batch.held_out][name]
-            found += torch.bincount(rows.expand(mask.shape)[mask.bool()], minlength=len(found)).cpu()
+            found += torch.bincount(rows.expand(real.shape)[real], minlength=len(found)).cpu()
     weights = {}
     for name, module in modules.items():
         fit, held_out = counts[False][name] + UNSEEN, counts[True][name]

@@ -31,7 +31,7 @@ from ..models.kronecker_family import family_of
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from ..models.kronecker_matching import matched_plan, selected_modules
 from ..models.kronecker_nearest import nearest_kronecker
-from .activations import CalibrationBatch, calibration_batches, modules_named, weight_of
+from .activations import CalibrationBatch, Text, calibration_batches, modules_named, weight_of
 from .calibration import calibrate, check_text
 from .plan_file import SEARCHES
 from .search import PlanSearch, check_budgets, check_reach, search_batches
@@ -81,7 +81,7 @@ def compress(
     *,
     ratio: float | None = None,
     only: str | Sequence[str] | None = None,
-    calibration: Iterable[str] | None = None,
+    calibration: Iterable[Text] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
 ) -> CompressionResult:
@@ -98,8 +98,9 @@ def compress(
         only: patterns (fnmatch) of the modules that are factored, relative to the base model; "embedding" is the word
             embedding. What a plan has for others is left out. Default: all modules.
         calibration: texts on which the factors are fitted to the teacher's layers; some hundred sentences like those
-            that the student will meet. A tenth of them is held out and decides, layer by layer, whether the nearest
-            factors are kept. Without any, all layers get their nearest factors.
+            that the student will meet, or pairs (tuples) of them for a classifier of pairs. A tenth of them is held out
+            and decides, layer by layer, whether the nearest factors are kept. Without any, all layers get their nearest
+            factors.
         tokenizer: of a teacher that is a loaded model; needed with `calibration`, and returned.
         progress: show progress bars on standard error.
 
@@ -107,7 +108,8 @@ def compress(
         The student in evaluation mode, in the teacher's dtype and on its device; the teacher is not changed.
 
     Raises:
-        TypeError: the teacher is neither a name, a folder nor a model; or a text is not a string.
+        TypeError: the teacher is neither a name, a folder nor a model; or a text is neither a string nor a pair of
+            strings.
         ValueError: unsupported teacher, a plan that does not fit, or weights that are not finite; with `calibration`,
             too little text, no tokenizer, or activations that are not finite; with `ratio`, a plan too, no calibration
             text, or a ratio that cannot be met; with `only`, a pattern that matches nothing, or a plan for other

@@ -73,9 +73,10 @@ class HeldOutOutputs:
 def _thinned(batch: CalibrationBatch, every: int) -> CalibrationBatch:
     """One row in so many of a batch, the rows of which are sorted by length; at least one."""
     start = min(every, len(batch.input_ids)) // 2
-    ids, mask = batch.input_ids[start::every], batch.attention_mask[start::every]
-    length = int(mask.sum(1).max())
-    return CalibrationBatch(ids[:, :length], mask[:, :length], batch.held_out)
+    length = int(batch.attention_mask[start::every].sum(1).max())
+    ids, mask = (rows[start::every, :length] for rows in (batch.input_ids, batch.attention_mask))
+    types = None if batch.token_type_ids is None else batch.token_type_ids[start::every, :length]
+    return CalibrationBatch(ids, mask, batch.held_out, types)
 
 
 def _lost(wanted: Tensor, got: Tensor) -> float:
@@ -89,8 +90,8 @@ def _lost(wanted: Tensor, got: Tensor) -> float:
 
 def _outputs_that_count(model: Any, batch: CalibrationBatch) -> list[Tensor]:
     """A row for each token or sequence, of each kind of outputs."""
-    ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
-    inputs, real, heads = {"input_ids": ids, "attention_mask": mask}, mask.bool(), heads_of(model)
+    inputs, heads = batch.inputs(model.device), heads_of(model)
+    real = inputs["attention_mask"].bool()
     if any(head.kind == "choices" for head in heads):
         output = model.base_model(**inputs)
         pooled = output.last_hidden_state[:, 0] if pooler_of(model.base_model) is None else output.pooler_output

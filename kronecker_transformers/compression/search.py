@@ -30,7 +30,7 @@ from ..models import FACTORED_CLASSES
 from ..models.factor_plan import FactorEntry, FactorPlan
 from ..models.kronecker_family import longest_sequence
 from ..models.kronecker_matching import matched_plan, selected_modules
-from .activations import CalibrationBatch, calibration_batches, modules_named, weight_of
+from .activations import CalibrationBatch, Text, calibration_batches, modules_named, weight_of
 from .calibration import check_text
 from .candidates import Candidate, influences, measured_layers, noise_to_signal
 from .estimates import UNITS, best_choice, factor_shapes
@@ -102,7 +102,7 @@ class PlanSearch:
 
 def search_plan(
     teacher: str | os.PathLike[str] | PreTrainedModel,
-    calibration: Iterable[str],
+    calibration: Iterable[Text],
     *,
     ratio: float | None = None,
     parameters: int | None = None,

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.load import load_model
+from ..compression.activations import Text
 from ..compression.compress import compress
 from ..models.kronecker_family import FACTORED_CLASSES, FAMILIES, family_of
 
@@ -20,7 +21,7 @@ def start_student(
     plan: str | Mapping[str, Any] = "7.7x",
     start: str | os.PathLike[str] | None = None,
     *,
-    calibration: Iterable[str] | None = None,
+    calibration: Iterable[Text] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
 ) -> PreTrainedModel:

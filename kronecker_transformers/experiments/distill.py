@@ -66,7 +66,8 @@ class Distilled:
         model, tokenizer: the student.
         report: its sizes, beside the teacher's.
         rows: what was measured, by name, for each of `models`.
-        training: steps, samples, tokens, seconds, objective; of a student with fewer layers, since it is factored.
+        training: steps, samples, tokens, seconds, objective, and the curve of its quality on held-out examples; of a
+            student with fewer layers, since it is factored.
         folder: where it is saved, with plan, records, pictures and card.
     """
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from ..checkpoint.pooling import Pooling
 from ..checkpoint.sentence_modules import encoder_settings
+from ..compression.activations import Text
 from ..distillation import TeacherMemory
 from ..models.kronecker_family import heads_of, longest_sequence
 from ..tasks.language_modeling import block_examples, masked_examples, sentence_examples
@@ -51,7 +52,7 @@ class Lesson:
     """To compare on."""
     sentences: list[str] = field(default_factory=list)
     """The same as sentences, for teachers without a head."""
-    calibration: list[str] = field(default_factory=list)
+    calibration: Sequence[Text] = ()
     weights: Mapping[str, Any] = field(default_factory=dict)
     scores: Callable[[PreTrainedModel], dict[str, float]] | None = None
     """The task's own metrics."""
@@ -130,8 +131,8 @@ def labelled_lesson(
     if certain is False:
         check_unnamed_labels(dense, task, data, collate)
     held_out = list(islice(data[task.evaluation_splits[0]], HELD_OUT + WATCHED))
-    some = islice(task.data["train"], CALIBRATION)
-    calibration = [" ".join(str(row[column]) for column in task.text_columns) for row in some]
+    columns = [map(str, task.data["train"][:CALIBRATION][column]) for column in task.text_columns]
+    calibration: Any = list(zip(*columns, strict=True) if len(columns) > 1 else columns[0])
     return dense, tokenizer, Lesson(
         32, length, "kronecker_bert", partial(_rows, data["train"]), collate, held_out, [], calibration,
         {**WEIGHTS, "supervised_weight": 0.05}, scores=partial(judged, task=task, data=data, collator=collate),

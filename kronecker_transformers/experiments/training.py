@@ -100,7 +100,7 @@ def train(
         say: called with a line.
 
     Returns:
-        Steps, samples, tokens, seconds, objective.
+        Steps, samples, tokens, seconds, objective, and the curve of the student's quality.
     """
     factored, encoder = type(student) not in FACTORED_CLASSES, lesson.objective == "sentence_encoder"
     batch = lesson.batch if factored or not encoder else DENSE_ENCODER_BATCH
@@ -133,4 +133,4 @@ def train(
         trainer.train()
         if trainer.state.global_step > watch.steps[-1]:  # its time was over
             watch.look(student, trainer.state.global_step, arguments.max_steps)
-        return trainer.training_summary()
+        return {**trainer.training_summary(), "curve": watch.curve()}

@@ -30,6 +30,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, judge: Judge, say: Callable[[str], object]) -> None:
         self.steps: list[int] = []
+        self.minutes: list[float] = []
         self.quality: list[float] = []
         self.logged: list[int] = []
         self.losses: dict[str, list[float]] = {}
@@ -46,10 +47,15 @@ class Watch(TrainerCallback):
         self.progress.skip(time.monotonic() - start)
         self.name, value = next(iter(values.items()))
         self.steps.append(step)
+        self.minutes.append(self.progress.seconds() / 60)
         self.quality.append(value)
         limit = self.progress.max_minutes
         share = f"of {steps:,}" if limit is None else f"after {self.progress.seconds() / 60:.1f} of {limit:g} minutes"
         self._say(f"  step {step:5,d} {share}: {self.name} {value:.4g}")
+
+    def curve(self) -> dict[str, Any]:
+        """What was seen, for a record: the quality's name, and its values with steps and minutes of training."""
+        return {"quality": self.name, "values": self.quality, "steps": self.steps, "minutes": self.minutes}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a log, and so for a look, when one is due."""

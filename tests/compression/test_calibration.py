@@ -9,6 +9,7 @@ from transformers import (
     BertJapaneseTokenizer,
     BertModel,
     DistilBertForMaskedLM,
+    DistilBertForSequenceClassification,
     ElectraForPreTraining,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -259,6 +260,51 @@ def test_long_texts_are_cut_and_nothing_is_lost(tmp_path):
     assert all((row[0], row[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id) for row in rows)
 
 
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_pairs_are_read_as_pairs(kind, tmp_path):
+    """As a classifier of pairs reads them: divided, with types of tokens where the model has some, and cut alike."""
+    tokenizer = bert_tokenizer(tmp_path)
+    dense = teacher({"bert": BertForSequenceClassification, "distilbert": DistilBertForSequenceClassification}[kind])
+    given = [*zip(texts()[:30], texts(seed=1)[:30], strict=True), ("the fox " * 40, "jumps"), *texts(seed=2)[:9]]
+    found = {}
+    for batch in calibration_batches(given, tokenizer, dense, length=24):
+        inputs = batch.inputs("cpu")
+        assert kind == "bert" or "token_type_ids" not in inputs
+        for place, logits in enumerate(dense(**inputs).logits):
+            found[tuple(batch.input_ids[place, batch.real[place]].tolist())] = logits
+    for text in given:
+        encoded = tokenizer(
+            *(text if isinstance(text, tuple) else (text,)), truncation=True, max_length=24, return_tensors="pt",
+            return_token_type_ids=kind == "bert",
+        )  # fmt: skip
+        torch.testing.assert_close(found.pop(tuple(encoded["input_ids"][0].tolist())), dense(**encoded).logits[0])
+    assert not found
+
+
+def test_what_a_classifier_of_pairs_loses_is_seen_on_pairs(tmp_path):
+    """A student whose second token type is damaged loses nothing on single texts."""
+    tokenizer, dense = bert_tokenizer(tmp_path), teacher(BertForSequenceClassification)
+    damaged = copy.deepcopy(dense)
+    damaged.bert.embeddings.token_type_embeddings.weight.data[1] += torch.linspace(-3, 3, damaged.config.hidden_size)
+    pairs = list(zip(texts(), texts(seed=1), strict=True))
+    (lost,), (nothing,) = (
+        HeldOutOutputs(dense, calibration_batches(given, tokenizer, dense)).lost(damaged) for given in (pairs, texts())
+    )
+    assert lost > 0.1
+    assert nothing < 1e-3
+
+
+def test_a_causal_model_reads_pairs_as_two_lines(tmp_path):
+    tokenizer, dense = gpt2_tokenizer(tmp_path), teacher(GPT2LMHeadModel)
+    pairs = list(zip(texts(), texts(seed=1), strict=True))
+    found = [
+        calibration_batches(given, tokenizer, dense, length=16)
+        for given in (pairs, ["\n".join(pair) for pair in pairs])
+    ]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+
+
 def test_gpt2_sees_blocks(tmp_path):
     tokenizer, dense = gpt2_tokenizer(tmp_path), teacher(GPT2LMHeadModel)
     given = texts()
@@ -319,8 +365,10 @@ def test_bad_calibration_text_is_refused(family):
         compress(dense, plan, calibration=["", " "], tokenizer=tokenizer)
     with pytest.raises(TypeError, match="one string; give a list of strings"):
         compress(dense, plan, calibration="the fox", tokenizer=tokenizer)
-    with pytest.raises(TypeError, match="calibration text 1 is of type int; give strings"):
+    with pytest.raises(TypeError, match="calibration text 1 is of type int; give strings, or pairs of two"):
         compress(dense, plan, calibration=["a", 3], tokenizer=tokenizer)
+    with pytest.raises(TypeError, match="calibration text 0 is of type tuple; give strings, or pairs of two"):
+        compress(dense, plan, calibration=[("a", "b", "c")], tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"calibration needs the teacher's tokenizer; pass it as tokenizer="):
         compress(dense, plan, calibration=texts())
     few = [CalibrationBatch(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long), i < 3) for i in range(10)]

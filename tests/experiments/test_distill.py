@@ -16,6 +16,7 @@ from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
 from kronecker_transformers.distillation import TeacherMemory
 from kronecker_transformers.experiments.distill import _command, distill
+from kronecker_transformers.experiments.lessons import labelled_lesson
 from kronecker_transformers.experiments.training import kept_layers
 from kronecker_transformers.models import FACTORED_CLASSES
 
@@ -135,6 +136,23 @@ def test_a_task_gives_labels(glue, tmp_path, capsys):
     encoder = saved_teacher(transformers.BertModel, tmp_path / "encoder")
     with pytest.raises(ValueError, match="is no classifier yet; fine-tune it first"):
         distill(encoder, output=tmp_path / "third", task="sst2", data_dir=str(glue))
+
+
+def test_a_task_of_pairs_is_calibrated_on_pairs(tmp_path):
+    folder = tmp_path / "glue" / "RTE"
+    folder.mkdir(parents=True)
+    lines = text_file(tmp_path).read_text().splitlines()
+    pairs = list(zip(lines[::2], lines[1::2], strict=True))
+    rows = [f"{i}\t{one}\t{other}\t{('entailment', 'not_entailment')[i % 2]}" for i, (one, other) in enumerate(pairs)]
+    for split in ("train", "dev"):
+        (folder / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    names = {0: "entailment", 1: "not_entailment"}
+    changes = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    teacher = saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher", **changes)
+    _, _, lesson = labelled_lesson(str(teacher), "rte", str(tmp_path / "glue"))
+    assert lesson.calibration == pairs[:512]
+    found = distill(teacher, output=tmp_path / "student", task="rte", data_dir=str(tmp_path / "glue"), ratio=3, steps=2)
+    assert "accuracy" in found.rows
 
 
 def test_a_student_is_not_lost_because_it_cannot_be_drawn(tmp_path, monkeypatch, caplog):
@@ -318,6 +336,13 @@ def test_minutes_end_a_training_and_its_looks_tell_the_time(tmp_path):
     found = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, minutes=0.02, show=lines.append)
     assert found.training["steps"] > 0
     assert found.training["seconds"] >= 1.2
+    curve = found.training["curve"]
+    assert curve["quality"] in found.rows
+    assert len(curve["values"]) == len(curve["steps"]) == len(curve["minutes"])
+    assert (curve["steps"][0], curve["minutes"][0]) == (0, 0)
+    assert curve["steps"][-1] == found.training["steps"]
+    assert curve["minutes"] == sorted(curve["minutes"])
+    assert 60 * curve["minutes"][-1] <= found.training["seconds"] + 0.05  # which are rounded
     assert "Distillation: 0.02 minutes, 64 examples each" in lines
     assert "step     0 after 0.0 of 0.02 minutes: similarity" in lines[2]
 

@@ -5,12 +5,14 @@
 DIR holds the folder glue (the official files); WORK is that of base.py, which fetches the teacher. For each task the
 teacher is fine-tuned once (examples/run_glue_kd.py); then a student is made by the package's `distill` as it is: its
 plan searched on this teacher, its factors calibrated on the task's sentences, and trained for so many minutes
-(--minutes), with all layers or fewer (--layers), on all cores and nothing beside it. WORK keeps the teachers; finished
-runs are lines of logs/base_glue.jsonl, and are not made again. --table shows them without a run.
+(--minutes), with all layers or fewer (--layers). The runs of the log had one thread each, two beside each other. WORK
+keeps the teachers; finished runs are lines of logs/base_glue.jsonl, and are not made again. --table shows them without
+a run, and the curve of each student on a fifth of the dev set.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections import defaultdict
@@ -22,15 +24,17 @@ from typing import Any
 
 from base import fetch
 from common import GLUE_TASKS, QUIET, RunLog, example, runs_parser, spread
+from encoders import show_curve
 from rich.console import Console
 
 from kronecker_transformers import distill
 from kronecker_transformers.display import results_table
+from kronecker_transformers.hub.files import RESULTS_FILE
 from kronecker_transformers.tasks.glue import glue_task, load_glue
 
 LOG = RunLog("base_glue")
 TEACHER_EPOCHS = {"cola": 4, "mrpc": 4, "rte": 3, "stsb": 3, "sst2": 1}
-SAMPLES = {"sst2": 20_000}
+SAMPLES = {"sst2": 10_000}
 """Training examples of a teacher, at most."""
 
 
@@ -70,12 +74,13 @@ def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
     folder = options.work / "students" / "-".join(map(str, asdict(run).values()))
     shutil.rmtree(folder, ignore_errors=True)
-    found = distill(
+    distill(
         fine_tune(run.task, options), output=folder, task=run.task, data_dir=str(options.data / "glue"),
         ratio=run.ratio, layers=run.layers, minutes=run.minutes, seed=run.seed, bf16=True,
         show=partial(print, file=sys.stderr, flush=True),
     )  # fmt: skip
-    results = {"models": found.models, "rows": found.rows, "training": found.training}
+    record = json.loads((folder / RESULTS_FILE).read_text())
+    results = {name: record.get(name) for name in ("models", "rows", "dense_training", "training")}
     LOG.add(asdict(run), {**results, "chance": chance(run.task, options.data / "glue")})
 
 
@@ -117,7 +122,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="of students (default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=7.7, help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, default=6, help="of the student (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of its training (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of its training (default: %(default)s)")
     parser.add_argument("--teachers", action="store_true", help="only fine-tune the teachers")
     options = parser.parse_args()
     if options.teachers:
@@ -133,6 +138,9 @@ def main() -> None:
     console.print(LOG.environments(), highlight=False)
     metrics = [f"{task}\n{glue_task(task).headline}" for task in GLUE_TASKS]
     console.print(results_table("GLUE dev, per cent: all-mpnet-base-v2 and its students", metrics, dict(rows())))
+    for line in LOG.lines():
+        for part in ("dense_training", "training"):
+            show_curve(console, f"{line['task']}, {part.partition('_')[0]}", {"training": line[part] or {}})
 
 
 if __name__ == "__main__":

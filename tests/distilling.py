@@ -183,10 +183,13 @@ def main():
     callbacks = [keep, *(InTheMiddleOf(int(step), globals()[name]) for name, step in events.items())]
     trainer = make_trainer(student, teacher, folder / "run", examples(student, 16), callbacks, **arguments)
     trainer.train(resume_from_checkpoint=any(folder.glob("run/checkpoint-*")))
+    weights = student.state_dict()
+    if trainer.is_deepspeed_enabled:  # which may have divided them
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         torch.save(
             {
-                "weights": student.state_dict(),
+                "weights": weights,
                 "gradients": keep.steps,
                 "log": trainer.state.log_history,
                 "processes": trainer.args.world_size,

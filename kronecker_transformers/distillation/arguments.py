@@ -100,6 +100,11 @@ class DistillationArguments(_Weights, TrainingArguments):
             raise ValueError(f"muon=True goes with optim='adamw_torch', not {optim!r}; leave one of both out")
         if self.muon and not self.factor_learning_rates:
             raise ValueError("muon=True needs factor_learning_rates=True; leave one of both out")
+        if self.muon and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "muon=True needs whole factors, and DeepSpeed gives the optimizer flat pieces of all parameters; use "
+                "FSDP2 in its place, or leave muon out"
+            )
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(
                 f"dropout={self.dropout} must be at least 0 and below 1; leave it out to keep the config's"

@@ -177,6 +177,11 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
         if wanted["include_num_input_tokens_seen"] in ("no", False):
             wanted["include_num_input_tokens_seen"] = "non_padding"  # the results tell how much the student has seen
         arguments = DistillationArguments(**wanted)
+        if arguments.deepspeed_plugin is not None and arguments.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "stage 3 of ZeRO divides teacher and student, which this script loads, saves and judges whole; choose "
+                "stage 1 or 2, or use DistillationTrainer in a script of your own"
+            )
         set_seed(arguments.seed)  # a new head of a teacher is drawn before the Trainer sets it
         found: Any = script(**chosen)
         program = f"examples/{Path(sys.modules[script.__module__].__file__ or '').name}"

@@ -194,6 +194,25 @@ def seeing(modules: Mapping[str, nn.Module], outputs: bool = False) -> Iterator[
             handle.remove()
 
 
+@contextmanager
+def recording(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Any]]]:
+    """Run something in this block, whole: the first input and the output of each module, by name."""
+    found: dict[str, tuple[Tensor, Any]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[name] = args[0], output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def weight_of(module: Any) -> Tensor:
     """The weight of a dense linear layer or embedding as (m outputs, n inputs), or (rows, n)."""
     weight: Tensor = module.weight.t() if isinstance(module, Conv1D) else module.weight

@@ -40,7 +40,7 @@ RIDGE = 0.1
 """Pull towards the dense weight, as a share of the mean variance of an input."""
 MAX_SWEEPS = 40
 """Alternations over A and B at most."""
-TOLERANCE = 1e-4
+TOLERANCE = 5e-4
 """A sweep that lowers J by less than this share of the variance of y is the last."""
 _LARGEST = 4096  # unknowns of a row for which a system is written down, where that is also the cheaper way
 _STEPS, _PRECISION = 10, 1e-3  # of conjugate gradients: at most, and the residual, over the right side, that is enough

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..models.kronecker_family import family_of, projection_of
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
-from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, seeing, weight_of
+from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, recording, seeing, weight_of
 from .calibrated import calibrated_kronecker, weighted_kronecker
 from .moments import Moments, MomentSums, kronecker_product
 from .outputs import HeldOutOutputs, check_held_out
@@ -202,6 +202,28 @@ def group_moments(
         return sums[False].finish(), sums[True].finish()
     except ValueError as error:
         raise ValueError(f"layer {group[0]!r}: {error}") from error
+
+
+def layer_moments(
+    layer: nn.Module, groups: Sequence[Sequence[str]], streams: list[Stream]
+) -> list[tuple[Moments, Moments]]:
+    """The same for all groups of a layer of the teacher, with its own inputs, in one pass that streams go through.
+
+    Raises:
+        ValueError: activations that are not finite.
+    """
+    sums = [{held_out: MomentSums() for held_out in (False, True)} for _ in groups]
+    modules = {name: layer.get_submodule(name) for group in groups for name in group}
+    for stream in streams:
+        with recording(modules) as seen:
+            stream.advance(layer)
+        for group, both in zip(groups, sums, strict=True):
+            x, _ = seen[group[0]]
+            both[stream.held_out].add(x[stream.real], torch.cat([seen[name][1][stream.real] for name in group], -1))
+    try:
+        return [(both[False].finish(), both[True].finish()) for both in sums]
+    except ValueError as error:
+        raise ValueError(f"layer with {', '.join(modules)}: {error}") from error
 
 
 def projection_moments(dense: Any, factored: Any, batches: Sequence[CalibrationBatch]) -> tuple[Moments, Moments]:

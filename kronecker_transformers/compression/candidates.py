@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,16 +29,16 @@ from ..models.kronecker_contraction import multiplications
 from ..models.kronecker_family import family_of, pooler_of, projection_of
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, weight_of
 from .calibrated import RIDGE, CalibratedFactors, calibrated_kronecker, weighted_kronecker
-from .calibration import group_moments, pooler_moments, projection_moments, row_error, row_weights
+from .calibration import layer_moments, pooler_moments, projection_moments, row_error, row_weights
 from .estimates import error_curves, factor_shapes, weighted_error_curve
 from .moments import Moments, kronecker_product
 from .outputs import HeldOutOutputs
 
 SIZES = tuple(2 ** (-k / 8) for k in range(8, 57))
 """Sizes of candidates, as shares of the dense weight: from 1/2 to 1/128."""
-SIZES_TRIED = SIZES[::4]
+SIZES_TRIED = SIZES[::8]
 """At which shapes compete."""
-TRIED = 3
+TRIED = 2
 """Shapes that are tried in the middle layer for each size; the best one of each is kept."""
 PROBE = 1 / 8
 """Size at which shapes are tried, and at which influences are measured."""
@@ -45,6 +46,8 @@ SWEEPS = 2
 """Of a try."""
 Shape = tuple[int, int]
 """(m1, n1)"""
+Try = tuple[Tensor, CalibratedFactors, float]
+"""Estimates scaled by what is reached at one size; the factors with which it was reached, and their error."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,10 @@ def measured_layers(
     if family.projection and projection_of(base) is not None:
         name, weight = family.projection, projection_of(base).weight
         moments = projection_moments(base, base, batches) if name in names else None
-        yield _linear(name, weight, REPORT_LENGTH, moments, _low_rank(weight) if low_rank else None, wanted[name])
+        yield _linear(name, weight, REPORT_LENGTH, moments, wanted[name], _low_rank(weight) if low_rank else None)
     place, layers = layers_of(base)
     kinds = {_kind(name) for name in names}
-    shortlists: dict[str, list[Shape]] = {}
+    tries: dict[str, dict[Shape, Try]] = {}
     streams = enter(base, batches)
     for layer in layers[: len(layers) // 2]:
         for stream in streams:
@@ -122,33 +125,37 @@ def measured_layers(
     modules = linear_modules(layers[middle], streams, inside)
     for name, module, moments in tqdm(modules, desc="shapes", unit="layer", leave=False, disable=not progress):
         if moments is not None and low_rank:
-            shortlists[name] = _low_rank(weight_of(module))
+            tries[name] = _tries(weight_of(module), *moments, _low_rank(weight_of(module)))
         elif moments is not None:
             presets_here = wanted[_kind(f"{place}.{middle}.{name}")]
-            shortlists[name] = _shortlist(weight_of(module), *moments, presets_here)
+            tries[name] = _shortlist(weight_of(module), *moments, presets_here)
     streams = enter(base, batches)
     for index, layer in enumerate(layers):
         inside = {name for name, _ in layer.named_modules() if f"{place}.{index}.{name}" in names}
         for name, module, moments in linear_modules(layer, streams, inside):
-            full = f"{place}.{index}.{name}"
-            shapes = shortlists.get(name)
-            yield _linear(full, weight_of(module), REPORT_LENGTH, moments, shapes, wanted[_kind(full)])
-        for stream in streams:
-            stream.advance(layer)
+            full, W = f"{place}.{index}.{name}", weight_of(module)
+            shapes = tries.get(name)
+            found = shapes if index == middle else None
+            yield _linear(full, W, REPORT_LENGTH, moments, wanted[_kind(full)], shapes, found)
     if family.pooler and pooler_of(base) is not None:
         name, weight = family.pooler, base.get_submodule(family.pooler).weight
         moments = pooler_moments(base, streams, streams) if name in names else None
-        yield _linear(name, weight, 1, moments, _low_rank(weight) if low_rank else None, wanted[name])
+        yield _linear(name, weight, 1, moments, wanted[name], _low_rank(weight) if low_rank else None)
 
 
 def linear_modules(
     layer: nn.Module, streams: list[Stream], names: AbstractSet[str]
 ) -> Iterator[tuple[str, nn.Module, tuple[Moments, Moments] | None]]:
-    """The linear modules of a layer that text reaches, with moments of inputs and outputs of those with these names."""
+    """The linear modules of a layer that text reaches, with moments of inputs and outputs of those with these names.
+
+    The streams are behind the layer then.
+    """
     linear = [name for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    for group in groups_of(layer, linear, streams[0]):
-        measured = [name for name in group if name in names]
-        both = group_moments(layer, layer, measured, streams, streams) if measured else ()
+    groups = groups_of(layer, linear, streams[0])
+    measured = [found for group in groups if (found := [name for name in group if name in names])]
+    moments_of = dict(zip(map(itemgetter(0), measured), layer_moments(layer, measured, streams), strict=True))
+    for group in groups:
+        both = next((moments_of[name] for name in group if name in moments_of), ())
         start = 0
         for name in group:
             module = layer.get_submodule(name)
@@ -184,13 +191,14 @@ def _low_rank(W: Tensor) -> list[Shape]:
     return [(len(W), 1)]
 
 
-def _shortlist(W: Tensor, fit: Moments, held_out: Moments, presets: Iterable[FactorEntry]) -> list[Shape]:
-    """Low rank, the shapes of the presets, and those that are the best at some size."""
+def _shortlist(W: Tensor, fit: Moments, held_out: Moments, presets: Iterable[FactorEntry]) -> dict[Shape, Try]:
+    """Tries of low rank, of the shapes of the presets, and of those that are the best at some size."""
     always = {(len(W), 1), *((entry.m1, entry.n1) for entry in presets)}
     worth = {shape for shape in factor_shapes(*W.shape) if _terms(W, *shape, SIZES[0])}
     curves = _estimates(W, fit, worth | always)
-    tried = always | _best(W, curves, TRIED)
-    return sorted(always | _best(W, {shape: _try(W, fit, held_out, shape, curves[shape])[0] for shape in tried}, 1))
+    tried = {shape: _try(W, fit, held_out, shape, curves[shape]) for shape in always | _best(W, curves, TRIED)}
+    best = always | _best(W, {shape: found[0] for shape, found in tried.items()}, 1)
+    return {shape: tried[shape] for shape in sorted(best)}
 
 
 def _best(W: Tensor, curves: Mapping[Shape, Tensor], number: int) -> set[Shape]:
@@ -205,10 +213,12 @@ def _best(W: Tensor, curves: Mapping[Shape, Tensor], number: int) -> set[Shape]:
     return found
 
 
-def _try(
-    W: Tensor, fit: Moments, held_out: Moments, shape: Shape, estimates: Tensor
-) -> tuple[Tensor, CalibratedFactors, float]:
-    """Estimates scaled by what is reached at one size; the factors with which it was reached, and their error."""
+def _tries(W: Tensor, fit: Moments, held_out: Moments, shapes: Iterable[Shape]) -> dict[Shape, Try]:
+    """Of each of these shapes."""
+    return {shape: _try(W, fit, held_out, shape, curve) for shape, curve in _estimates(W, fit, shapes).items()}
+
+
+def _try(W: Tensor, fit: Moments, held_out: Moments, shape: Shape, estimates: Tensor) -> Try:
     terms = min(max(1, _terms(W, *shape, PROBE)), len(estimates))
     found = calibrated_kronecker(W, fit, *shape, terms, sweeps=SWEEPS)
     error = held_out.relative_error(found.A, found.B, found.bias)
@@ -220,16 +230,16 @@ def _linear(
     W: Tensor,
     tokens: int,
     moments: tuple[Moments, Moments] | None,
-    shapes: Iterable[Shape] | None,
     presets: list[FactorEntry],
+    shapes: Iterable[Shape] | None,
+    tries: Mapping[Shape, Try] | None = None,
 ) -> MeasuredLayer:
     """A linear layer with its candidates, of these shapes or of those that are the best here; without moments, kept."""
     if moments is None:
         return _kept(name, W, tokens)
-    fit, held_out = moments
-    shapes = _shortlist(W, fit, held_out, presets) if shapes is None else shapes
+    if tries is None:
+        tries = _shortlist(W, *moments, presets) if shapes is None else _tries(W, *moments, shapes)
     candidates = [_candidate(W, tokens, None, 0.0)]
-    tries = {shape: _try(W, fit, held_out, shape, curve) for shape, curve in _estimates(W, fit, shapes).items()}
     for shape, (curve, _, _) in tries.items():
         counts = {_terms(W, *shape, share) for share in SIZES}
         counts |= {entry.terms for entry in presets if (entry.m1, entry.n1) == shape}
@@ -279,14 +289,17 @@ def influences(
     Measured on held-out text, with one layer at a time as its probe: that of the outputs comes from their correlation
     with the teacher's; several kinds of outputs, as those of a teacher for pre-training, are averaged.
     """
-    judged = HeldOutOutputs(teacher, batches)
+    judged = HeldOutOutputs(teacher, batches, keep_layers=True)
+    place, stack = layers_of(teacher.base_model)
     found = []
     for layer in tqdm(layers, desc="influences", unit="layer", disable=not progress):
         if layer.probe is None:
             found.append(0.0)
             continue
+        inside = [index for index in range(len(stack)) if layer.name.startswith(f"{place}.{index}.")]
+        behind = len(stack) if layer.name == family_of(teacher).pooler else 0
         with _replaced(teacher.base_model.get_submodule(layer.name), *layer.probe):
-            lost = judged.lost(teacher)
+            lost = judged.lost(teacher, unchanged=inside[0] if inside else behind)
         found.append(sum(map(noise_to_signal, lost)) / len(lost) / noise_to_signal(max(layer.probe_error, 1e-3)))
     return found
 

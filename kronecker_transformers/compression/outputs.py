@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.kronecker_family import family_of, heads_of, pooler_of
-from .activations import CalibrationBatch
+from .activations import CalibrationBatch, layers_of, recording
 
 FEWEST_ROWS = 3
 """Outputs of which something is left when their mean is taken away, and more than a sign."""
@@ -44,30 +46,40 @@ class HeldOutOutputs:
         teacher: dense, with any head that is supported.
         batches: from `calibration_batches`; of what is held out, all, or of every length the share that gives
             `PROBE_TOKENS`.
+        keep_layers: keep what each layer puts out, so that `lost` can leave layers out.
 
     Raises:
         ValueError: too few of them.
     """
 
-    def __init__(self, teacher: Any, batches: Sequence[CalibrationBatch]) -> None:
+    def __init__(self, teacher: Any, batches: Sequence[CalibrationBatch], keep_layers: bool = False) -> None:
         held_out = [batch for batch in batches if batch.held_out]
         every = -(-sum(int(batch.attention_mask.sum()) for batch in held_out) // PROBE_TOKENS)
         self._batches = [_thinned(batch, every) for batch in held_out]
         check_held_out(teacher, batches)
+        self._kept: list[list[Any]] = []
+        if keep_layers:
+            with torch.no_grad():
+                self._kept = [_layer_outputs(teacher, batch) for batch in self._batches]
         self._wanted = self._outputs(teacher)
 
-    def lost(self, model: Any) -> list[float]:
+    def lost(self, model: Any, unchanged: int = 0) -> list[float]:
         """Relative error of a model's outputs, up to a common factor and their mean, of each kind.
 
         That is the root of 1 - the square of their correlation with the teacher's: 0 for the teacher's own, 1 for
-        outputs that say nothing of these, above 1 where they run against them.
+        outputs that say nothing of these, above 1 where they run against them. So many `unchanged` layers, of a model
+        that is the teacher's own up to there, are not computed again.
         """
-        return [_lost(*pair) for pair in zip(self._wanted, self._outputs(model), strict=True)]
+        return [_lost(*pair) for pair in zip(self._wanted, self._outputs(model, unchanged), strict=True)]
 
     @torch.no_grad()
-    def _outputs(self, model: Any) -> list[Tensor]:
-        rows = zip(*(_outputs_that_count(model, batch) for batch in self._batches), strict=True)
-        return [torch.cat(kind) - torch.cat(kind).mean(0) for kind in rows]
+    def _outputs(self, model: Any, unchanged: int = 0) -> list[Tensor]:
+        found = []
+        for index, batch in enumerate(self._batches):
+            known = self._kept[index][:unchanged] if unchanged else []
+            with _put_out(layers_of(model.base_model)[1], known):
+                found.append(_outputs_that_count(model, batch))
+        return [torch.cat(kind) - torch.cat(kind).mean(0) for kind in zip(*found, strict=True)]
 
 
 def _thinned(batch: CalibrationBatch, every: int) -> CalibrationBatch:
@@ -77,6 +89,31 @@ def _thinned(batch: CalibrationBatch, every: int) -> CalibrationBatch:
     ids, mask = (rows[start::every, :length] for rows in (batch.input_ids, batch.attention_mask))
     types = None if batch.token_type_ids is None else batch.token_type_ids[start::every, :length]
     return CalibrationBatch(ids, mask, batch.held_out, types)
+
+
+def _layer_outputs(model: Any, batch: CalibrationBatch) -> list[Any]:
+    """What each layer puts out, whatever that is in its family."""
+    _, layers = layers_of(model.base_model)
+    with recording({str(index): layer for index, layer in enumerate(layers)}) as seen:
+        model.base_model(**batch.inputs(model.device), use_cache=False)
+    return [seen[str(index)][1] for index in range(len(layers))]
+
+
+@contextmanager
+def _put_out(layers: Iterable[nn.Module], known: Sequence[Any]) -> Iterator[None]:
+    """Let the first layers put out what is known, without computing it."""
+    first = list(islice(layers, len(known)))
+    before = [vars(layer).get("forward") for layer in first]
+    for layer, output in zip(first, known, strict=True):
+        vars(layer)["forward"] = lambda *args, _output=output, **kwargs: _output
+    try:
+        yield
+    finally:
+        for layer, forward in zip(first, before, strict=True):
+            if forward is None:
+                del vars(layer)["forward"]
+            else:
+                vars(layer)["forward"] = forward
 
 
 def _lost(wanted: Tensor, got: Tensor) -> float:

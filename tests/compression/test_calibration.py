@@ -17,6 +17,7 @@ from transformers import (
     RobertaForTokenClassification,
     XLMRobertaForQuestionAnswering,
 )
+from transformers.pytorch_utils import Conv1D
 
 from kronecker_transformers import compress, describe
 from kronecker_transformers.checkpoint.load import load_student
@@ -24,7 +25,7 @@ from kronecker_transformers.cli import main
 from kronecker_transformers.compression import calibration, search
 from kronecker_transformers.compression import compress as compress_module
 from kronecker_transformers.compression import outputs as outputs_module
-from kronecker_transformers.compression.activations import CalibrationBatch, calibration_batches
+from kronecker_transformers.compression.activations import CalibrationBatch, calibration_batches, layers_of
 from kronecker_transformers.compression.calibration import calibrate
 from kronecker_transformers.compression.outputs import HeldOutOutputs
 from kronecker_transformers.compression.search import search_plan
@@ -279,6 +280,26 @@ def test_pairs_are_read_as_pairs(kind, tmp_path):
         )  # fmt: skip
         torch.testing.assert_close(found.pop(tuple(encoded["input_ids"][0].tolist())), dense(**encoded).logits[0])
     assert not found
+
+
+def test_unchanged_layers_need_not_be_computed_again(family):
+    dense, tokenizer, _ = family
+    judged = HeldOutOutputs(dense, calibration_batches(texts(), tokenizer, dense), keep_layers=True)
+    damaged = copy.deepcopy(dense)
+    last = layers_of(damaged.base_model)[1][-1]
+    for parameter in last.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    calls = []
+    layers = layers_of(damaged.base_model)[1]
+    for layer in layers:
+        linear = next(module for module in layer.modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
+        linear.register_forward_hook(lambda *_: calls.append("computed"))
+    whole, computed = judged.lost(damaged), len(calls)
+    calls.clear()
+    assert judged.lost(damaged, unchanged=len(layers) - 1) == whole
+    assert len(calls) * len(layers) == computed > 0
+    assert min(whole) > 0
+    assert judged.lost(damaged) == whole  # and all is as it was
 
 
 def test_what_a_classifier_of_pairs_loses_is_seen_on_pairs(tmp_path):

@@ -5,9 +5,10 @@
 DIR holds the folder glue (the official files); WORK is that of base.py, which fetches the teacher. For each task the
 teacher is fine-tuned once (examples/run_glue_kd.py); then a student is made by the package's `distill` as it is: its
 plan searched on this teacher, its factors calibrated on the task's sentences, and trained for so many minutes
-(--minutes), with all layers or fewer (--layers). The runs of the log had one thread each, two beside each other. WORK
-keeps the teachers; finished runs are lines of logs/base_glue.jsonl, and are not made again. --table shows them without
-a run, and the curve of each student on a fifth of the dev set.
+(--minutes), with all layers or fewer (--layers). With --start FOLDER the student goes on from the sentence encoder that
+base.py has distilled there, in stage 2 alone (examples/run_glue_kd.py). The runs of the log had one thread each, two
+beside each other. WORK keeps the teachers; finished runs are lines of logs/base_glue.jsonl, and are not made again.
+--table shows them without a run, and the curves of students on a fifth of the dev set.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from base import fetch
+from base import DEPTH, fetch
 from common import GLUE_TASKS, QUIET, RunLog, example, runs_parser, spread
 from encoders import show_curve
 from rich.console import Console
 
 from kronecker_transformers import distill
+from kronecker_transformers.checkpoint.load import load_student
 from kronecker_transformers.display import results_table
+from kronecker_transformers.experiments.lessons import WEIGHTS
+from kronecker_transformers.experiments.training import HIDDEN, MOST_STEPS, RATE, WARMUP
 from kronecker_transformers.hub.files import RESULTS_FILE
 from kronecker_transformers.tasks.glue import glue_task, load_glue
 
@@ -47,11 +51,13 @@ class Run:
     layers: int
     minutes: float
     seed: int
+    start: str = "searched"
 
     @property
     def name(self) -> str:
         """For tables; without task and seed."""
-        return f"{self.ratio:g}x, {self.layers} layers, {self.minutes:g} minutes"
+        start = "" if self.start == "searched" else f", from a {self.start}"
+        return f"{self.ratio:g}x, {self.layers} layers, {self.minutes:g} minutes{start}"
 
 
 def fine_tune(task: str, options: Any) -> Path:
@@ -74,6 +80,9 @@ def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
     folder = options.work / "students" / "-".join(map(str, asdict(run).values()))
     shutil.rmtree(folder, ignore_errors=True)
+    if run.start != "searched":
+        LOG.add(asdict(run), {**second_stage(run, folder, options), "chance": chance(run.task, options.data / "glue")})
+        return
     distill(
         fine_tune(run.task, options), output=folder, task=run.task, data_dir=str(options.data / "glue"),
         ratio=run.ratio, layers=run.layers, minutes=run.minutes, seed=run.seed, bf16=True,
@@ -82,6 +91,20 @@ def perform(run: Run, options: Any) -> None:
     record = json.loads((folder / RESULTS_FILE).read_text())
     results = {name: record.get(name) for name in ("models", "rows", "dense_training", "training")}
     LOG.add(asdict(run), {**results, "chance": chance(run.task, options.data / "glue")})
+
+
+def second_stage(run: Run, folder: Path, options: Any) -> dict[str, Any]:
+    """A student that goes on from an encoder, with the settings of `distill`; its results."""
+    student, _ = load_student(options.start)
+    depth, rate = student.config.num_hidden_layers, RATE * (HIDDEN / student.config.hidden_size) ** 2
+    layers = [(i + 1) * DEPTH // depth - 1 for i in range(depth)]
+    results = example(
+        "run_glue_kd", teacher=fine_tune(run.task, options), start=options.start, task_name=run.task,
+        data_dir=options.data / "glue", output_dir=folder, layer_map=layers, max_minutes=run.minutes,
+        max_steps=MOST_STEPS, learning_rate=rate, seed=run.seed, dropout=0, warmup_steps=WARMUP,
+        per_device_train_batch_size=32, factor_learning_rates=True, **WEIGHTS | {"supervised_weight": 0.05}, **QUIET,
+    )  # fmt: skip
+    return {name: results.get(name) for name in ("models", "rows", "dense_training", "training")}
 
 
 def chance(task: str, data: Path) -> float:
@@ -98,7 +121,7 @@ def rows() -> Iterator[tuple[str, list[Any]]]:
     lucky: dict[str, float] = {}
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in LOG.lines():
-        run = Run(**{name: line[name] for name in Run.__dataclass_fields__})
+        run = Run(**{field.name: line[field.name] for field in fields(Run)})
         scores = line["rows"][glue_task(run.task).headline]
         whole, score, luck = scores[0], scores[-1], line["chance"]
         teachers[run.task], lucky[run.task] = 100 * whole, 100 * luck
@@ -123,6 +146,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=7.7, help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, default=6, help="of the student (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=20.0, help="of its training (default: %(default)s)")
+    parser.add_argument("--start", type=Path, help="folder of an encoder (default: a plan is searched)")
     parser.add_argument("--teachers", action="store_true", help="only fine-tune the teachers")
     options = parser.parse_args()
     if options.teachers:
@@ -130,8 +154,8 @@ def main() -> None:
             fine_tune(task, options)
         return
     if not options.table:
-        how = options.ratio, options.layers, options.minutes
-        runs = [Run(task, *how, seed) for seed in range(options.seeds) for task in options.tasks]
+        how, start = (options.ratio, options.layers, options.minutes), "encoder" if options.start else "searched"
+        runs = [Run(task, *how, seed, start) for seed in range(options.seeds) for task in options.tasks]
         for run in LOG.missing(runs):
             perform(run, options)
     console = Console(width=150)

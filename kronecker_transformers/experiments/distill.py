@@ -53,7 +53,7 @@ MINUTES = 30.0
 """Of training, where nothing else is asked for."""
 FEWEST_WATCHED = 20
 """Sentences, on which similarities say something."""
-TIMED, ROUNDS = 256, 5
+TIMED, ROUNDS = 64, 5
 """Examples that are timed at the end, and how often."""
 FIDELITY = "; fidelity is the Spearman correlation between the {} that teacher and student give to 20,000 random pairs"
 

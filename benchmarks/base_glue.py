@@ -5,10 +5,9 @@
 DIR holds the folder glue (the official files); WORK is that of base.py, which fetches the teacher. For each task the
 teacher is fine-tuned once (examples/run_glue_kd.py); then a student is made by the package's `distill` as it is: its
 plan searched on this teacher, its factors calibrated on the task's sentences, and trained for so many minutes
-(--minutes), with all layers or fewer (--layers). With --start FOLDER the student goes on from the sentence encoder that
-base.py has distilled there, in stage 2 alone (examples/run_glue_kd.py). The runs of the log had one thread each, two
-beside each other. WORK keeps the teachers; finished runs are lines of logs/base_glue.jsonl, and are not made again.
---table shows them without a run, and the curves of students on a fifth of the dev set.
+(--minutes), with all layers or fewer (--layers). The runs of the log had one thread each, beside other work. WORK keeps
+the teachers; finished runs are lines of logs/base_glue.jsonl, and are not made again. --table shows them without a run,
+and the curves of students on a fifth of the dev set.
 """
 
 from __future__ import annotations
@@ -23,16 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from base import DEPTH, fetch
+from base import fetch
 from common import GLUE_TASKS, QUIET, RunLog, example, runs_parser, spread
 from encoders import show_curve
 from rich.console import Console
 
 from kronecker_transformers import distill
-from kronecker_transformers.checkpoint.load import load_student
 from kronecker_transformers.display import results_table
-from kronecker_transformers.experiments.lessons import WEIGHTS
-from kronecker_transformers.experiments.training import HIDDEN, MOST_STEPS, RATE, WARMUP
 from kronecker_transformers.hub.files import RESULTS_FILE
 from kronecker_transformers.tasks.glue import glue_task, load_glue
 
@@ -51,13 +47,11 @@ class Run:
     layers: int
     minutes: float
     seed: int
-    start: str = "searched"
 
     @property
     def name(self) -> str:
         """For tables; without task and seed."""
-        start = "" if self.start == "searched" else f", from a {self.start}"
-        return f"{self.ratio:g}x, {self.layers} layers, {self.minutes:g} minutes{start}"
+        return f"{self.ratio:g}x, {self.layers} layers, {self.minutes:g} minutes"
 
 
 def fine_tune(task: str, options: Any) -> Path:
@@ -80,9 +74,6 @@ def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
     folder = options.work / "students" / "-".join(map(str, asdict(run).values()))
     shutil.rmtree(folder, ignore_errors=True)
-    if run.start != "searched":
-        LOG.add(asdict(run), {**second_stage(run, folder, options), "chance": chance(run.task, options.data / "glue")})
-        return
     distill(
         fine_tune(run.task, options), output=folder, task=run.task, data_dir=str(options.data / "glue"),
         ratio=run.ratio, layers=run.layers, minutes=run.minutes, seed=run.seed, bf16=True,
@@ -93,20 +84,6 @@ def perform(run: Run, options: Any) -> None:
     LOG.add(asdict(run), {**results, "chance": chance(run.task, options.data / "glue")})
 
 
-def second_stage(run: Run, folder: Path, options: Any) -> dict[str, Any]:
-    """A student that goes on from an encoder, with the settings of `distill`; its results."""
-    student, _ = load_student(options.start)
-    depth, rate = student.config.num_hidden_layers, RATE * (HIDDEN / student.config.hidden_size) ** 2
-    layers = [(i + 1) * DEPTH // depth - 1 for i in range(depth)]
-    results = example(
-        "run_glue_kd", teacher=fine_tune(run.task, options), start=options.start, task_name=run.task,
-        data_dir=options.data / "glue", output_dir=folder, layer_map=layers, max_minutes=run.minutes,
-        max_steps=MOST_STEPS, learning_rate=rate, seed=run.seed, dropout=0, warmup_steps=WARMUP,
-        per_device_train_batch_size=32, factor_learning_rates=True, **WEIGHTS | {"supervised_weight": 0.05}, **QUIET,
-    )  # fmt: skip
-    return {name: results.get(name) for name in ("models", "rows", "dense_training", "training")}
-
-
 def chance(task: str, data: Path) -> float:
     """What the dev set gives to an answer that is always the same: the share of its more frequent class, or 0."""
     if glue_task(task).headline != "accuracy":
@@ -115,13 +92,18 @@ def chance(task: str, data: Path) -> float:
     return max(map(labels.count, set(labels))) / len(labels)
 
 
+def run_of(line: dict[str, Any]) -> Run:
+    """The run of a line of the log."""
+    return Run(**{field.name: line[field.name] for field in fields(Run)})
+
+
 def rows() -> Iterator[tuple[str, list[Any]]]:
     """Teacher, then for each kind of student its scores, what it keeps, and what it keeps of the way from chance."""
     teachers: dict[str, float] = {}
     lucky: dict[str, float] = {}
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in LOG.lines():
-        run = Run(**{field.name: line[field.name] for field in fields(Run)})
+        run = run_of(line)
         scores = line["rows"][glue_task(run.task).headline]
         whole, score, luck = scores[0], scores[-1], line["chance"]
         teachers[run.task], lucky[run.task] = 100 * whole, 100 * luck
@@ -146,7 +128,6 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=7.7, help="(default: %(default)s)")
     parser.add_argument("--layers", type=int, default=6, help="of the student (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=20.0, help="of its training (default: %(default)s)")
-    parser.add_argument("--start", type=Path, help="folder of an encoder (default: a plan is searched)")
     parser.add_argument("--teachers", action="store_true", help="only fine-tune the teachers")
     options = parser.parse_args()
     if options.teachers:
@@ -154,8 +135,8 @@ def main() -> None:
             fine_tune(task, options)
         return
     if not options.table:
-        how, start = (options.ratio, options.layers, options.minutes), "encoder" if options.start else "searched"
-        runs = [Run(task, *how, seed, start) for seed in range(options.seeds) for task in options.tasks]
+        how = options.ratio, options.layers, options.minutes
+        runs = [Run(task, *how, seed) for seed in range(options.seeds) for task in options.tasks]
         for run in LOG.missing(runs):
             perform(run, options)
     console = Console(width=150)
@@ -163,8 +144,8 @@ def main() -> None:
     metrics = [f"{task}\n{glue_task(task).headline}" for task in GLUE_TASKS]
     console.print(results_table("GLUE dev, per cent: all-mpnet-base-v2 and its students", metrics, dict(rows())))
     for line in LOG.lines():
-        for part in ("dense_training", "training"):
-            show_curve(console, f"{line['task']}, {part.partition('_')[0]}", {"training": line[part] or {}})
+        for what, part in (("dense", "dense_training"), ("factored", "training")):
+            show_curve(console, f"{line['task']}, {run_of(line).name}, {what}", {"training": line[part] or {}})
 
 
 if __name__ == "__main__":

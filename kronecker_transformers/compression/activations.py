@@ -79,7 +79,9 @@ def calibration_batches(
     for index, text in enumerate(texts):
         parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
         if not all(isinstance(part, str) for part in parts):
-            raise TypeError(f"calibration text {index} is of type {type(text).__name__}; give strings, or pairs of two")
+            raise TypeError(
+                f"calibration text {index} is of type {type(text).__name__}; give strings, or tuples of two"
+            )
     check_pad_token(model)
     texts = [text for text in texts if "".join(text).strip()]
     length = min(length, longest_sequence(model))

@@ -290,18 +290,23 @@ def influences(
     with the teacher's; several kinds of outputs, as those of a teacher for pre-training, are averaged.
     """
     judged = HeldOutOutputs(teacher, batches, keep_layers=True)
-    place, stack = layers_of(teacher.base_model)
     found = []
     for layer in tqdm(layers, desc="influences", unit="layer", disable=not progress):
         if layer.probe is None:
             found.append(0.0)
             continue
-        inside = [index for index in range(len(stack)) if layer.name.startswith(f"{place}.{index}.")]
-        behind = len(stack) if layer.name == family_of(teacher).pooler else 0
         with _replaced(teacher.base_model.get_submodule(layer.name), *layer.probe):
-            lost = judged.lost(teacher, unchanged=inside[0] if inside else behind)
+            lost = judged.lost(teacher, unchanged=_layers_before(teacher.base_model, layer.name))
         found.append(sum(map(noise_to_signal, lost)) / len(lost) / noise_to_signal(max(layer.probe_error, 1e-3)))
     return found
+
+
+def _layers_before(base: Any, name: str) -> int:
+    """How many layers of a base model compute before this module."""
+    place, layers = layers_of(base)
+    if name == family_of(base).pooler:
+        return len(layers)
+    return next((index for index in range(len(layers)) if name.startswith(f"{place}.{index}.")), 0)
 
 
 def noise_to_signal(error: float) -> float:

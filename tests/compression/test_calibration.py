@@ -386,10 +386,12 @@ def test_bad_calibration_text_is_refused(family):
         compress(dense, plan, calibration=["", " "], tokenizer=tokenizer)
     with pytest.raises(TypeError, match="one string; give a list of strings"):
         compress(dense, plan, calibration="the fox", tokenizer=tokenizer)
-    with pytest.raises(TypeError, match="calibration text 1 is of type int; give strings, or pairs of two"):
+    with pytest.raises(TypeError, match="calibration text 1 is of type int; give strings, or tuples of two"):
         compress(dense, plan, calibration=["a", 3], tokenizer=tokenizer)
-    with pytest.raises(TypeError, match="calibration text 0 is of type tuple; give strings, or pairs of two"):
+    with pytest.raises(TypeError, match="calibration text 0 is of type tuple; give strings, or tuples of two"):
         compress(dense, plan, calibration=[("a", "b", "c")], tokenizer=tokenizer)
+    with pytest.raises(TypeError, match="calibration text 0 is of type tuple; give strings, or tuples of two"):
+        compress(dense, plan, calibration=[("a", 3)], tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"calibration needs the teacher's tokenizer; pass it as tokenizer="):
         compress(dense, plan, calibration=texts())
     few = [CalibrationBatch(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long), i < 3) for i in range(10)]

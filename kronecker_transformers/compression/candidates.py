@@ -32,7 +32,7 @@ from .calibrated import RIDGE, CalibratedFactors, calibrated_kronecker, weighted
 from .calibration import layer_moments, pooler_moments, projection_moments, row_error, row_weights
 from .estimates import error_curves, factor_shapes, weighted_error_curve
 from .moments import Moments, kronecker_product
-from .outputs import HeldOutOutputs
+from .outputs import HeldOutOutputs, has_few_outputs
 
 SIZES = tuple(2 ** (-k / 8) for k in range(8, 57))
 """Sizes of candidates, as shares of the dense weight: from 1/2 to 1/128."""
@@ -41,9 +41,11 @@ SIZES_TRIED = SIZES[::8]
 TRIED = 2
 """Shapes that are tried in the middle layer for each size; the best one of each is kept."""
 PROBE = 1 / 8
-"""Size at which shapes are tried, and at which influences are measured."""
+"""Size at which shapes are tried, and of the probes for influences."""
 SWEEPS = 2
 """Of a try."""
+STEP = 1 / 4
+"""How far a layer goes towards its probe where its influence is measured: what is noise adds up while it is small."""
 Shape = tuple[int, int]
 """(m1, n1)"""
 Try = tuple[Tensor, CalibratedFactors, float]
@@ -286,18 +288,22 @@ def influences(
 ) -> list[float]:
     """How much noise over signal the outputs that count get from that of each layer.
 
-    Measured on held-out text, with one layer at a time as its probe: that of the outputs comes from their correlation
-    with the teacher's; several kinds of outputs, as those of a teacher for pre-training, are averaged.
+    Measured on held-out text, with one layer at a time on the way to its probe: the noise of the outputs comes from
+    their correlation with the teacher's; several kinds of outputs, as those of a teacher for pre-training, are
+    averaged. Where there are few outputs, the last hidden states count in their place, except for the pooler.
     """
-    judged = HeldOutOutputs(teacher, batches, keep_layers=True)
+    family, few = family_of(teacher), has_few_outputs(teacher)
+    by_states = HeldOutOutputs(teacher, batches, keep_layers=True, states=True)
+    by_outputs = HeldOutOutputs(teacher, batches, keep_layers=True) if few else by_states
     found = []
     for layer in tqdm(layers, desc="influences", unit="layer", disable=not progress):
         if layer.probe is None:
             found.append(0.0)
             continue
-        with _replaced(teacher.base_model.get_submodule(layer.name), *layer.probe):
+        with _moved(teacher.base_model.get_submodule(layer.name), *layer.probe):
+            judged = by_outputs if layer.name == family.pooler else by_states
             lost = judged.lost(teacher, unchanged=_layers_before(teacher.base_model, layer.name))
-        found.append(sum(map(noise_to_signal, lost)) / len(lost) / noise_to_signal(max(layer.probe_error, 1e-3)))
+        found.append(sum(map(noise_to_signal, lost)) / len(lost) / noise_to_signal(STEP * max(layer.probe_error, 1e-3)))
     return found
 
 
@@ -315,14 +321,14 @@ def noise_to_signal(error: float) -> float:
 
 
 @contextmanager
-def _replaced(module: Any, A: Tensor, B: Tensor, bias: Tensor | None) -> Iterator[None]:
-    """A dense layer with another weight and bias; a head that is tied to it too."""
+def _moved(module: Any, A: Tensor, B: Tensor, bias: Tensor | None) -> Iterator[None]:
+    """A dense layer that is by `STEP` nearer to another weight and bias; a head that is tied to it too."""
     weight = module.weight.data
     product = kronecker_product(A, B).to(weight.dtype)
-    module.weight.data = product.t() if isinstance(module, Conv1D) else product
+    module.weight.data = weight.lerp(product.t() if isinstance(module, Conv1D) else product, STEP)
     if bias is not None:
         old_bias = module.bias.data
-        module.bias.data = bias.to(weight.dtype)
+        module.bias.data = old_bias.lerp(bias.to(weight.dtype), STEP)
     try:
         yield
     finally:

@@ -119,9 +119,9 @@ def search_plan(
 
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that `compress` takes. What counts are
-            the logits of a classifier or for question answering, the probabilities of a language model, the pooled
-            output for multiple choice, and without a head the last hidden states and their means over each sequence;
-            so the pooler then counts for nothing.
+            the probabilities of a language model, without a head the last hidden states and their means over each
+            sequence, so the pooler then counts for nothing, and for a classifier, question answering and multiple
+            choice the last hidden states, and the head's outputs for the pooler.
         calibration: texts, as for `compress`.
         ratio: parameters of the base model, its pooler included and tied ones once, teacher over student.
         parameters: of the base model.

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from students import CAN_EXPORT, factorable_modules
@@ -14,8 +16,9 @@ from kronecker_transformers import KroneckerBertConfig, compress, describe
 from kronecker_transformers.cli import main
 from kronecker_transformers.compression import latency, search
 from kronecker_transformers.compression.activations import calibration_batches
-from kronecker_transformers.compression.candidates import Candidate, MeasuredLayer, influences
+from kronecker_transformers.compression.candidates import STEP, Candidate, MeasuredLayer, influences
 from kronecker_transformers.compression.latency import LatencyTable, Runtime
+from kronecker_transformers.compression.moments import kronecker_product
 from kronecker_transformers.compression.plan_file import read_plan, write_plan
 from kronecker_transformers.compression.search import search_plan
 from kronecker_transformers.display import plan_picture
@@ -93,9 +96,11 @@ def test_a_searched_plan_beats_one_with_equal_ranks(family, request):
     batch = tokenizer(texts(30, seed=5), padding=True, return_tensors="pt")
     real = batch["attention_mask"].bool()
 
-    def outputs(model):
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return output.logits if "Classification" in type(model).__name__ else output.logits[real]
+    def outputs(model):  # those that count
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if "Classification" in type(model).__name__:
+            return model.base_model(**inputs).last_hidden_state[real]
+        return model(**inputs).logits[real]
 
     wanted = outputs(dense)
     students = [compress(dense, plan, calibration=texts(), tokenizer=tokenizer).model for plan in (found.plan, equal)]
@@ -129,8 +134,44 @@ def test_influences_are_measured_with_any_head(dense_class, tmp_path):
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     one, two = influences(dense, layers, calibration_batches(texts(), tokenizer, dense), progress=False)
     assert 0 < one < float("inf")
-    assert one == pytest.approx(9 * two)  # their noise over signal is 1/9 and 1
+    noise = [STEP**2 * error**2 / (1 - STEP**2 * error**2) for error in errors]
+    assert one * noise[0] == pytest.approx(two * noise[1])
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+def test_of_a_classifier_hidden_states_count(tmp_path):
+    """What its layers lose is seen in them, whatever its head makes of it; what its pooler loses, in the logits.
+
+    A layer has a part of its probe's error, as if it were a mean of both weights.
+    """
+    tokenizer, dense = bert_tokenizer(tmp_path), teacher(BertForSequenceClassification)
+    batches = calibration_batches(texts(), tokenizer, dense)
+    names = ["embeddings.word_embeddings", "encoder.layer.1.output.dense", "pooler.dense"]
+    layers = []
+    for name in names:
+        W = dense.base_model.get_submodule(name).weight
+        A, B, _ = nearest_kronecker(W, len(W), 1, 4)
+        layers.append(MeasuredLayer(name, W, [], (A, B, None), 1 / (2**0.5 * STEP)))  # noise over signal is 1
+    found = influences(dense, layers, batches, progress=False)
+
+    @torch.no_grad()
+    def seen(model):
+        held_out = [batch for batch in batches if batch.held_out]
+        return torch.cat([model.base_model(**batch.inputs("cpu")).last_hidden_state[batch.real] for batch in held_out])
+
+    wanted = seen(dense)
+    for name, influence in zip(names[:2], found[:2], strict=True):
+        damaged = copy.deepcopy(dense)
+        module = damaged.base_model.get_submodule(name)
+        probe = kronecker_product(*nearest_kronecker(module.weight, len(module.weight), 1, 4)[:2]).float()
+        module.weight.data = (1 - STEP) * module.weight.data + STEP * probe
+        a, b = ((states - states.mean(0)).flatten().double() for states in (wanted, seen(damaged)))
+        share = float(a @ b / (a.norm() * b.norm())) ** 2  # of the variance that is kept
+        assert influence == pytest.approx((1 - share) / share, rel=1e-3)
+    dense.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    again = influences(dense, layers, batches, progress=False)
+    assert again[:2] == found[:2]
+    assert again[2] != found[2] > 0
 
 
 def test_a_tied_head_counts(tmp_path):

@@ -5,9 +5,10 @@
 DIR holds the folder glue (the official files); WORK is that of base.py, which fetches the teacher. For each task the
 teacher is fine-tuned once (examples/run_glue_kd.py); then a student is made by the package's `distill` as it is: its
 plan searched on this teacher, its factors calibrated on the task's sentences, and trained for so many minutes
-(--minutes), with all layers or fewer (--layers). The runs of the log had one thread each, beside other work. WORK keeps
-the teachers; finished runs are lines of logs/base_glue.jsonl, and are not made again. --table shows them without a run,
-and the curves of students on a fifth of the dev set.
+(--minutes), with all layers or fewer (--layers). The runs of the log had one thread each, beside other work; those of
+MRPC, RTE and STS-B have plans of the search as it was before task_plans.py. WORK keeps the teachers; finished runs are
+lines of logs/base_glue.jsonl, and are not made again. --table shows them without a run, and the curves of students on a
+fifth of the dev set.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ PROBE = 1 / 8
 SWEEPS = 2
 """Of a try."""
 STEP = 1 / 4
-"""How far a layer goes towards its probe where its influence is measured: what is noise adds up while it is small."""
+"""How far a layer goes towards its probe where its influence is measured: small errors add up, large ones do not."""
 Shape = tuple[int, int]
 """(m1, n1)"""
 Try = tuple[Tensor, CalibratedFactors, float]

@@ -42,9 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--text-column", default="text", metavar="NAME", help="text column of a table or dataset (default: %(default)s)"
     )
-    lesson.add_argument(
-        "--task", metavar="NAME", help="a GLUE task with its labels, for a classifier that was fine-tuned on it"
-    )
+    lesson.add_argument("--task", metavar="NAME", help="a GLUE task, for a classifier that was fine-tuned on it")
     command.add_argument("--data", metavar="DIR", help="folder of the official GLUE files (default: the Hub)")
     command.add_argument("--output", required=True, metavar="DIR", help="new folder for the student")
     command.add_argument(

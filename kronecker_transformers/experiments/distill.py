@@ -42,7 +42,7 @@ from ..models.factor_plan import FactorPlan
 from ..models.kronecker_family import family_of, heads_of
 from ..models.kronecker_matching import selected_modules
 from ..tasks.text import TextSource
-from .lessons import Lesson, labelled_lesson, text_lesson
+from .lessons import Lesson, task_lesson, text_lesson
 from .run import check_special_tokens
 from .training import Schedule, kept_layers, shallow, train
 from .watch import Watch, multiplies_bfloat16
@@ -102,7 +102,7 @@ def distill(
     progress: bool = False,
     show: Callable[[str], object] | None = None,
 ) -> Distilled:
-    """Compress a teacher and distil its student on plain text, without labels; or a classifier on a GLUE task.
+    """Compress a teacher and distil its student on plain text, or a classifier on the texts of a GLUE task.
 
     A classifier is distilled from its hidden states, attention and logits, a language model from its text too (a causal
     one without its logits), and a model without a head as a sentence encoder.
@@ -112,8 +112,9 @@ def distill(
         text: a file with one sentence or document per line, a table (.csv, .tsv, .json, .jsonl, .parquet), or a dataset
             of the Hub, of which the split train is read; a tenth of it is held out.
         output: new folder for the student.
-        task: a GLUE task, in place of text: its training set with labels, its validation set to compare on. The teacher
-            is a folder or name then, of a classifier that was fine-tuned on it.
+        task: a GLUE task, in place of text: the texts of its training set, half of them altered in each pass
+            (`tasks.augmentation`), and without their labels; its validation set to compare on. The teacher is a folder
+            or name then, of a classifier that was fine-tuned on it.
         data_dir: folder of the official GLUE files; default: the Hub.
         ratio: how many times smaller the base model becomes; default: that of the family's first preset.
         plan: as for `compress`; default: "search".
@@ -162,7 +163,7 @@ def distill(
     else:
         if isinstance(teacher, PreTrainedModel):
             raise ValueError(f"task={task!r} needs a teacher in a folder or on the Hub; save this one first")
-        dense, tokenizer, lesson = labelled_lesson(os.fspath(teacher), str(task), data_dir)
+        dense, tokenizer, lesson = task_lesson(os.fspath(teacher), str(task), data_dir)
     dense = dense.float().eval()  # whatever precision it was saved in: a student is trained in float32
 
     searched = is_searched(plan)

@@ -1,14 +1,15 @@
-"""What a student learns from: text without labels for any head, or a GLUE task with its labels."""
+"""What a student learns from, without labels: plain text for any head, or the texts of a GLUE task."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from transformers import (
     DataCollatorForMultipleChoice,
     DataCollatorWithPadding,
@@ -22,7 +23,9 @@ from ..checkpoint.sentence_modules import encoder_settings
 from ..compression.activations import Text
 from ..distillation import TeacherMemory
 from ..models.kronecker_family import heads_of, longest_sequence
+from ..tasks.augmentation import Augmentation, Row
 from ..tasks.language_modeling import block_examples, masked_examples, sentence_examples
+from ..tasks.pairs import encode_texts
 from ..tasks.text import WHOLE, Example, Share, TextSource
 from .classification import check_unnamed_labels, judged, load_classifier, load_task, tokenized
 from .masked_language import collator_for
@@ -34,6 +37,10 @@ FEWEST = 50
 """Documents, of which a tenth is held out; of a text that has fewer, lines are."""
 CALIBRATION = 512
 """Sentences on which the plan is searched and the factors are fitted."""
+ALTERED = 0.5
+"""Share of a task's rows whose texts are altered."""
+_ENCODED = 256
+"""Rows that are encoded together."""
 WEIGHTS = {"attention_mse_weight": 0.05, "logits_weight": 0.05, "supervised_weight": 0.0}
 """Of a teacher with a head; chosen on the dev sets of STS-B and MRPC (benchmarks/glue.py)."""
 
@@ -58,6 +65,8 @@ class Lesson:
     """The task's own metrics."""
     memory: TeacherMemory = field(default_factory=TeacherMemory)
     """What the teacher has said of sentences, for all students that learn this."""
+    muon: bool = False
+    """Whether factors of linear layers learn by Muon: for the heads with which it was tried."""
     pooling: Pooling | None = None
     """Of sentence embeddings, without the prompt where that does not count."""
 
@@ -107,14 +116,15 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
         )
     calibration = lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION]  # from all over the beginning
     return Lesson(
-        batch, length, objective, partial(make, train), collate, kept, sentences, calibration, weights, pooling=pooling
-    )
+        batch, length, objective, partial(make, train), collate, kept, sentences, calibration, weights,
+        muon=kind in (None, "sequence"), pooling=pooling,
+    )  # fmt: skip
 
 
-def labelled_lesson(
+def task_lesson(
     teacher: str, name: str, data_dir: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Lesson]:
-    """A GLUE task with its labels, and the teacher that was fine-tuned on it.
+    """A GLUE task, half of its texts altered, and the teacher that was fine-tuned on it.
 
     Raises:
         ValueError: an unknown task, or a teacher without a classifier for it.
@@ -127,20 +137,31 @@ def labelled_lesson(
         )
     length = min(longest_sequence(dense), 128)
     collate = DataCollatorWithPadding(tokenizer)
-    data = DatasetDict({split: tokenized(rows, task, tokenizer, length) for split, rows in task.data.items()})
+    splits = task.evaluation_splits
+    data = DatasetDict({split: tokenized(task.data[split], task, tokenizer, length) for split in splits})
     if certain is False:
         check_unnamed_labels(dense, task, data, collate)
-    held_out = list(islice(data[task.evaluation_splits[0]], HELD_OUT + WATCHED))
-    columns = [map(str, task.data["train"][:CALIBRATION][column]) for column in task.text_columns]
-    calibration: Any = list(zip(*columns, strict=True) if len(columns) > 1 else columns[0])
+    held_out = list(islice(data[splits[0]], HELD_OUT + WATCHED))
+    rows = list(zip(*(map(str, task.data["train"][column][:]) for column in task.text_columns), strict=True))
+    calibration: Any = [row if len(row) > 1 else row[0] for row in rows[:CALIBRATION]]
+    examples = partial(_altered_rows, rows, Augmentation(rows, dense, tokenizer), tokenizer, length)
     return dense, tokenizer, Lesson(
-        32, length, "kronecker_bert", partial(_rows, data["train"]), collate, held_out, [], calibration,
-        {**WEIGHTS, "supervised_weight": 0.05}, scores=partial(judged, task=task, data=data, collator=collate),
+        32, length, "kronecker_bert", examples, collate, held_out, [], calibration, WEIGHTS,
+        scores=partial(judged, task=task, data=data, collator=collate), muon=True,
     )  # fmt: skip
 
 
-def _rows(data: Dataset, seed: int, share: Share) -> Iterator[Example]:
-    return share.of(data.shuffle(seed=seed))
+def _altered_rows(
+    rows: Sequence[Row], augmentation: Augmentation, tokenizer: Any, length: int, seed: int, share: Share
+) -> Iterator[Example]:
+    """A task's rows in random order, some of them altered, without labels."""
+    generator = random.Random(seed)
+    order = share.of(generator.sample(rows, len(rows)))
+    ordered = (augmentation.row(row, generator) if generator.random() < ALTERED else row for row in order)
+    while some := list(islice(ordered, _ENCODED)):
+        first, *second = zip(*some, strict=True)
+        encoded = encode_texts(tokenizer, first, second[0] if second else None, length)
+        yield from ({name: values[place] for name, values in encoded.items()} for place in range(len(some)))
 
 
 def _sentences(

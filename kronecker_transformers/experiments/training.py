@@ -114,7 +114,7 @@ def train(
         arguments = DistillationArguments(
             output_dir=scratch, objective=lesson.objective, **lesson.weights, max_steps=schedule.steps or MOST_STEPS,
             max_minutes=limit, per_device_train_batch_size=batch, learning_rate=rate, warmup_steps=WARMUP,
-            muon=factored and encoder, dropout=0.0, seed=schedule.seed,
+            muon=factored and lesson.muon, dropout=0.0, seed=schedule.seed,
             layer_map=None if layers is None else list(layers),
             bf16=schedule.bf16, use_cpu=schedule.bf16 and not torch.cuda.is_available(),
             save_strategy="no", logging_strategy="no", include_num_input_tokens_seen="non_padding", report_to=[],

@@ -16,9 +16,10 @@ from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
 from kronecker_transformers.distillation import TeacherMemory
 from kronecker_transformers.experiments.distill import _command, distill
-from kronecker_transformers.experiments.lessons import labelled_lesson
+from kronecker_transformers.experiments.lessons import task_lesson
 from kronecker_transformers.experiments.training import kept_layers
 from kronecker_transformers.models import FACTORED_CLASSES
+from kronecker_transformers.tasks.text import WHOLE, Share
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -123,13 +124,14 @@ def glue(tmp_path):
     return tmp_path / "glue"
 
 
-def test_a_task_gives_labels(glue, tmp_path, capsys):
+def test_a_classifier_learns_a_task(glue, tmp_path, capsys):
     names = {0: "negative", 1: "positive"}
     changes = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
     teacher = saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher", **changes)
     found = distill(teacher, output=tmp_path / "student", task="sst2", data_dir=str(glue), ratio=3, steps=12)
     assert list(found.rows)[3:] == ["labels as the teacher's", "accuracy"]
-    assert found.training["objective"]["supervised"] == 0.05
+    assert found.training["objective"]["logits"] == 0.05
+    assert "supervised" not in found.training["objective"]  # altered texts have no labels
     command = ["distill", teacher, "--task", "sst2", "--data", glue, "--steps", "12", "--ratio", "3"]
     assert main([*map(str, command), "--output", str(tmp_path / "again")]) == 0
     assert "accuracy" in capsys.readouterr().out
@@ -149,10 +151,28 @@ def test_a_task_of_pairs_is_calibrated_on_pairs(tmp_path):
     names = {0: "entailment", 1: "not_entailment"}
     changes = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
     teacher = saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher", **changes)
-    _, _, lesson = labelled_lesson(str(teacher), "rte", str(tmp_path / "glue"))
+    _, _, lesson = task_lesson(str(teacher), "rte", str(tmp_path / "glue"))
     assert lesson.calibration == pairs[:512]
     found = distill(teacher, output=tmp_path / "student", task="rte", data_dir=str(tmp_path / "glue"), ratio=3, steps=2)
     assert "accuracy" in found.rows
+
+
+def test_half_of_a_tasks_rows_are_altered_anew_in_each_pass(glue, tmp_path):
+    names = {0: "negative", 1: "positive"}
+    changes = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+    teacher = saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher", **changes)
+    _, tokenizer, lesson = task_lesson(str(teacher), "sst2", str(glue))
+    lines = [line.split("\t")[0] for line in (glue / "SST-2" / "train.tsv").read_text().splitlines()[1:]]
+    own = {tuple(tokenizer(line).input_ids) for line in lines}
+    passes = [[tuple(example["input_ids"]) for example in lesson.examples(seed, WHOLE)] for seed in (0, 0, 1)]
+    assert passes[0] == passes[1]
+    altered = [set(rows) - own for rows in passes]
+    assert len(passes[2]) == len(lines) == 200
+    assert all(60 < len(rows) < 140 for rows in altered)
+    assert len(altered[0] & altered[2]) < 20
+    assert set(next(iter(lesson.examples(0, WHOLE)))) == {"input_ids", "token_type_ids", "attention_mask"}
+    shares = [list(lesson.examples(0, Share(index, 2))) for index in range(2)]
+    assert [len(share) for share in shares] == [100, 100]
 
 
 def test_a_student_is_not_lost_because_it_cannot_be_drawn(tmp_path, monkeypatch, caplog):

@@ -1,0 +1,115 @@
+"""More texts for a task, made of its own; what they mean is for the teacher to say.
+
+A small task shows a student few of the words that its teacher knows. Here some words of a text give way to others that
+the teacher's embedding holds for like them; now and then a word goes, or two change places, so that a judge of grammar
+is seen to judge. Labels do not outlive such changes, so only the teacher's outputs are to be learnt. After TinyBERT
+(Jiao et al., EMNLP 2020, section 3.2), whose words come from a masked language model and GloVe.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REPLACED, BROKEN = 0.3, 0.3
+"""Share of the words that others replace; share of the texts that lose a word, or in which two change places."""
+CANDIDATES = 15
+"""Words to choose from, the likest ones."""
+KINDS = {"first": 5, "second": 5, "both": 5, "copy": 3, "stranger": 2}
+"""How often a pair has its first text altered, its second, or both; becomes a text beside its altered copy; or gets the
+second text of another pair."""
+_AT_ONCE = 512
+"""Words whose nearest are looked for together."""
+_PIECES = re.compile(r"\w+|\W+")
+"""A text as words and what is between them."""
+
+Row = tuple[str, ...]
+"""A text, or a pair of them."""
+
+
+class Augmentation:
+    """Alters the texts of a task.
+
+    Words are alike as the cosine of their centred vectors in the teacher's embedding is high. A word of several tokens
+    stays.
+
+    Args:
+        rows: all of the task.
+        teacher: with an embedding of words.
+        tokenizer: of the teacher.
+    """
+
+    def __init__(self, rows: Sequence[Row], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._rows = rows
+        words = {piece for row in rows for text in row for piece in _PIECES.findall(text)}
+        self._likest = likest_words(words | set(map(str.lower, words)), teacher, tokenizer)
+
+    def row(self, row: Row, generator: random.Random) -> Row:
+        """A row like this one of the task."""
+        if len(row) == 1:
+            return (self.text(row[0], generator),)
+        (kind,) = generator.choices(tuple(KINDS), tuple(KINDS.values()))
+        first, second = row
+        if kind == "stranger":
+            return first, generator.choice(self._rows)[1]
+        if kind == "copy":
+            text = generator.choice(row)
+            return text, self.text(text, generator)
+        return (
+            self.text(first, generator) if kind != "second" else first,
+            self.text(second, generator) if kind != "first" else second,
+        )
+
+    def text(self, text: str, generator: random.Random) -> str:
+        """A text like this one."""
+        pieces = _PIECES.findall(text)
+        for place, piece in enumerate(pieces):
+            likest = self._likest.get(piece) or self._likest.get(piece.lower())
+            if likest and generator.random() < REPLACED:
+                word = generator.choice(likest)
+                pieces[place] = word.capitalize() if piece[0].isupper() else word
+        words = [place for place, piece in enumerate(pieces) if piece[0].isalnum()]
+        if len(words) > 2 and generator.random() < BROKEN:
+            number = generator.randrange(len(words) - 1)
+            one, following = words[number : number + 2]
+            if generator.random() < 0.5:
+                del pieces[one:following]
+            else:
+                pieces[one], pieces[following] = pieces[following], pieces[one]
+        return "".join(pieces)
+
+
+@torch.no_grad()
+def likest_words(
+    words: Container[str], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[str]]:
+    """For each word that is one token, the others that are likest to it, the likest first."""
+    known = whole_words(tokenizer)
+    names, ids = list(known), list(known.values())
+    embedding: Any = teacher.get_input_embeddings()
+    weight = embedding.weight.detach().float()[ids]
+    vectors = torch.nn.functional.normalize(weight - weight.mean(0), dim=-1)
+    found: dict[str, list[str]] = {}
+    wanted = torch.tensor([place for place, name in enumerate(names) if name in words], dtype=torch.long)
+    for places in wanted.split(_AT_ONCE):
+        cosines = vectors[places] @ vectors.mT
+        cosines[torch.arange(len(places)), places] = -torch.inf
+        nearest = cosines.topk(min(CANDIDATES, len(names) - 1)).indices
+        for place, row in zip(places.tolist(), nearest.tolist(), strict=True):
+            found[names[place]] = [names[other] for other in row]
+    return found
+
+
+def whole_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The words that are one token where they follow a space, in alphabetical order, and this token."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    texts = {tokenizer.convert_tokens_to_string([token]).strip() for token in tokens}
+    words = sorted(text for text in texts if text.isalpha())
+    encoded = tokenizer([f" {word}" for word in words], add_special_tokens=False).input_ids if words else []
+    pairs = zip(words, encoded, strict=True)
+    return {word: ids[0] for word, ids in pairs if len(ids) == 1 and ids[0] != tokenizer.unk_token_id}

@@ -8,8 +8,9 @@ by plans that make it 7.7 times smaller than the teacher, and distilled once mor
 they differ in nothing but their ranks: the best by what is lost in the logits or in the last hidden states, where the
 influence of a layer is measured with all of its probe's error or with a part of it; and equal shares of all layers,
 without a search. Judged by the correlation of logits with the teacher's (of their differences, for two classes), and by
-the task's own metric, on its dev set. WORK keeps teachers and dense students; finished runs are lines of
-logs/task_plans.jsonl, and are not made again. --table shows them without a run.
+the task's own metric, on its dev set. The runs of the log learned labels too, from texts as they are, by AdamW. WORK
+keeps teachers and dense students; finished runs are lines of logs/task_plans.jsonl, and are not made again. --table
+shows them without a run.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from kronecker_transformers.checkpoint.load import load_teacher
 from kronecker_transformers.compression import candidates, outputs
 from kronecker_transformers.compression.search import search_plan
 from kronecker_transformers.display import results_table
-from kronecker_transformers.experiments.lessons import Lesson, labelled_lesson
+from kronecker_transformers.experiments.lessons import Lesson, task_lesson
 from kronecker_transformers.experiments.run import predict
 from kronecker_transformers.experiments.training import Schedule, kept_layers, shallow, train
 from kronecker_transformers.experiments.watch import Watch, multiplies_bfloat16
@@ -116,7 +117,7 @@ def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
     fine_tune(run.task, options.data, options.work)
     folder = str(options.work / f"teacher-{run.task}")
-    loaded, tokenizer, lesson = labelled_lesson(folder, run.task, str(options.data / "glue"))
+    loaded, tokenizer, lesson = task_lesson(folder, run.task, str(options.data / "glue"))
     teacher: Any = loaded.float().eval()
     dense = dense_student(run.task, teacher, tokenizer, lesson, options.work)
     plan = plan_of(run.plan, dense, teacher.base_model.num_parameters() / RATIO, lesson, tokenizer)

@@ -3,7 +3,7 @@
 A small task shows a student few of the words that its teacher knows. Here some words of a text give way to others that
 the teacher's embedding holds for like them; now and then a word goes, or two change places, so that a judge of grammar
 is seen to judge. Labels do not outlive such changes, so only the teacher's outputs are to be learnt. After TinyBERT
-(Jiao et al., EMNLP 2020, section 3.2), whose words come from a masked language model and GloVe.
+(Jiao et al., Findings of EMNLP 2020, section 3.2), whose words come from a masked language model and GloVe.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""all-mpnet-base-v2 on GLUE, and what its students of 7.7 times fewer parameters keep.
+"""Two teachers on GLUE, and what their students keep that the command `distill --task` makes as it is.
 
-    python benchmarks/base_glue.py --data DIR --work WORK > benchmarks/logs/base_glue.txt
+    python benchmarks/distilled_tasks.py --data DIR --work WORK > benchmarks/logs/distilled_tasks.txt
 
-DIR holds the folder glue (the official files); WORK is that of base.py, which fetches the teacher. For each task the
-teacher is fine-tuned once (examples/run_glue_kd.py); then a student is made by the package's `distill` as it is: its
-plan searched on this teacher, its factors calibrated on the task's sentences, and trained for so many minutes
-(--minutes), with all layers or fewer (--layers). The runs of the log had one thread each, beside other work; those of
-MRPC, RTE and STS-B have plans of the search as it was before task_plans.py. WORK keeps the teachers; finished runs are
-lines of logs/base_glue.jsonl, and are not made again. --table shows them without a run, and the curves of students on a
-fifth of the dev set.
+DIR holds the folder glue (the official files). The teachers are all-MiniLM-L6-v2 and, of BERT-base's size,
+all-mpnet-base-v2 (base.py fetches it), fine-tuned once for each task (examples/run_glue_kd.py); then a student of each
+is made by the package's `distill`: a dense one with half of the layers first, then one whose plan is searched on it and
+whose factors are calibrated on the task's texts; trained for so many minutes in all (--minutes). The runs of the log
+had one thread each, beside other work; those of the larger teacher are older: they learned labels too, on texts as they
+are, by AdamW, and those of MRPC, RTE and STS-B have plans of the search as it was before task_plans.py. WORK keeps the
+teachers; finished runs are lines of logs/distilled_tasks.jsonl, and are not made again. --table shows them without a
+run, and the curves of students on a fifth of the dev set.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import glue
 from base import fetch
 from common import GLUE_TASKS, QUIET, RunLog, example, runs_parser, spread
 from encoders import show_curve
@@ -33,16 +35,20 @@ from kronecker_transformers.display import results_table
 from kronecker_transformers.hub.files import RESULTS_FILE
 from kronecker_transformers.tasks.glue import glue_task, load_glue
 
-LOG = RunLog("base_glue")
+LOG = RunLog("distilled_tasks")
+SMALL, BASE = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
+LAYERS = {SMALL: 3, BASE: 6}
+"""Of the students: half of the teacher's."""
 TEACHER_EPOCHS = {"cola": 4, "mrpc": 4, "rte": 3, "stsb": 3, "sst2": 1}
 SAMPLES = {"sst2": 10_000}
-"""Training examples of a teacher, at most."""
+"""Training examples of the larger teacher, at most."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One student of a task."""
+    """One student of a teacher on a task."""
 
+    teacher: str
     task: str
     ratio: float
     layers: int
@@ -51,12 +57,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For tables; without task and seed."""
+        """For tables; without teacher, task and seed."""
         return f"{self.ratio:g}x, {self.layers} layers, {self.minutes:g} minutes"
 
 
-def fine_tune(task: str, options: Any) -> Path:
+def fine_tune(teacher: str, task: str, options: Any) -> Path:
     """The teacher of a task."""
+    if teacher == SMALL:
+        work = options.work / "small"
+        work.mkdir(parents=True, exist_ok=True)
+        glue.fine_tune(task, options.data, work)
+        return Path(work) / f"teacher-{task}"
     target, output = options.work / f"teacher-{task}", options.work / f"fine-tuning-{task}"
     if not target.exists():
         shutil.rmtree(output, ignore_errors=True)
@@ -76,7 +87,7 @@ def perform(run: Run, options: Any) -> None:
     folder = options.work / "students" / "-".join(map(str, asdict(run).values()))
     shutil.rmtree(folder, ignore_errors=True)
     distill(
-        fine_tune(run.task, options), output=folder, task=run.task, data_dir=str(options.data / "glue"),
+        fine_tune(run.teacher, run.task, options), output=folder, task=run.task, data_dir=str(options.data / "glue"),
         ratio=run.ratio, layers=run.layers, minutes=run.minutes, seed=run.seed, bf16=True,
         show=partial(print, file=sys.stderr, flush=True),
     )  # fmt: skip
@@ -98,13 +109,15 @@ def run_of(line: dict[str, Any]) -> Run:
     return Run(**{field.name: line[field.name] for field in fields(Run)})
 
 
-def rows() -> Iterator[tuple[str, list[Any]]]:
-    """Teacher, then for each kind of student its scores, what it keeps, and what it keeps of the way from chance."""
+def rows(teacher: str) -> Iterator[tuple[str, list[Any]]]:
+    """A teacher; then for each kind of student its scores, what it keeps, and what it keeps of the way from chance."""
     teachers: dict[str, float] = {}
     lucky: dict[str, float] = {}
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in LOG.lines():
         run = run_of(line)
+        if run.teacher != teacher:
+            continue
         scores = line["rows"][glue_task(run.task).headline]
         whole, score, luck = scores[0], scores[-1], line["chance"]
         teachers[run.task], lucky[run.task] = 100 * whole, 100 * luck
@@ -124,29 +137,33 @@ def rows() -> Iterator[tuple[str, list[Any]]]:
 def main() -> None:
     """Run what is missing, then show it."""
     parser = runs_parser("A teacher of BERT-base's size on GLUE.", "teachers and students of base.py")
+    parser.add_argument("--teacher", default=SMALL, choices=list(LAYERS), help="(default: %(default)s)")
     parser.add_argument("--tasks", nargs="*", default=GLUE_TASKS, choices=GLUE_TASKS, help="(default: all)")
     parser.add_argument("--seeds", type=int, default=1, help="of students (default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=7.7, help="(default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=6, help="of the student (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="of the student (default: half of the teacher's)")
     parser.add_argument("--minutes", type=float, default=20.0, help="of its training (default: %(default)s)")
     parser.add_argument("--teachers", action="store_true", help="only fine-tune the teachers")
     options = parser.parse_args()
     if options.teachers:
         for task in options.tasks:
-            fine_tune(task, options)
+            fine_tune(options.teacher, task, options)
         return
     if not options.table:
-        how = options.ratio, options.layers, options.minutes
-        runs = [Run(task, *how, seed) for seed in range(options.seeds) for task in options.tasks]
+        how = options.ratio, options.layers or LAYERS[options.teacher], options.minutes
+        runs = [Run(options.teacher, task, *how, seed) for seed in range(options.seeds) for task in options.tasks]
         for run in LOG.missing(runs):
             perform(run, options)
     console = Console(width=150)
     console.print(LOG.environments(), highlight=False)
     metrics = [f"{task}\n{glue_task(task).headline}" for task in GLUE_TASKS]
-    console.print(results_table("GLUE dev, per cent: all-mpnet-base-v2 and its students", metrics, dict(rows())))
+    for teacher in LAYERS:
+        title = f"GLUE dev, per cent: {teacher} and its students"
+        console.print(results_table(title, metrics, dict(rows(teacher))))
     for line in LOG.lines():
         for what, part in (("dense", "dense_training"), ("factored", "training")):
-            show_curve(console, f"{line['task']}, {run_of(line).name}, {what}", {"training": line[part] or {}})
+            title = f"{line['teacher']}, {line['task']}, {run_of(line).name}, {what}"
+            show_curve(console, title, {"training": line[part] or {}})
 
 
 if __name__ == "__main__":

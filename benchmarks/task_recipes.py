@@ -1,0 +1,137 @@
+"""How a classifier's student learns: students of one start, trained for equally many steps in several ways.
+
+    python benchmarks/task_recipes.py --data DIR --work WORK > benchmarks/logs/task_recipes.txt
+
+Teachers, dense students and judgement are those of task_plans.py, whose WORK may be used again; each start is searched
+by `search_plan` as it is, of any shapes, and calibrated. The ways differ in the texts (those of the task, or half of
+them altered), in the optimizer of the factors and in its rate. Finished runs are lines of logs/task_recipes.jsonl, and
+are not made again. --table shows them without a run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import RunLog, runs_parser, spread
+from glue import fine_tune
+from rich.console import Console
+from task_plans import LAYERS, RATIO, correlation, dense_student, judged_logits, watching
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from kronecker_transformers import compress
+from kronecker_transformers.checkpoint.load import load_student
+from kronecker_transformers.compression.search import search_plan
+from kronecker_transformers.display import results_table
+from kronecker_transformers.experiments import lessons
+from kronecker_transformers.experiments.training import RATE, Schedule, kept_layers, train
+from kronecker_transformers.experiments.watch import multiplies_bfloat16
+from kronecker_transformers.tasks.glue import glue_task
+
+LOG = RunLog("task_recipes")
+STEPS = {"cola": 2000, "mrpc": 400}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to learn: the share of texts that are altered, Muon or AdamW, and the learning rate."""
+
+    altered: float = lessons.ALTERED
+    muon: bool = True
+    rate: float = RATE
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        texts = f"{100 * self.altered:g} % of the texts altered" if self.altered else "texts as they are"
+        return f"{texts}, {'Muon' if self.muon else 'AdamW'}, {self.rate:g}"
+
+
+RECIPES = (Recipe(0, False), Recipe(0), Recipe(muon=False), Recipe(), Recipe(rate=RATE / 2))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student of a task."""
+
+    task: str
+    altered: float
+    muon: bool
+    rate: float
+    seed: int
+
+
+def start_of(task: str, dense: PreTrainedModel, limit: float, lesson: Any, tokenizer: Any, work: Path) -> Any:
+    """The untrained student, the same for all."""
+    target = work / f"start-{task}-{LAYERS}"
+    if not target.exists():
+        found = search_plan(dense, lesson.calibration, parameters=int(limit), tokenizer=tokenizer)
+        compress(dense, found.plan, calibration=lesson.calibration, tokenizer=tokenizer).save_pretrained(target)
+    return load_student(str(target))[0].float().requires_grad_(True)
+
+
+def perform(run: Run, options: Any) -> None:
+    """Make and judge one student."""
+    fine_tune(run.task, options.data, options.work)
+    folder = str(options.work / f"teacher-{run.task}")
+    loaded, tokenizer, lesson = lessons.task_lesson(folder, run.task, str(options.data / "glue"))
+    teacher: Any = loaded.float().eval()
+    dense = dense_student(run.task, teacher, tokenizer, lesson, options.work)
+    limit = teacher.base_model.num_parameters() / RATIO
+    student = start_of(run.task, dense, limit, lesson, tokenizer, options.work)
+    schedule = Schedule(None, STEPS[run.task], run.rate, multiplies_bfloat16(), run.seed)
+    with patch.object(lessons, "ALTERED", run.altered):
+        lesson = replace(lesson, muon=run.muon)
+        summary = train(student, teacher, lesson, schedule, *watching(teacher, lesson), kept_layers(teacher, LAYERS))
+    metric = glue_task(run.task).headline
+    models, wanted = {"teacher": teacher, "dense": dense, "student": student}, judged_logits(teacher, lesson)
+    assert lesson.scores is not None
+    scores = {name: 100 * lesson.scores(model)[metric] for name, model in models.items()}
+    near = {name: correlation(wanted, judged_logits(model, lesson)) for name, model in models.items()}
+    LOG.add(asdict(run), {"scores": scores, "correlations": near, "training": summary})
+
+
+def rows() -> dict[str, list[Any]]:
+    """Teacher and dense student, then the ways to learn."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in LOG.lines():
+        task = line["task"]
+        for name, row in (("teacher", "teacher"), ("dense", f"{LAYERS} of 6 layers, dense")):
+            found[row][f"{task} near"] = [line["correlations"][name]]
+            found[row][f"{task} score"] = [line["scores"][name]]
+        found["start"][f"{task} near"] = [line["training"]["curve"]["values"][0]]
+        row = Recipe(line["altered"], line["muon"], line["rate"]).name
+        found[row][f"{task} score"].append(line["scores"]["student"])
+        found[row][f"{task} near"].append(line["correlations"]["student"])
+    columns = [f"{task} {kind}" for task in STEPS for kind in ("near", "score")]
+    return {name: [spread(values[column]) for column in columns] for name, values in found.items()}
+
+
+def main() -> None:
+    """Run what is missing, then show it."""
+    parser = runs_parser("Recipes for classifiers.", "teachers and starts")
+    parser.add_argument("--seeds", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--tasks", nargs="*", default=list(STEPS), choices=list(STEPS), help="(default: both)")
+    options = parser.parse_args()
+    disable_progress_bar()
+    if not options.table:
+        options.work.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        recipes, seeds = map(asdict, RECIPES), range(options.seeds)
+        runs = [Run(task, **recipe, seed=seed) for recipe in recipes for task in options.tasks for seed in seeds]
+        for run in LOG.missing(runs):
+            perform(run, options)
+    headings = [f"{task}\n{what}" for task in STEPS for what in ("correlation", glue_task(task).headline)]
+    console = Console(width=150)
+    console.print(LOG.environments(), highlight=False)
+    console.print(results_table("all-MiniLM-L6-v2 on tasks, students of 7.7x, per cent", headings, rows()))
+
+
+if __name__ == "__main__":
+    main()

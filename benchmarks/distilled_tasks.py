@@ -136,7 +136,7 @@ def rows(teacher: str) -> Iterator[tuple[str, list[Any]]]:
 
 def main() -> None:
     """Run what is missing, then show it."""
-    parser = runs_parser("A teacher of BERT-base's size on GLUE.", "teachers and students of base.py")
+    parser = runs_parser("Students by the command distill on GLUE.", "teachers and students")
     parser.add_argument("--teacher", default=SMALL, choices=list(LAYERS), help="(default: %(default)s)")
     parser.add_argument("--tasks", nargs="*", default=GLUE_TASKS, choices=GLUE_TASKS, help="(default: all)")
     parser.add_argument("--seeds", type=int, default=1, help="of students (default: %(default)s)")

@@ -66,7 +66,7 @@ class Lesson:
     memory: TeacherMemory = field(default_factory=TeacherMemory)
     """What the teacher has said of sentences, for all students that learn this."""
     muon: bool = False
-    """Whether factors of linear layers learn by Muon: for the heads with which it was tried."""
+    """Whether factors of linear layers are trained with Muon: for the heads with which it was tried."""
     pooling: Pooling | None = None
     """Of sentence embeddings, without the prompt where that does not count."""
 

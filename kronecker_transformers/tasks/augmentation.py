@@ -1,9 +1,10 @@
-"""More texts for a task, made of its own; what they mean is for the teacher to say.
+"""More texts for a task, made from its own, for the teacher to label.
 
-A small task shows a student few of the words that its teacher knows. Here some words of a text give way to others that
-the teacher's embedding holds for like them; now and then a word goes, or two change places, so that a judge of grammar
-is seen to judge. Labels do not outlive such changes, so only the teacher's outputs are to be learnt. After TinyBERT
-(Jiao et al., Findings of EMNLP 2020, section 3.2), whose words come from a masked language model and GloVe.
+A small task shows a student few of the words that its teacher knows. Here some words of a text are replaced by others
+that lie near them in the teacher's embedding; in some texts a word is dropped, or two words are swapped, which matters
+to judges of grammar. A label may no longer be right after that, so a student should learn the teacher's outputs alone.
+After TinyBERT (Jiao et al., Findings of EMNLP 2020, section 3.2), which takes its words from a masked language model
+and GloVe.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REPLACED, BROKEN = 0.3, 0.3
-"""Share of the words that others replace; share of the texts that lose a word, or in which two change places."""
+"""Share of the words that are replaced; share of the texts in which a word is dropped, or two words are swapped."""
 CANDIDATES = 15
-"""Words to choose from, the likest ones."""
+"""Nearest words, of which a replacement is drawn."""
 KINDS = {"first": 5, "second": 5, "both": 5, "copy": 3, "stranger": 2}
 """How often a pair has its first text altered, its second, or both; becomes a text beside its altered copy; or gets the
 second text of another pair."""
 _AT_ONCE = 512
-"""Words whose nearest are looked for together."""
+"""Words whose nearest words are found together."""
 _PIECES = re.compile(r"\w+|\W+")
 """A text as words and what is between them."""
 
@@ -35,8 +36,8 @@ Row = tuple[str, ...]
 class Augmentation:
     """Alters the texts of a task.
 
-    Words are alike as the cosine of their centred vectors in the teacher's embedding is high. A word of several tokens
-    stays.
+    Two words are near if the cosine of their centred vectors in the teacher's embedding is high. A word of several
+    tokens stays.
 
     Args:
         rows: all of the task.
@@ -47,7 +48,7 @@ class Augmentation:
     def __init__(self, rows: Sequence[Row], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._rows = rows
         words = {piece for row in rows for text in row for piece in _PIECES.findall(text)}
-        self._likest = likest_words(words | set(map(str.lower, words)), teacher, tokenizer)
+        self._nearest = nearest_words(words | set(map(str.lower, words)), teacher, tokenizer)
 
     def row(self, row: Row, generator: random.Random) -> Row:
         """A row like this one of the task."""
@@ -69,9 +70,9 @@ class Augmentation:
         """A text like this one."""
         pieces = _PIECES.findall(text)
         for place, piece in enumerate(pieces):
-            likest = self._likest.get(piece) or self._likest.get(piece.lower())
-            if likest and generator.random() < REPLACED:
-                word = generator.choice(likest)
+            near = self._nearest.get(piece) or self._nearest.get(piece.lower())
+            if near and generator.random() < REPLACED:
+                word = generator.choice(near)
                 pieces[place] = word.capitalize() if piece[0].isupper() else word
         words = [place for place, piece in enumerate(pieces) if piece[0].isalnum()]
         if len(words) > 2 and generator.random() < BROKEN:
@@ -85,10 +86,10 @@ class Augmentation:
 
 
 @torch.no_grad()
-def likest_words(
+def nearest_words(
     words: Container[str], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[str]]:
-    """For each word that is one token, the others that are likest to it, the likest first."""
+    """The `CANDIDATES` nearest words of each word that is one token, the nearest first."""
     known = whole_words(tokenizer)
     names, ids = list(known), list(known.values())
     embedding: Any = teacher.get_input_embeddings()
@@ -96,7 +97,7 @@ def likest_words(
     vectors = torch.nn.functional.normalize(weight - weight.mean(0), dim=-1)
     found: dict[str, list[str]] = {}
     wanted = torch.tensor([place for place, name in enumerate(names) if name in words], dtype=torch.long)
-    for places in wanted.split(_AT_ONCE):
+    for places in wanted.split(_AT_ONCE) if len(names) > 1 else ():
         cosines = vectors[places] @ vectors.mT
         cosines[torch.arange(len(places)), places] = -torch.inf
         nearest = cosines.topk(min(CANDIDATES, len(names) - 1)).indices

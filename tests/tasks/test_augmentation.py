@@ -6,7 +6,7 @@ import tiny
 import transformers
 
 from kronecker_transformers.tasks import augmentation
-from kronecker_transformers.tasks.augmentation import Augmentation, likest_words, whole_words
+from kronecker_transformers.tasks.augmentation import Augmentation, nearest_words, whole_words
 
 WORDS = tiny.TEXT.split()
 ROWS = [(" ".join(WORDS[i : i + 5]).capitalize() + ", 7!",) for i in range(len(WORDS) - 5)]
@@ -41,42 +41,42 @@ def test_whole_words_are_words_of_one_token(family):
         assert set(words) == set(WORDS)
 
 
-def test_the_likest_words_have_the_highest_cosines_of_centred_vectors(family, monkeypatch):
+def test_the_nearest_words_have_the_highest_cosines_of_centred_vectors(family, monkeypatch):
     changed(monkeypatch, CANDIDATES=3, _AT_ONCE=2)
     teacher, tokenizer = family
     known = whole_words(tokenizer)
     wanted = list(known)[::2]
-    found = likest_words(wanted, teacher, tokenizer)
+    found = nearest_words(wanted, teacher, tokenizer)
     assert list(found) == wanted
     weight = teacher.get_input_embeddings().weight.detach().double().numpy()
     rows = {word: weight[number] for word, number in known.items()}
     mean = np.mean(list(rows.values()), axis=0)
-    for word, likest in found.items():
+    for word, nearest in found.items():
         own = rows[word] - mean
         cosines = {
             other: own @ (row - mean) / np.linalg.norm(own) / np.linalg.norm(row - mean)
             for other, row in rows.items()
             if other != word
         }
-        assert likest == sorted(cosines, key=cosines.get, reverse=True)[:3]
+        assert nearest == sorted(cosines, key=cosines.get, reverse=True)[:3]
 
 
-def test_words_give_way_to_others_like_them_and_all_else_stays(family, monkeypatch):
+def test_words_are_replaced_by_near_ones_and_all_else_stays(family, monkeypatch):
     changed(monkeypatch, REPLACED=1.0, BROKEN=0.0, CANDIDATES=2)
     teacher, tokenizer = family
-    likest = likest_words(WORDS, teacher, tokenizer)
+    nearest = nearest_words(WORDS, teacher, tokenizer)
     altered = Augmentation(ROWS, teacher, tokenizer)
     for (text,) in ROWS:
         (found,) = altered.row((text,), random.Random(0))
         assert found.endswith(", 7!")
         before, after = text[:-4].split(), found[:-4].split()
         for old, new in zip(before, after, strict=True):
-            allowed = likest.get(old.lower(), [old.lower()])
+            allowed = nearest.get(old.lower(), [old.lower()])
             assert new.lower() in allowed
             assert new[0].isupper() == old[0].isupper()
 
 
-def test_broken_texts_lose_a_word_or_have_two_change_places(family, monkeypatch):
+def test_broken_texts_have_a_word_dropped_or_two_swapped(family, monkeypatch):
     changed(monkeypatch, REPLACED=0.0, BROKEN=1.0)
     altered = Augmentation(ROWS, *family)
     text = "one two three four"
@@ -120,9 +120,10 @@ def test_a_seed_gives_the_same_texts(family):
     assert first == again != other
 
 
-def test_a_tokenizer_that_knows_one_word_changes_none(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("known", "found"), [("fox", {"fox": 5}), ("7", {})])
+def test_a_tokenizer_that_knows_fewer_than_two_words_changes_none(known, found, tmp_path, monkeypatch):
     changed(monkeypatch, REPLACED=1.0, BROKEN=0.0)
-    monkeypatch.setattr(tiny, "TEXT", "fox")
+    monkeypatch.setattr(tiny, "TEXT", known)
     teacher, tokenizer = tiny.teacher(transformers.BertModel), tiny.bert_tokenizer(tmp_path)
-    assert whole_words(tokenizer) == {"fox": 5}
+    assert whole_words(tokenizer) == found
     assert Augmentation([("a fox",)], teacher, tokenizer).row(("a fox",), random.Random(0)) == ("a fox",)

@@ -113,27 +113,38 @@ def plan_of(name: str, dense: PreTrainedModel, limit: float, lesson: Lesson, tok
     return found.plan
 
 
+def prepared(task: str, options: Any) -> tuple[Any, PreTrainedModel, Any, Lesson]:
+    """The teacher of a task, its dense student, their tokenizer, and what students learn."""
+    fine_tune(task, options.data, options.work)
+    folder = str(options.work / f"teacher-{task}")
+    loaded, tokenizer, lesson = task_lesson(folder, task, str(options.data / "glue"))
+    teacher = loaded.float().eval()
+    return teacher, dense_student(task, teacher, tokenizer, lesson, options.work), tokenizer, lesson
+
+
+def compared(task: str, lesson: Lesson, **models: PreTrainedModel) -> dict[str, dict[str, float]]:
+    """In per cent, of each model: the task's metric, and the correlation of its logits with the teacher's."""
+    metric, wanted = glue_task(task).headline, judged_logits(models["teacher"], lesson)
+    assert lesson.scores is not None
+    return {
+        "scores": {name: 100 * lesson.scores(model)[metric] for name, model in models.items()},
+        "correlations": {name: correlation(wanted, judged_logits(model, lesson)) for name, model in models.items()},
+    }
+
+
 def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
-    fine_tune(run.task, options.data, options.work)
-    folder = str(options.work / f"teacher-{run.task}")
-    loaded, tokenizer, lesson = task_lesson(folder, run.task, str(options.data / "glue"))
-    teacher: Any = loaded.float().eval()
-    dense = dense_student(run.task, teacher, tokenizer, lesson, options.work)
+    teacher, dense, tokenizer, lesson = prepared(run.task, options)
     plan = plan_of(run.plan, dense, teacher.base_model.num_parameters() / RATIO, lesson, tokenizer)
     result = compress(dense, plan, calibration=lesson.calibration, tokenizer=tokenizer)
     student: Any = result.model.requires_grad_(True)
     schedule = Schedule(None, STEPS[run.task][1], None, multiplies_bfloat16(), run.seed)
     summary = train(student, teacher, lesson, schedule, *watching(teacher, lesson), kept_layers(teacher, LAYERS))
-    metric = glue_task(run.task).headline
-    models, wanted = {"teacher": teacher, "dense": dense, "student": student}, judged_logits(teacher, lesson)
-    assert lesson.scores is not None
-    scores = {name: 100 * lesson.scores(model)[metric] for name, model in models.items()}
-    near = {name: correlation(wanted, judged_logits(model, lesson)) for name, model in models.items()}
+    quality = compared(run.task, lesson, teacher=teacher, dense=dense, student=student)
     rank = student.base_model.get_input_embeddings().A.shape[1]
     LOG.add(
         asdict(run),
-        {"scores": scores, "correlations": near, "embedding_rank": rank, "training": summary,
+        {**quality, "embedding_rank": rank, "training": summary,
          "parameters": student.base_model.num_parameters()},
     )  # fmt: skip
 

@@ -19,9 +19,8 @@ from unittest.mock import patch
 
 import torch
 from common import RunLog, runs_parser, spread
-from glue import fine_tune
 from rich.console import Console
-from task_plans import LAYERS, RATIO, correlation, dense_student, judged_logits, watching
+from task_plans import LAYERS, RATIO, compared, prepared, watching
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -78,23 +77,15 @@ def start_of(task: str, dense: PreTrainedModel, limit: float, lesson: Any, token
 
 def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
-    fine_tune(run.task, options.data, options.work)
-    folder = str(options.work / f"teacher-{run.task}")
-    loaded, tokenizer, lesson = lessons.task_lesson(folder, run.task, str(options.data / "glue"))
-    teacher: Any = loaded.float().eval()
-    dense = dense_student(run.task, teacher, tokenizer, lesson, options.work)
+    teacher, dense, tokenizer, lesson = prepared(run.task, options)
     limit = teacher.base_model.num_parameters() / RATIO
     student = start_of(run.task, dense, limit, lesson, tokenizer, options.work)
     schedule = Schedule(None, STEPS[run.task], run.rate, multiplies_bfloat16(), run.seed)
     with patch.object(lessons, "ALTERED", run.altered):
         lesson = replace(lesson, muon=run.muon)
         summary = train(student, teacher, lesson, schedule, *watching(teacher, lesson), kept_layers(teacher, LAYERS))
-    metric = glue_task(run.task).headline
-    models, wanted = {"teacher": teacher, "dense": dense, "student": student}, judged_logits(teacher, lesson)
-    assert lesson.scores is not None
-    scores = {name: 100 * lesson.scores(model)[metric] for name, model in models.items()}
-    near = {name: correlation(wanted, judged_logits(model, lesson)) for name, model in models.items()}
-    LOG.add(asdict(run), {"scores": scores, "correlations": near, "training": summary})
+    quality = compared(run.task, lesson, teacher=teacher, dense=dense, student=student)
+    LOG.add(asdict(run), {**quality, "training": summary})
 
 
 def rows() -> dict[str, list[Any]]:

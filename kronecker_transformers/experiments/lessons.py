@@ -127,7 +127,7 @@ def task_lesson(
     """A GLUE task, half of its texts altered, and the teacher that was fine-tuned on it.
 
     Raises:
-        ValueError: an unknown task, or a teacher without a classifier for it.
+        ValueError: an unknown task, a teacher without a classifier for it, or a text without any token.
     """
     task = load_task(name, data_dir, None, None)
     dense, tokenizer, task, certain = load_classifier(teacher, task)
@@ -143,6 +143,8 @@ def task_lesson(
         check_unnamed_labels(dense, task, data, collate)
     held_out = list(islice(data[splits[0]], HELD_OUT + WATCHED))
     rows = list(zip(*(map(str, task.data["train"][column][:]) for column in task.text_columns), strict=True))
+    for _ in _encoded(rows, tokenizer, length):
+        pass  # a text without tokens is refused now, not after hours
     calibration: Any = [row if len(row) > 1 else row[0] for row in rows[:CALIBRATION]]
     examples = partial(_altered_rows, rows, Augmentation(rows, dense, tokenizer), tokenizer, length)
     return dense, tokenizer, Lesson(
@@ -157,8 +159,13 @@ def _altered_rows(
     """A task's rows in random order, some of them altered, without labels."""
     generator = random.Random(seed)
     order = share.of(generator.sample(rows, len(rows)))
-    ordered = (augmentation.row(row, generator) if generator.random() < ALTERED else row for row in order)
-    while some := list(islice(ordered, _ENCODED)):
+    altered = (augmentation.row(row, generator) if generator.random() < ALTERED else row for row in order)
+    yield from _encoded(altered, tokenizer, length)
+
+
+def _encoded(rows: Iterable[Row], tokenizer: Any, length: int) -> Iterator[Example]:
+    left = iter(rows)
+    while some := list(islice(left, _ENCODED)):
         first, *second = zip(*some, strict=True)
         encoded = encode_texts(tokenizer, first, second[0] if second else None, length)
         yield from ({name: values[place] for name, values in encoded.items()} for place in range(len(some)))

@@ -124,10 +124,14 @@ def glue(tmp_path):
     return tmp_path / "glue"
 
 
+def classifier(folder, *names, dense_class=transformers.BertForSequenceClassification):
+    """A saved teacher with classes of these names."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    return saved_teacher(dense_class, folder, **labels)
+
+
 def test_a_classifier_learns_a_task(glue, tmp_path, capsys):
-    names = {0: "negative", 1: "positive"}
-    changes = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-    teacher = saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher", **changes)
+    teacher = classifier(tmp_path / "teacher", "negative", "positive")
     found = distill(teacher, output=tmp_path / "student", task="sst2", data_dir=str(glue), ratio=3, steps=12)
     assert list(found.rows)[3:] == ["labels as the teacher's", "accuracy"]
     assert found.training["objective"]["logits"] == 0.05
@@ -148,9 +152,7 @@ def test_a_task_of_pairs_is_calibrated_on_pairs(tmp_path):
     rows = [f"{i}\t{one}\t{other}\t{('entailment', 'not_entailment')[i % 2]}" for i, (one, other) in enumerate(pairs)]
     for split in ("train", "dev"):
         (folder / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
-    names = {0: "entailment", 1: "not_entailment"}
-    changes = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-    teacher = saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher", **changes)
+    teacher = classifier(tmp_path / "teacher", "entailment", "not_entailment")
     _, _, lesson = task_lesson(str(teacher), "rte", str(tmp_path / "glue"))
     assert lesson.calibration == pairs[:512]
     found = distill(teacher, output=tmp_path / "student", task="rte", data_dir=str(tmp_path / "glue"), ratio=3, steps=2)
@@ -158,9 +160,7 @@ def test_a_task_of_pairs_is_calibrated_on_pairs(tmp_path):
 
 
 def test_half_of_a_tasks_rows_are_altered_anew_in_each_pass(glue, tmp_path):
-    names = {0: "negative", 1: "positive"}
-    changes = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-    teacher = saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher", **changes)
+    teacher = classifier(tmp_path / "teacher", "negative", "positive")
     _, tokenizer, lesson = task_lesson(str(teacher), "sst2", str(glue))
     lines = [line.split("\t")[0] for line in (glue / "SST-2" / "train.tsv").read_text().splitlines()[1:]]
     own = {tuple(tokenizer(line).input_ids) for line in lines}
@@ -173,6 +173,17 @@ def test_half_of_a_tasks_rows_are_altered_anew_in_each_pass(glue, tmp_path):
     assert set(next(iter(lesson.examples(0, WHOLE)))) == {"input_ids", "token_type_ids", "attention_mask"}
     shares = [list(lesson.examples(0, Share(index, 2))) for index in range(2)]
     assert [len(share) for share in shares] == [100, 100]
+
+
+def test_a_text_without_tokens_is_refused_before_any_training(glue, tmp_path, monkeypatch):
+    names = "negative", "positive"
+    teacher = classifier(tmp_path / "teacher", *names, dense_class=transformers.GPT2ForSequenceClassification)
+    path = glue / "SST-2" / "train.tsv"
+    path.write_text(path.read_text() + "\t1\n")
+    monkeypatch.setattr("kronecker_transformers.experiments.distill.compress", lambda *_, **__: 1 / 0)
+    with pytest.raises(ValueError, match="text '' gives no token"):
+        distill(teacher, output=tmp_path / "student", task="sst2", data_dir=str(glue), steps=2)
+    assert not (tmp_path / "student").exists()
 
 
 def test_a_student_is_not_lost_because_it_cannot_be_drawn(tmp_path, monkeypatch, caplog):

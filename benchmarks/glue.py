@@ -213,8 +213,8 @@ def perform(run: Run, data: Path, work: Path) -> None:
     shutil.rmtree(output, ignore_errors=True)
     options: dict[str, Any] = {
         "teacher": work / f"teacher-{run.task}", "task_name": run.task, "data_dir": data / "glue",
-        "output_dir": output, "max_steps": run.steps, "seed": run.seed, **CHOSEN, **QUIET,
-        "learning_rate": run.learning_rate, **({} if run.kd else NO_KD),
+        "output_dir": output, "recipe": "kroneckerbert-7.7x", "max_steps": run.steps, "seed": run.seed, **CHOSEN,
+        **QUIET, "learning_rate": run.learning_rate, **({} if run.kd else NO_KD),
     }  # fmt: skip
     if run.start == "searched":
         options["start"] = work / f"searched-{run.task}-{run.plan}"

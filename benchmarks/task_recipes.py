@@ -28,8 +28,9 @@ from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_student
 from kronecker_transformers.compression.search import search_plan
 from kronecker_transformers.display import results_table
+from kronecker_transformers.distillation.optimizer import FACTORED_RATE as RATE
 from kronecker_transformers.experiments import lessons
-from kronecker_transformers.experiments.training import RATE, Schedule, kept_layers, train
+from kronecker_transformers.experiments.training import Schedule, kept_layers, train
 from kronecker_transformers.experiments.watch import multiplies_bfloat16
 from kronecker_transformers.tasks.glue import glue_task
 

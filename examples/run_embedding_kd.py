@@ -3,9 +3,10 @@
     python examples/run_embedding_kd.py --teacher path/to/encoder --train_text sentences.txt \
         --validation_text held_out.txt --output_dir output/encoder
 
-The student learns the teacher's sentence embeddings and their similarities, with the pooling and the prompt that its
-settings for sentence-transformers say (without any, the mean over the tokens). Text has one sentence on a
-line; a table (.json, .csv, .parquet) or a dataset of the Hub has it in the column `text`. It is read as a stream.
+The student's plan is searched, as by the command `distill`; it learns the teacher's sentence embeddings and their
+similarities, with the pooling and the prompt that its settings for sentence-transformers say (without any, the mean
+over the tokens). Text has one sentence on a line; a table (.json, .csv, .parquet) or a dataset of the Hub has it in the
+column `text`. It is read as a stream.
 Training goes over all sentences once, or as often as --num_train_epochs says; --resume_from_checkpoint true goes on
 with a run that stopped.
 """
@@ -26,6 +27,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of, share_modules
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
+from kronecker_transformers.experiments.lessons import calibration_lines
 from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
@@ -64,7 +66,7 @@ class Options(StudentOptions):
     sts_file: str | None = field(
         default=None, metadata={"help": "Table with the columns sentence1, sentence2 and label (a similarity)."}
     )
-    recipe: str = field(default="sentence-encoder-7.7x", metadata={"help": "Defaults of the training."})
+    recipe: str = field(default="sentence-encoder", metadata={"help": "Defaults of plan and training."})
     fraction: float = field(default=1.0, metadata={"help": "Share of the training text, above 0, at most 1."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
 
@@ -94,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     options.max_length = length = checked_length(
         teacher, options.max_length, min(recipe.length, settings.max_length or recipe.length)
     )
-    student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
+    options.choose_rate(arguments, teacher)
+    student = options.student(teacher, tokenizer, recipe, calibration_lines(text), progress=not arguments.disable_tqdm)
     judges = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).eval().to(arguments.device),

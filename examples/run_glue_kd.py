@@ -4,10 +4,13 @@
     python examples/run_glue_kd.py --teacher path/to/bert --train_file train.tsv --validation_file dev.tsv \
         --output_dir out/mine
 
-This is the second stage of KroneckerBERT (section 3.5), and KnGPT2's fine-tuning. A teacher that has no classifier yet
-is fine-tuned first. The student is factored from the teacher, or comes from the first stage (--start, see
-run_mlm_kd.py) and takes the teacher's classifier. Without --data_dir the task comes from the Hub. For the tests of
-GLUE, predictions are written as its server reads them. --resume_from_checkpoint true goes on with a run that stopped.
+A teacher that has no classifier yet is fine-tuned first. The student's plan is searched on it, and the student learns
+from the teacher's outputs on the task's texts, half of them altered, as by the command `distill --task`. With --recipe
+kroneckerbert-7.7x or -21x this is the second stage of KroneckerBERT (section 3.5), with kngpt2 the fine-tuning of
+KnGPT2: the student is factored by the paper's shapes then, or comes from the first stage (--start, see run_mlm_kd.py)
+and takes the teacher's classifier, and it learns labels too. Without --data_dir the task comes from the Hub. For the
+tests of GLUE, predictions are written as its server reads them. --resume_from_checkpoint true goes on with a run that
+stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from kronecker_transformers.experiments.classification import (
     load_task,
     tokenized,
 )
+from kronecker_transformers.experiments.lessons import altered_examples, calibration_rows
 from kronecker_transformers.experiments.run import (
     check_output,
     checked_length,
@@ -41,6 +45,7 @@ from kronecker_transformers.experiments.run import (
 )
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.glue import glue_task, write_predictions
+from kronecker_transformers.tasks.text import TextStream, training_steps
 
 
 @dataclass
@@ -58,7 +63,10 @@ class Options(StudentOptions):
         metadata={"help": "tsv, csv, json or parquet with sentence (or sentence1 and sentence2) and label."},
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same, to judge on."})
-    recipe: str = field(default="kroneckerbert-7.7x", metadata={"help": "Defaults of plan and training."})
+    recipe: str = field(default="classifier", metadata={"help": "Defaults of plan and training."})
+    altered: float | None = field(
+        default=None, metadata={"help": "Share of the texts altered in each pass, 0 to 1; default: the recipe's."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training examples."})
     teacher_epochs: float = field(default=3.0, metadata={"help": "Epochs of a teacher that is fine-tuned here."})
@@ -70,12 +78,20 @@ class Options(StudentOptions):
     def __post_init__(self) -> None:
         if (self.task_name is None) == (self.train_file is None or self.validation_file is None):
             raise ValueError("give either --task_name or both --train_file and --validation_file")
+        if self.altered is not None and not 0 <= self.altered <= 1:
+            raise ValueError(f"--altered {self.altered} must be from 0 to 1, a share of the texts; correct it")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune a teacher if need be, distil its student, and judge both."""
     options, arguments = parse_script(Options, "glue", argv)
     recipe = RECIPES[options.recipe]["glue"]
+    options.altered = altered = recipe.altered if options.altered is None else options.altered
+    if altered and (weight := arguments.weights().get("supervised")):
+        raise ValueError(
+            f"--altered {altered} makes texts without labels, which supervised_weight={weight:g} needs; "
+            "set one of them to 0"
+        )
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     task = load_task(options.task_name, options.data_dir, options.train_file, options.validation_file)
 
@@ -85,11 +101,13 @@ def main(argv: list[str] | None = None) -> None:
     data = DatasetDict({name: tokenized(split, task, tokenizer, length) for name, split in task.data.items()})
     if options.max_train_samples:
         data["train"] = data["train"].select(range(min(options.max_train_samples, len(data["train"]))))
+    train_rows = task.rows(options.max_train_samples)
+    texts = calibration_rows(train_rows)
     if certain is False:
         check_unnamed_labels(teacher.to(arguments.device), task, data, collator)
     if certain is None:
         if not options.teacher_only:  # what does not fit is refused now, not after the training
-            options.check(teacher, tokenizer, recipe)
+            options.check(teacher, tokenizer, recipe, texts)
         teacher = fine_tune_teacher(
             teacher,
             tokenizer,
@@ -113,13 +131,20 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
 
-    student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
+    options.choose_rate(arguments, teacher)
+    student = options.student(teacher, tokenizer, recipe, texts, progress=not arguments.disable_tqdm)
     models = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).to(arguments.device),
         "student": student,
     }
-    trainer = distiller(student, teacher, arguments, task, data, collator, tokenizer)
+    train: Any = data["train"]
+    if altered:
+        arguments.max_steps = training_steps(arguments, train_rows)
+        examples = altered_examples(train_rows, altered, teacher, tokenizer, length)
+        train = TextStream(examples, arguments.seed, group=arguments.train_batch_size)
+        arguments.accelerator_config.dispatch_batches = False  # each process makes its share of the examples
+    trainer = distiller(student, teacher, arguments, task, data, collator, tokenizer, train)
     seen = train_and_save(trainer, tokenizer, folder)
 
     record = {"options": vars(options), "training": seen}

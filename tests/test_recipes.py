@@ -10,6 +10,8 @@ from transformers import BertModel
 from kronecker_transformers import compress, recipes
 from kronecker_transformers.compression.plan_file import read_plan
 from kronecker_transformers.distillation import DistillationArguments
+from kronecker_transformers.experiments.lessons import ALTERED, WEIGHTS
+from kronecker_transformers.experiments.training import WARMUP
 from kronecker_transformers.models.kronecker_family import FAMILIES
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 
@@ -23,10 +25,19 @@ class Options:
     recipe: str = "kroneckerbert-7.7x"
 
 
+@dataclass
+class Script(StudentOptions):
+    """One of a script that makes a student."""
+
+    output_dir: str
+    task_name: str | None = None
+    recipe: str = "classifier"
+
+
 @pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, stages in RECIPES.items() for stage in stages])
 def test_every_recipe_is_one_of_known_arguments(name, stage, tmp_path):
     recipe = RECIPES[name][stage]
-    assert any(recipe.plan in config.family.presets for config in FAMILIES.values())
+    assert recipe.plan == "search" or any(recipe.plan in config.family.presets for config in FAMILIES.values())
     for task in (None, *recipe.by_task):
         arguments = DistillationArguments(str(tmp_path), **recipe.for_task(task))
         assert arguments.weights()
@@ -66,6 +77,33 @@ def test_options_given_win_over_the_recipe(tmp_path):
     assert arguments.output_dir == str(tmp_path / "checkpoints")
 
 
+def test_our_recipes_are_what_distill_does(tmp_path):
+    for stage, name, weights, objective, batch in (
+        ("glue", "classifier", WEIGHTS, "kronecker_bert", 32),
+        ("embedding", "sentence-encoder", {}, "sentence_encoder", 64),
+    ):
+        _, arguments = parse_script(Options, stage, ["--output_dir", str(tmp_path), "--recipe", name, "--use_cpu"])
+        expected = DistillationArguments(str(tmp_path), objective=objective, **weights).weights()
+        assert arguments.weights() == expected
+        assert (arguments.muon, arguments.dropout, arguments.warmup_steps) == (True, 0, WARMUP)
+        assert arguments.per_device_train_batch_size == batch
+    assert RECIPES["classifier"]["glue"].altered == ALTERED
+
+
+@pytest.mark.parametrize(
+    ("hidden", "argv", "rate"),
+    [(8, [], 1e-3), (384, [], 1e-3), (768, [], 2.5e-4), (768, ["--learning_rate", "5e-5"], 5e-5)],
+)
+def test_the_learning_rate_is_that_for_the_hidden_size_where_nobody_chose_one(hidden, argv, rate, tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--recipe", "classifier", "--use_cpu", *argv]
+    options, arguments = parse_script(Script, "glue", argv)
+    options.choose_rate(arguments, tiny.teacher(BertModel, hidden_size=hidden))
+    assert math.isclose(arguments.learning_rate, rate)
+    options, arguments = parse_script(Script, "glue", [*argv, "--recipe", "kngpt2"])
+    options.choose_rate(arguments, tiny.teacher(BertModel, hidden_size=hidden))
+    assert arguments.learning_rate == (5e-5)  # of the recipe
+
+
 def test_tokens_are_in_no_record(tmp_path):
     secret = "hf_" + "a" * 30
     given = ["--hub_token", secret, f"--hub-token={secret}", "--seed", "3"]
@@ -82,6 +120,10 @@ def test_tokens_are_in_no_record(tmp_path):
         ({"calibration": "text.txt", "calibration_texts": 9}, ValueError, "of 9 texts gives 9 sequences"),
         ({"calibration": "text.txt", "start": "earlier"}, ValueError, "--start earlier has factors of its own"),
         ({"plan": "kngpt2"}, ValueError, "kngpt2"),
+        ({"ratio": 2.0}, ValueError, r"ratio=2\.0 was given beside a plan"),
+        ({"start": "earlier", "ratio": 2.0}, ValueError, r"has its own plan, and ratio=2\.0 was given"),
+        ({"plan": "search"}, ValueError, '"search" needs calibration text'),
+        ({"plan": "search", "calibration": "text.txt", "ratio": 1e6}, ValueError, "ratio"),
     ],
 )
 def test_what_a_student_cannot_start_from(options, error, message, tmp_path, monkeypatch):
@@ -102,7 +144,7 @@ def test_what_a_student_cannot_start_from(options, error, message, tmp_path, mon
     [
         (
             ["--recipe", "kngpt3"],
-            "--recipe 'kngpt3' is not known for this stage; choose one of kngpt2, kroneckerbert-21x",
+            "--recipe 'kngpt3' is not known for this stage; choose one of classifier, kngpt2",
         ),
         (["--learning_rat", "1"], "unknown option '--learning_rat'"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),

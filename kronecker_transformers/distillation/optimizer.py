@@ -89,6 +89,15 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
             optimizer.add_param_group({**options, **own, "params": [factor]})
 
 
+FACTORED_RATE, HIDDEN_SIZE = 1e-3, 384
+"""Learning rate of a factored student of this hidden size, or of a smaller one."""
+
+
+def rate_for_size(rate: float, hidden_size: int) -> float:
+    """A learning rate that was found at hidden size 384, for another: above, it falls with the square of the size."""
+    return rate * min(1.0, (HIDDEN_SIZE / hidden_size) ** 2)
+
+
 MOMENTUM = 0.95
 STEP_RMS = 0.2
 """Root mean square of the entries of a step at learning rate 1, as Adam's."""

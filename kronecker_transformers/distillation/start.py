@@ -21,6 +21,7 @@ def start_student(
     plan: str | Mapping[str, Any] = "7.7x",
     start: str | os.PathLike[str] | None = None,
     *,
+    ratio: float | None = None,
     calibration: Iterable[Text] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
@@ -36,6 +37,7 @@ def start_student(
         plan: as for `compress`; not used with `start`, which has its own.
         start: folder or Hub name of a model of the same family and sizes, with any head, factored or dense, of as many
             layers or fewer.
+        ratio: as for `compress`; not with `start`.
         calibration: texts for which the factors are fitted, as for `compress`; not with `start`.
         tokenizer: of the teacher; needed with `calibration`.
         progress: show a progress bar of the calibration.
@@ -45,11 +47,13 @@ def start_student(
 
     Raises:
         ValueError, OSError: as `compress`; or `start` is of another family or of other sizes, has more layers, or was
-            given beside calibration text.
+            given beside calibration text or a ratio.
     """
     if start is None:
-        result = compress(teacher, plan, calibration=calibration, tokenizer=tokenizer, progress=progress)
+        result = compress(teacher, plan, ratio=ratio, calibration=calibration, tokenizer=tokenizer, progress=progress)
         return result.model.requires_grad_(True).train()
+    if ratio is not None:
+        raise ValueError(f"start={os.fspath(start)!r} has its own plan, and ratio={ratio} was given; leave one out")
     if calibration is not None:
         raise ValueError(
             f"start={os.fspath(start)!r} has factors of its own, and calibration would replace them; give one of both"

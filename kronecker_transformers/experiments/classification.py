@@ -19,6 +19,7 @@ from transformers import (
 
 from ..distillation import DistillationArguments, DistillationTrainer
 from ..models.kronecker_family import family_of
+from ..tasks.augmentation import Row
 from ..tasks.glue import glue_task, load_glue, load_text_classification
 from ..tasks.glue_metric import GlueMetric
 from ..tasks.labels import match_labels
@@ -37,6 +38,11 @@ class Task:
     labels: tuple[str, ...]
     name: str | None
     ids: tuple[int, ...] = ()
+
+    def rows(self, number: int | None = None) -> list[Row]:
+        """The texts of its training set, or of so many examples of it."""
+        columns = [self.data["train"][name][:number] for name in self.text_columns]
+        return list(zip(*(map(str, column) for column in columns), strict=True))
 
     @property
     def evaluation_splits(self) -> list[str]:
@@ -157,8 +163,9 @@ def distiller(
     data: DatasetDict,
     collator: Any,
     tokenizer: PreTrainedTokenizerBase,
+    train: Any = None,
 ) -> DistillationTrainer:
-    """The trainer; it evaluates with the task's metrics where the arguments ask for it."""
+    """The trainer, on the training set or on what is given as `train`; it evaluates with the task's metrics."""
 
     def compute_metrics(task: Task, prediction: Any) -> dict[str, float]:
         return task.metrics(decided(prediction.predictions), prediction.label_ids)
@@ -168,7 +175,7 @@ def distiller(
         student,
         teacher,
         arguments,
-        train_dataset=data["train"],
+        train_dataset=data["train"] if train is None else train,
         eval_dataset=data[splits[0]] if len(splits) == 1 else {split: data[split] for split in splits},
         data_collator=collator,
         processing_class=tokenizer,

@@ -108,15 +108,13 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     held_out, train = source.part(0, HELD_OUT_SHARE), source.part(HELD_OUT_SHARE, 1)
     sentences = held_out.lines(HELD_OUT + WATCHED)
     kept = list(islice(make(held_out, seed, WHOLE), HELD_OUT + WATCHED))
-    lines = train.lines(20 * CALIBRATION)
     if len(sentences) < 10 or len(kept) < 2:
         raise ValueError(
             f"text {', '.join(source.names)!r} is too little: {len(sentences)} held-out lines, {len(kept)} held-out "
             "examples; give at least a few hundred lines, better some thousand"
         )
-    calibration = lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION]  # from all over the beginning
     return Lesson(
-        batch, length, objective, partial(make, train), collate, kept, sentences, calibration, weights,
+        batch, length, objective, partial(make, train), collate, kept, sentences, calibration_lines(train), weights,
         muon=kind in (None, "sequence"), pooling=pooling,
     )  # fmt: skip
 
@@ -142,25 +140,55 @@ def task_lesson(
     if certain is False:
         check_unnamed_labels(dense, task, data, collate)
     held_out = list(islice(data[splits[0]], HELD_OUT + WATCHED))
-    rows = list(zip(*(map(str, task.data["train"][column][:]) for column in task.text_columns), strict=True))
-    for _ in _encoded(rows, tokenizer, length):
-        pass  # a text without tokens is refused now, not after hours
-    calibration: Any = [row if len(row) > 1 else row[0] for row in rows[:CALIBRATION]]
-    examples = partial(_altered_rows, rows, Augmentation(rows, dense, tokenizer), tokenizer, length)
+    rows = task.rows()
+    examples = altered_examples(rows, ALTERED, dense, tokenizer, length)
     return dense, tokenizer, Lesson(
-        32, length, "kronecker_bert", examples, collate, held_out, [], calibration, WEIGHTS,
+        32, length, "kronecker_bert", examples, collate, held_out, [], calibration_rows(rows), WEIGHTS,
         scores=partial(judged, task=task, data=data, collator=collate), muon=True,
     )  # fmt: skip
 
 
-def _altered_rows(
-    rows: Sequence[Row], augmentation: Augmentation, tokenizer: Any, length: int, seed: int, share: Share
-) -> Iterator[Example]:
-    """A task's rows in random order, some of them altered, without labels."""
-    generator = random.Random(seed)
-    order = share.of(generator.sample(rows, len(rows)))
-    altered = (augmentation.row(row, generator) if generator.random() < ALTERED else row for row in order)
-    yield from _encoded(altered, tokenizer, length)
+def calibration_lines(source: TextSource) -> list[Text]:
+    """Lines of a text on which a plan is searched and factors are fitted; from all over its beginning."""
+    lines = source.lines(20 * CALIBRATION)
+    return [*lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION]]
+
+
+def calibration_rows(rows: Sequence[Row]) -> list[Text]:
+    """Texts, or pairs of them, of a task, on which a plan is searched and factors are fitted."""
+    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in rows[:CALIBRATION]]
+
+
+def altered_examples(
+    rows: Sequence[Row],
+    altered: float,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+) -> Callable[[int, Share], Iterator[Example]]:
+    """What makes the examples of a pass, for `TextStream`: a task's rows in random order, without labels.
+
+    Args:
+        rows: all of the training set.
+        altered: share of them whose texts are altered, 0 to 1; others in each pass.
+        teacher: of the embedding in which near words are looked up.
+        tokenizer: of the teacher.
+        length: tokens at which a text, or a pair of them, is cut.
+
+    Raises:
+        ValueError: a text without any token.
+    """
+    for _ in _encoded(rows, tokenizer, length):
+        pass  # a text without tokens is refused now, not after hours
+    augmentation = Augmentation(rows, teacher, tokenizer)
+
+    def examples(seed: int, share: Share) -> Iterator[Example]:
+        generator = random.Random(seed)
+        order = share.of(generator.sample(rows, len(rows)))
+        found = (augmentation.row(row, generator) if generator.random() < altered else row for row in order)
+        yield from _encoded(found, tokenizer, length)
+
+    return examples
 
 
 def _encoded(rows: Iterable[Row], tokenizer: Any, length: int) -> Iterator[Example]:

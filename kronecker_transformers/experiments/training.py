@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback
 
 from ..distillation import DistillationArguments, DistillationTrainer, keep_layers
+from ..distillation.optimizer import FACTORED_RATE, rate_for_size
 from ..models import FACTORED_CLASSES
 from ..tasks.text import TextStream
 from .lessons import Lesson
 from .watch import Watch
 
-RATE, DENSE_RATE, HIDDEN = 1e-3, 3e-4, 384
-"""Learning rates of factored and dense students of this hidden size, and of smaller ones; above, they fall with the
-square of the size."""
+DENSE_RATE = 3e-4
+"""Learning rate of dense students of hidden size 384, and of smaller ones."""
 DENSE_ENCODER_RATE, DENSE_ENCODER_BATCH = 6e-4, 32
 """Of dense sentence encoders: smaller batches, so more steps, help them; to factored ones they make no difference."""
 WARMUP = 0.1
@@ -106,8 +106,8 @@ def train(
     batch = lesson.batch if factored or not encoder else DENSE_ENCODER_BATCH
     rate = schedule.learning_rate
     if rate is None:
-        rate = RATE if factored else DENSE_ENCODER_RATE if encoder else DENSE_RATE
-        rate *= min(1.0, (HIDDEN / student.config.hidden_size) ** 2)
+        rate = FACTORED_RATE if factored else DENSE_ENCODER_RATE if encoder else DENSE_RATE
+        rate = rate_for_size(rate, student.config.hidden_size)
     limit = schedule.minutes
     stream = TextStream(lesson.examples, schedule.seed, group=batch)
     with tempfile.TemporaryDirectory() as scratch:

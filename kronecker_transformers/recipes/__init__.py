@@ -1,4 +1,4 @@
-"""The papers' hyper-parameters by name, and the command lines of the examples that use them."""
+"""Hyper-parameters by name, the papers' and ours, and the command lines of the examples that use them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,31 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..checkpoint.load import source_name
-from ..compression.activations import calibration_batches
+from ..compression.activations import Text, calibration_batches
+from ..compression.compress import is_searched, planned
 from ..compression.plan_file import read_plan
 from ..distillation import DistillationArguments, start_student
+from ..distillation.optimizer import FACTORED_RATE, rate_for_size
 from ..tasks.text import TextSource
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one paper does in one stage.
+    """What is done in one stage.
 
     Attributes:
         plan: how the teacher is factored.
         length: longest sequence, in tokens.
-        arguments: what it sets of `DistillationArguments`.
+        arguments: what it sets of `DistillationArguments`; without a learning rate, it is that for the hidden size.
         by_task: the same for single tasks.
+        altered: share of a task's texts that are altered in each pass, 0 to 1.
     """
 
     plan: str
     length: int
     arguments: Mapping[str, Any]
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    altered: float = 0.0
 
     def for_task(self, task: str | None) -> dict[str, Any]:
         """The arguments for one task."""
@@ -45,45 +49,85 @@ class Recipe:
 class StudentOptions:
     """Options that all examples share: how the student starts."""
 
-    plan: str | None = field(default=None, metadata={"help": "Preset or plan file; default: that of the recipe."})
+    plan: str | None = field(
+        default=None, metadata={"help": 'Preset, plan file, or "search"; default: that of the recipe.'}
+    )
+    ratio: float | None = field(
+        default=None, metadata={"help": "Of a search; default: that of the family's first preset, 7.7 or 1.48."}
+    )
     start: str | None = field(
         default=None, metadata={"help": "Student of an earlier stage to go on from, with its own plan."}
     )
     calibration: str | None = field(
         default=None,
-        metadata={"help": "Text, as for training, for which the first factors are fitted to the teacher's layers."},
+        metadata={"help": "Text for which the first factors are fitted; default: for a search, that of the training."},
     )
     calibration_texts: int = field(default=512, metadata={"help": "Sentences of it that are read."})
     command: list[str] = field(init=False, default_factory=list)
     """The command line, for the record."""
+    rate_by_size: bool = field(init=False, default=False)
+    """Whether neither the command line nor the recipe has a learning rate."""
 
     def student(
-        self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, progress: bool = False
+        self,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        texts: Sequence[Text] | None = None,
+        progress: bool = False,
     ) -> PreTrainedModel:
         """The student at its start.
+
+        Args:
+            teacher: with the head that the student will have.
+            tokenizer: of the teacher.
+            recipe: for what the command line leaves open.
+            texts: of the training, for a search without `--calibration`.
+            progress: show progress bars.
 
         Raises:
             ValueError, OSError: as `check`.
         """
         if self.start is None:
             self.plan = self.plan or recipe.plan  # for the record
-        plan, texts = read_plan(self.plan or recipe.plan), self._texts()
-        return start_student(teacher, plan, self.start, calibration=texts, tokenizer=tokenizer, progress=progress)
+        plan, chosen = read_plan(self.plan or recipe.plan), self._texts(recipe, texts)
+        return start_student(
+            teacher, plan, self.start, ratio=self.ratio, calibration=chosen, tokenizer=tokenizer, progress=progress
+        )
 
-    def check(self, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> None:
+    def check(
+        self,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        texts: Sequence[Text] | None = None,
+    ) -> None:
         """Refuse what would be refused only after the training of the teacher.
 
-        Raises:
-            ValueError, OSError: a plan or a student of an earlier stage that does not fit; or calibration text that is
-                missing, too little, or given beside such a student.
-        """
-        start_student(teacher, read_plan(self.plan or recipe.plan), self.start)
-        if (texts := self._texts()) is not None:
-            calibration_batches(texts, tokenizer, teacher)
+        Args:
+            teacher, tokenizer, recipe, texts: as for `student`.
 
-    def _texts(self) -> list[str] | None:
+        Raises:
+            ValueError, OSError: a plan, a ratio or a student of an earlier stage that does not fit; or calibration text
+                that is missing, too little, or given beside such a student.
+        """
+        plan, chosen = read_plan(self.plan or recipe.plan), self._texts(recipe, texts)
+        if self.start is not None:
+            start_student(teacher, plan, self.start, ratio=self.ratio)
+            return
+        planned(teacher, plan, self.ratio, None, has_text=chosen is not None)
+        if chosen is not None:
+            calibration_batches(chosen, tokenizer, teacher)
+
+    def choose_rate(self, arguments: DistillationArguments, teacher: PreTrainedModel) -> None:
+        """Set the learning rate for the teacher's hidden size, where nobody has chosen another."""
+        if self.rate_by_size:
+            arguments.learning_rate = rate_for_size(FACTORED_RATE, teacher.config.hidden_size)
+
+    def _texts(self, recipe: Recipe, texts: Sequence[Text] | None) -> Sequence[Text] | None:
         if self.calibration is None:
-            return None
+            searched = self.start is None and is_searched(self.plan or recipe.plan)
+            return texts if searched else None
         if self.start is not None:
             raise ValueError(
                 f"--start {self.start} has factors of its own, and --calibration would replace them; give one of both"
@@ -162,7 +206,7 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
     recipe = RECIPES[options.recipe][stage]
     training.set_defaults(
         output_dir=str(Path(options.output_dir) / CHECKPOINTS),
-        **recipe.for_task(getattr(options, "task_name", None)),
+        **{"learning_rate": None, **recipe.for_task(getattr(options, "task_name", None))},
     )
     namespace, unknown = training.parse_known_args(rest)
     if unknown:
@@ -176,6 +220,9 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
         wanted = {key: value for key, value in vars(namespace).items() if key in inits}
         if wanted["include_num_input_tokens_seen"] in ("no", False):
             wanted["include_num_input_tokens_seen"] = "non_padding"  # the results tell how much the student has seen
+        by_size = wanted["learning_rate"] is None
+        if by_size:
+            del wanted["learning_rate"]
         arguments = DistillationArguments(**wanted)
         if arguments.deepspeed_plugin is not None and arguments.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
@@ -185,6 +232,7 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
         set_seed(arguments.seed)  # a new head of a teacher is drawn before the Trainer sets it
         found: Any = script(**chosen)
         program = f"examples/{Path(sys.modules[script.__module__].__file__ or '').name}"
+        found.rate_by_size = by_size
         found.command = ["python", program, *_without_tokens(argv)]
         return found, arguments
     except (ValueError, OSError) as error:

@@ -316,7 +316,7 @@ def length_group(arguments: TrainingArguments) -> int:
     return arguments.train_batch_size if arguments.train_sampling_strategy == "group_by_length" else 1
 
 
-def training_steps(arguments: TrainingArguments, examples: Iterable[Example]) -> int:
+def training_steps(arguments: TrainingArguments, examples: Iterable[Any]) -> int:
     """The steps of a training: `max_steps`, or those of `num_train_epochs` passes over examples that are counted here.
 
     Args:

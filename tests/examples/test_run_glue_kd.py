@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import islice
 
 import pytest
 import tiny
@@ -14,6 +15,8 @@ from transformers import (
     GPT2Model,
 )
 from transformers.trainer_callback import TrainerState
+
+from kronecker_transformers.distillation import DistillationTrainer
 
 BERT_PLAN = "encoder.layer.*.intermediate.dense: {m1: 4, n1: 2}\nembeddings.word_embeddings: {m1: 64, n1: 8}\n"
 GPT2_PLAN = "wte: {m1: 72, n1: 16}\nh.1.mlp.c_proj: {m1: 16, n1: 96}\n"
@@ -118,12 +121,50 @@ def test_samples_are_counted_as_they_come_and_a_run_resumes_before_its_first_che
     arguments = {
         "teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue", "plan": workplace / "bert.yaml",
         "teacher_epochs": 1, "per_device_train_batch_size": 3, "max_steps": 7, "save_strategy": "no",
+        "recipe": "kroneckerbert-7.7x",
     }  # fmt: skip
     results = run_example("run_glue_kd", workplace / "out", **arguments)
     assert results["training"]["samples"] == 16 + 3  # six batches make an epoch, the last of them of one example
     shutil.rmtree(workplace / "out" / "student")
     again = run_example("run_glue_kd", workplace / "out", **arguments, resume_from_checkpoint="true")
     assert again["metrics"] == results["metrics"]
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_as_it_is_it_searches_a_plan_and_learns_altered_texts_without_labels(workplace, monkeypatch, files):
+    """One text in each row of the task, two in the files."""
+    teacher, given = save_teacher(workplace / "teacher", BertModel), []
+
+    class Distillation(DistillationTrainer):
+        def __init__(self, *args, train_dataset, **options):
+            given.append(train_dataset)
+            super().__init__(*args, train_dataset=train_dataset, **options)
+
+    monkeypatch.setattr("kronecker_transformers.experiments.classification.DistillationTrainer", Distillation)
+    lines = [f"{sentence(i)} \t{i % 2}" for i in range(40)]
+    (workplace / "glue" / "SST-2" / "train.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
+    lines = [f"{sentence(i)},{sentence(i + 1)},{'abc'[i % 3]}" for i in range(40)]
+    (workplace / "train.csv").write_text("\n".join(["sentence1,sentence2,label", *lines]))
+    data = {"train_file": workplace / "train.csv", "validation_file": workplace / "dev.csv"}
+    results = run_example(
+        "run_glue_kd", workplace / "out", teacher=teacher, ratio=2, per_device_train_batch_size=4, max_steps=-1,
+        num_train_epochs=2, teacher_epochs=1,
+        **(data if files else {"task_name": "sst2", "data_dir": workplace / "glue"}),
+    )  # fmt: skip
+    assert results["training"] == {**results["training"], "steps": 20, "samples": 80, "optimizer": "Muon and AdamW"}
+    assert results["options"] == {**results["options"], "plan": "search", "altered": 0.5, "ratio": 2}
+    student = AutoModelForSequenceClassification.from_pretrained(workplace / "out" / "student")
+    dense = AutoModelForSequenceClassification.from_pretrained(workplace / "out" / "teacher")
+    assert dense.base_model.num_parameters() / student.base_model.num_parameters() >= 2
+    (stream,) = given
+    passes = [list(islice(stream, place, place + 40)) for place in (0, 40)]
+    assert all("labels" not in example for example in passes[0] + passes[1])
+    tokenizer = tiny.bert_tokenizer(workplace)
+    own = {tuple(tokenizer(*([sentence(i), sentence(i + 1)] if files else [sentence(i)])).input_ids) for i in range(40)}
+    found = [[tuple(example["input_ids"]) in own for example in examples] for examples in passes]
+    assert all(8 <= sum(same) <= 34 for same in found)  # about half are as they are
+    seen = [{tuple(example["input_ids"]) for example in examples} for examples in passes]
+    assert seen[0] != seen[1]
 
 
 def test_teacher_alone(workplace):
@@ -356,11 +397,14 @@ def test_clear_errors(workplace, capsys):
     glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
     with pytest.raises(ValueError, match=r"has 3 labels \(negative, neutral, positive\), where the task has 2"):
         run_example("run_glue_kd", workplace / "out", **glue)
+    with pytest.raises(ValueError, match=r"--altered 0\.5 makes texts without labels, which supervised_weight=1 needs"):
+        run_example("run_glue_kd", workplace / "out", **glue, supervised_weight=1)
     for arguments, message in (
         ({"teacher": teacher}, "give either --task_name or both --train_file and --validation_file"),
         ({**glue, "recipe": "kronecker"}, "--recipe 'kronecker' is not known for this stage; choose one of"),
         ({**glue, "hidden_weight": 1}, "unknown option '--hidden_weight'"),
         ({**glue, "temperature": -1}, "temperature=-1.0 must be a finite number > 0"),
+        ({**glue, "altered": 1.5}, "--altered 1.5 must be from 0 to 1"),
     ):
         with pytest.raises(SystemExit):
             run_example("run_glue_kd", workplace / "out", **arguments)
@@ -372,8 +416,8 @@ def test_help_is_short_and_names_the_recipes(capsys):
     with pytest.raises(SystemExit):
         load_example("run_glue_kd").main(["--help"])
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 65
-    assert "kngpt2, kroneckerbert-21x, kroneckerbert-7.7x" in text
+    assert len(text.splitlines()) < 70
+    assert "classifier, kngpt2, kroneckerbert-21x, kroneckerbert-7.7x" in " ".join(text.split())
     with pytest.raises(SystemExit):
         load_example("run_glue_kd").main(["--teacher", "x", "--output_dir", "y", "--help_training"])
     assert "--attention_mse_weight" in capsys.readouterr().out

@@ -63,9 +63,9 @@ class Options(StudentOptions):
     max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
 
     def __post_init__(self) -> None:
-        if self.layers is not None and (self.plan or self.start or self.calibration):
+        if self.layers is not None and (self.plan or self.ratio or self.start or self.calibration):
             raise ValueError(
-                f"--layers {self.layers} makes a dense student; leave out --plan, --start and --calibration"
+                f"--layers {self.layers} makes a dense student; leave out --plan, --ratio, --start and --calibration"
             )
         if self.layers is not None and not all(part.strip().isdecimal() for part in self.layers.split(",")):
             raise ValueError(f"--layers {self.layers!r} must be numbers with commas between them, such as 0,2,4")

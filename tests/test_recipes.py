@@ -10,7 +10,7 @@ from transformers import BertModel
 from kronecker_transformers import compress, recipes
 from kronecker_transformers.compression.plan_file import read_plan
 from kronecker_transformers.distillation import DistillationArguments
-from kronecker_transformers.experiments.lessons import ALTERED, WEIGHTS
+from kronecker_transformers.experiments.lessons import ALTERED, SHARES
 from kronecker_transformers.experiments.training import WARMUP
 from kronecker_transformers.models.kronecker_family import FAMILIES
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
@@ -79,7 +79,7 @@ def test_options_given_win_over_the_recipe(tmp_path):
 
 def test_our_recipes_are_what_distill_does(tmp_path):
     for stage, name, weights, objective, batch in (
-        ("glue", "classifier", WEIGHTS, "kronecker_bert", 32),
+        ("glue", "classifier", SHARES, "kronecker_bert", 32),
         ("embedding", "sentence-encoder", {}, "sentence_encoder", 64),
     ):
         _, arguments = parse_script(Options, stage, ["--output_dir", str(tmp_path), "--recipe", name, "--use_cpu"])
@@ -87,6 +87,7 @@ def test_our_recipes_are_what_distill_does(tmp_path):
         assert arguments.weights() == expected
         assert (arguments.muon, arguments.dropout, arguments.warmup_steps) == (True, 0, WARMUP)
         assert arguments.per_device_train_batch_size == batch
+        assert arguments.balanced == (name == "classifier")
     assert RECIPES["classifier"]["glue"].altered == ALTERED
 
 

@@ -62,6 +62,13 @@ class DistillationArguments(_Weights, TrainingArguments):
             "it before. Default: no limit."
         },
     )
+    balanced: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide each weight by the norm of its loss's gradient in the first step: a weight is the loss's "
+            "share of the gradient then, whatever its unit."
+        },
+    )
     factor_learning_rates: bool = field(
         default=True,
         metadata={

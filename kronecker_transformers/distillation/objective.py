@@ -19,6 +19,8 @@ from .recorder import QueryKey, Recorder, Recording
 
 _HIDDEN = ("embeddings", "layers", "sentences")
 """What losses read that hidden states show."""
+_SMALLEST = 1e-4
+"""Norm of a gradient, of the largest, below which a loss is as good as 0."""
 _SMOOTHED_KINDS = ("classes", "tokens", "next_token")
 
 
@@ -268,6 +270,24 @@ class Objective:
                 f"id2label={labels[0]} of the student must be that of the teacher, {labels[1]}; "
                 "use one order of labels for both"
             )
+
+
+def balanced_weights(weights: Mapping[str, float], norms: Mapping[str, float]) -> dict[str, float]:
+    """Weights with which each loss has a gradient of the norm that its weight says.
+
+    Losses have units of their own: the attention scores of one teacher are ten times as large as those of another, and
+    logits that are sure of themselves say little. A loss that is almost 0 already, as that of an embedding which is not
+    factored, would get a weight without limit; it counts as the one with the largest gradient.
+
+    Args:
+        weights: of the losses, in proportion to one another.
+        norms: of their gradients, each before its weight.
+    """
+    largest = max(norms.values())
+    if not largest:
+        return dict(weights)
+    least = _SMALLEST * largest
+    return {name: weight / (norms[name] if norms[name] > least else largest) for name, weight in weights.items()}
 
 
 def _check_family(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -19,10 +19,12 @@ class Progress(TrainerCallback, ExportableState):
         samples: seen so far, in all processes.
         elapsed: seconds at the beginning of the step, the same number in all processes: what is decided by time is
             decided by this one.
+        weights: of the losses, where the first step has balanced them.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.samples, self.elapsed, self.max_minutes = 0, 0.0, max_minutes
+        self.weights: dict[str, float] | None = None
         self._before = 0.0
         self._started: float | None = None  # while a training runs
 
@@ -58,7 +60,7 @@ class Progress(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        counted = {"samples": self.samples, "_before": self.seconds()}
+        counted = {"samples": self.samples, "_before": self.seconds(), "weights": self.weights}
         return {"args": {"max_minutes": self.max_minutes}, "attributes": counted}
 
     def restore(self, state: TrainerState) -> None:
@@ -66,6 +68,7 @@ class Progress(TrainerCallback, ExportableState):
         kept: Any = state.stateful_callbacks or {}
         found = kept.get(type(self).__name__, {}).get("attributes", {})
         self.samples, self._before, self.elapsed = found.get("samples", 0), found.get("_before", 0.0), 0.0
+        self.weights = found.get("weights")
         self._started = None
 
 

@@ -24,7 +24,7 @@ from ..hub.trainer import STATE_FILE, PublishingTrainer
 from .arguments import DistillationArguments
 from .checkpoints import is_complete, newest_checkpoint
 from .memory import TeacherMemory
-from .objective import Objective, check_tokenizers
+from .objective import Objective, balanced_weights, check_tokenizers
 from .optimizer import MuonAdamW, scale_learning_rates
 from .progress import Progress, follow_time
 from .sampling import SamplingTrainer
@@ -139,6 +139,10 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             raise ValueError(
                 f"n_gpu={args.n_gpu} in one process is not supported; start one process per GPU with torchrun"
             )
+        if args.balanced and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "balanced=True needs the gradients of whole parameters, which FSDP and DeepSpeed divide; leave it out"
+            )
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             atexit.unregister(_leave_process_group)
             atexit.register(_leave_process_group)
@@ -176,6 +180,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
         self.progress.restore(state)
+        self.objective.weights = self.progress.weights or self.args.weights()
         dropouts = {module: module.p for module in self.model.modules() if isinstance(module, nn.Dropout)}
         idle = [parameter for parameter in self.objective.idle_parameters(self.model) if parameter.requires_grad]
         try:
@@ -253,7 +258,10 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         *totals, elapsed = self.accelerator.reduce(totals.to(device), "sum").unbind()
         self.progress.elapsed = float(elapsed) / self.accelerator.num_processes
         self.progress.samples += int(totals[names.index("examples")])
-        return samples, dict(zip(names, totals, strict=True))
+        step = dict(zip(names, totals, strict=True))
+        if self.args.balanced and self.progress.weights is None:
+            self._balance(samples, step)
+        return samples, step
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -278,6 +286,22 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             self._window[name] = self._window.get(name, 0) + value.detach()
         loss = torch.stack([self.objective.weights[name] * value for name, value in values.items()]).sum()
         return loss
+
+    def _balance(self, samples: list[dict[str, Any]], counts: Mapping[str, Any]) -> None:
+        """Divide the weights by the norms of the gradients in this step, that of all processes."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        sums: dict[str, Tensor] = {}
+        for inputs in map(self._prepare_inputs, samples):
+            with attention_kernel(self.args, inputs["input_ids"].shape[-1]):
+                values = self.objective.values(self.model, inputs, counts)
+                self._check_finite(values)
+                for name, value in values.items():
+                    found = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
+                    whole = zip(found, trained, strict=True)
+                    flat = [torch.zeros_like(X) if gradient is None else gradient for gradient, X in whole]
+                    sums[name] = sums.get(name, 0) + torch.cat([gradient.flatten().float() for gradient in flat])
+        norms = {name: float(self.accelerator.reduce(gradient, "sum").norm()) for name, gradient in sums.items()}
+        self.progress.weights = self.objective.weights = balanced_weights(self.args.weights(), norms)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the base class, with the attention that is the faster one, in the backward pass too."""
@@ -325,7 +349,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             "learning_rate": getattr(self._own_optimizer, "defaults", {}).get("lr", args.learning_rate),
             "optimizer": self._optimizer_name(),
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else whole,
-            "objective": args.weights(),
+            "objective": dict(self.objective.weights),
             "seed": args.seed,
         }
 

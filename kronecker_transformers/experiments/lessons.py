@@ -43,6 +43,8 @@ _ENCODED = 256
 """Rows that are encoded together."""
 WEIGHTS = {"attention_mse_weight": 0.05, "logits_weight": 0.05, "supervised_weight": 0.0}
 """Of a teacher with a head; chosen on the dev sets of STS-B and MRPC (benchmarks/glue.py)."""
+SHARES = {"supervised_weight": 0.0}
+"""Of the gradient, where weights are balanced: equal ones for all losses that need no labels."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Lesson:
     """The same as sentences, for teachers without a head."""
     calibration: Sequence[Text] = ()
     weights: Mapping[str, Any] = field(default_factory=dict)
+    shares: Mapping[str, Any] | None = None
+    """Weights of a factored student in place of these, balanced; for the heads with which it was tried."""
     scores: Callable[[PreTrainedModel], dict[str, float]] | None = None
     """The task's own metrics."""
     memory: TeacherMemory = field(default_factory=TeacherMemory)
@@ -115,7 +119,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
         )
     return Lesson(
         batch, length, objective, partial(make, train), collate, kept, sentences, calibration_lines(train), weights,
-        muon=kind in (None, "sequence"), pooling=pooling,
+        shares=SHARES if kind == "sequence" else None, muon=kind in (None, "sequence"), pooling=pooling,
     )  # fmt: skip
 
 
@@ -143,7 +147,7 @@ def task_lesson(
     rows = task.rows()
     examples = altered_examples(rows, ALTERED, dense, tokenizer, length)
     return dense, tokenizer, Lesson(
-        32, length, "kronecker_bert", examples, collate, held_out, [], calibration_rows(rows), WEIGHTS,
+        32, length, "kronecker_bert", examples, collate, held_out, [], calibration_rows(rows), WEIGHTS, SHARES,
         scores=partial(judged, task=task, data=data, collator=collate), muon=True,
     )  # fmt: skip
 

@@ -154,8 +154,11 @@ def test_too_little_text_is_an_error(workplace):
     ("extra", "message"),
     [
         *(
-            (["--layers", "0,2", option, "x"], "makes a dense student; leave out --plan, --start and --calibration")
-            for option in ("--plan", "--start", "--calibration")
+            (
+                ["--layers", "0,2", *option],
+                "makes a dense student; leave out --plan, --ratio, --start and --calibration",
+            )
+            for option in (["--plan", "x"], ["--ratio", "2"], ["--start", "x"], ["--calibration", "x"])
         ),
         (["--layers", "a"], "--layers 'a' must be numbers with commas between them"),
         (["--normalisation", "lower"], "invalid choice: 'lower'"),

@@ -80,14 +80,16 @@ def test_a_student_learns(tmp_path):
     text = text_file(tmp_path)
     lines = text.read_text().splitlines()[:32]
     found = [
-        distill(folder, text, tmp_path / f"student-{steps}", ratio=6, steps=steps, learning_rate=1e-2)
-        for steps in (1, 60)
+        distill(folder, text, tmp_path / f"student-{steps}", ratio=6, steps=steps, learning_rate=5e-3)
+        for steps in (1, 150)
     ]
-    assert found[1].training["objective"]["logits"] == 0.05
-    log = json.loads((tmp_path / "student-60" / "results.json").read_text())
+    weights = [each.training["objective"] for each in found]
+    assert weights[0] == weights[1]  # balanced in the first step
+    assert set(weights[0]) == {"embedding_mse", "attention_mse", "hidden_mse", "logits"}
+    log = json.loads((tmp_path / "student-150" / "results.json").read_text())
     assert log["models"] == ["teacher", "not distilled", "student"]
     early, late = (distance(one.model, teacher, tokenizer, lines) for one in found)
-    assert late < 0.6 * early
+    assert late < 0.75 * early
 
 
 def test_what_is_held_out_is_not_learnt_from(tmp_path):
@@ -134,8 +136,9 @@ def test_a_classifier_learns_a_task(glue, tmp_path, capsys):
     teacher = classifier(tmp_path / "teacher", "negative", "positive")
     found = distill(teacher, output=tmp_path / "student", task="sst2", data_dir=str(glue), ratio=3, steps=12)
     assert list(found.rows)[3:] == ["labels as the teacher's", "accuracy"]
-    assert found.training["objective"]["logits"] == 0.05
-    assert "supervised" not in found.training["objective"]  # altered texts have no labels
+    weights = found.training["objective"]
+    assert set(weights) == {"embedding_mse", "attention_mse", "hidden_mse", "logits"}  # altered texts have no labels
+    assert len(set(weights.values())) > 1  # balanced
     command = ["distill", teacher, "--task", "sst2", "--data", glue, "--steps", "12", "--ratio", "3"]
     assert main([*map(str, command), "--output", str(tmp_path / "again")]) == 0
     assert "accuracy" in capsys.readouterr().out

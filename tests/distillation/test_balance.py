@@ -1,0 +1,52 @@
+"""Weights of the losses by their gradients."""
+
+import copy
+
+import pytest
+import torch
+from distilling import ALL_TERMS, make_trainer, one_step, pair
+from transformers import BertForSequenceClassification
+
+from kronecker_transformers.distillation.objective import balanced_weights
+
+
+def norm(gradients):
+    return float(torch.cat([gradient.flatten() for gradient in gradients.values()]).norm())
+
+
+def test_the_gradient_of_each_loss_is_as_large_as_its_weight_says(tmp_path):
+    expected = {}
+    for term, weight in ALL_TERMS.items():
+        alone = {other: float(other == term) for other in ALL_TERMS}
+        _, gradients = one_step(BertForSequenceClassification, tmp_path, **alone)
+        expected[term.removesuffix("_weight")] = weight / norm(gradients)
+    for parts in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}):
+        teacher, student = pair(BertForSequenceClassification)
+        trainer = make_trainer(student, teacher, tmp_path, **ALL_TERMS, balanced=True, max_steps=1, **parts)
+        trainer.train()
+        found = trainer.training_summary()["objective"]
+        assert found == pytest.approx(expected, rel=1e-4)
+        log = trainer.state.log_history[0]
+        assert log["loss"] == pytest.approx(sum(weight * log[name] for name, weight in found.items()), rel=1e-5)
+
+
+def test_a_second_training_is_balanced_anew(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    arguments = {"balanced": True, "max_steps": 3, "learning_rate": 3e-2}
+    trainer = make_trainer(student, teacher, tmp_path, **arguments)
+    trainer.train()
+    first = trainer.training_summary()["objective"]
+    fresh = make_trainer(copy.deepcopy(student), teacher, tmp_path, **arguments)
+    found = []
+    for each in (trainer, fresh):
+        each.train()
+        found.append(each.training_summary()["objective"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] != pytest.approx(first, rel=0.05)
+
+
+def test_a_loss_that_is_almost_0_gets_no_weight_without_limit():
+    weights = {"embedding_mse": 2.0, "hidden_mse": 1.0, "logits": 3.0}
+    norms = {"embedding_mse": 1e-9, "hidden_mse": 0.5, "logits": 4.0}
+    assert balanced_weights(weights, norms) == {"embedding_mse": 0.5, "hidden_mse": 2.0, "logits": 0.75}
+    assert balanced_weights(weights, dict.fromkeys(norms, 0.0)) == weights

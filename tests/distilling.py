@@ -111,6 +111,7 @@ ALL_TERMS = {
     "embedding_mse_weight": 0.5,
     "attention_mse_weight": 0.7,
     "attention_kl_weight": 1.3,
+    "relation_kl_weight": 0.6,
     "hidden_mse_weight": 0.9,
     "pooled_weight": 1.1,
     "logits_weight": 0.8,

@@ -65,6 +65,22 @@ def attention_scores(query: Tensor, key: Tensor, heads: int, scaling: float, bia
     return scores if bias is None else scores + bias
 
 
+def relation_scores(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Scores between the queries of a layer, between its keys, and between its values, each 1 / sqrt(d) X X^T.
+
+    MiniLMv2 (Wang et al., Findings of ACL 2021, section 3.1), with the heads of the model.
+
+    Args:
+        query, key, value: (S, L, heads * d), head by head.
+        heads: number of heads.
+
+    Returns:
+        (S, 3 * heads, L, L).
+    """
+    scaling = (query.shape[-1] // heads) ** -0.5
+    return torch.cat([attention_scores(X, X, heads, scaling) for X in (query, key, value)], 1)
+
+
 def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool = False) -> Tensor:
     """Mean squared difference of attention scores before softmax over heads and pairs of real positions.
 
@@ -285,10 +301,10 @@ class Loss:
     """A loss as an objective uses it.
 
     Attributes:
-        reads: "embeddings", "layers" and "attention", of which each layer has one value, "sentences", embeddings that
-            are pooled from the last hidden states, "logits" or "labels".
+        reads: "embeddings", "layers", "attention" and "relations", of which each layer has one value, "sentences",
+            embeddings that are pooled from the last hidden states, "logits" or "labels".
         text: what it is, for the help of its weight.
-        function: of student, teacher, mask and, for attention, whether it is causal; for sentences, of student and
+        function: of student, teacher, mask and, for scores, whether it is causal; for sentences, of student and
             teacher. None for logits and labels, whose losses depend on the head (`heads`).
     """
 
@@ -301,6 +317,9 @@ LOSSES = {
     "embedding_mse": Loss("embeddings", "the MSE between the outputs of the embedding layers", hidden_state_mse),
     "attention_mse": Loss("attention", "the MSE between attention scores before softmax, all layers", attention_mse),
     "attention_kl": Loss("attention", "the KL divergence between attention distributions, all layers", attention_kl),
+    "relation_kl": Loss(
+        "relations", "the KL divergence between relations of queries, of keys and of values, all layers", attention_kl
+    ),
     "hidden_mse": Loss("layers", "the MSE between the outputs of the layers, all layers", hidden_state_mse),
     "pooled": Loss("sentences", "the cosine distance between sentence embeddings", pooled_distance),
     "similarity_kl": Loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -73,7 +74,7 @@ class Objective:
 
     @property
     def _has_attention(self) -> bool:
-        return bool(self._losses("attention"))
+        return bool(self._losses("attention", "relations"))
 
     @property
     def _has_hidden(self) -> bool:
@@ -218,12 +219,14 @@ class Objective:
         return {name: function(student, teacher) for name, function in found.items()}
 
     def _attention_losses(self, student: list[QueryKey], teacher: list[QueryKey], mask: Tensor) -> dict[str, Tensor]:
-        totals: dict[str, list[Tensor]] = {name: [] for name in self._losses("attention")}
-        for mine, theirs in zip(student, (teacher[layer] for layer in self.layer_map), strict=True):
-            scores = losses.attention_scores(*mine), losses.attention_scores(*theirs)
-            for name, layers in totals.items():
-                loss: Any = losses.LOSSES[name]
-                layers.append(loss.function(*scores, mask, self.causal))
+        totals: dict[str, list[Tensor]] = defaultdict(list)
+        for pair in zip(student, (teacher[layer] for layer in self.layer_map), strict=True):
+            for reads, scores_of in (("attention", QueryKey.scores), ("relations", QueryKey.relations)):
+                if names := self._losses(reads):
+                    scores = [scores_of(each) for each in pair]
+                for name in names:
+                    loss: Any = losses.LOSSES[name]
+                    totals[name].append(loss.function(*scores, mask, self.causal))
         return {name: _total(layers) for name, layers in totals.items()}
 
     def _logit_loss(self, head: Output, student: Any, teacher: Any, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hidden states, queries and keys of a model, read by forward hooks while the model computes as it likes.
+"""Hidden states, queries, keys and values of a model, read by forward hooks while the model computes as it likes.
 
 SDPA and other fused attentions go on computing the attention: scores before softmax are a product of query and key. A
 model that is asked for its attentions by `output_attentions` under SDPA gives none.
@@ -17,17 +17,27 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..models.kronecker_family import family_of, projection_of
+from . import losses
 
 
 class QueryKey(NamedTuple):
-    """Query and key of one layer, both (batch, length, heads * d), and what turns them into scores."""
+    """Query, key and value of one layer, all (batch, length, heads * d), and what turns query and key into scores."""
 
     query: Tensor
     key: Tensor
+    value: Tensor
     heads: int
     scaling: float
     bias: Tensor | None = None
     """Added to the scores, (heads, length, length)."""
+
+    def scores(self) -> Tensor:
+        """Of the attention, before mask and softmax, (batch, heads, length, length)."""
+        return losses.attention_scores(self.query, self.key, self.heads, self.scaling, self.bias)
+
+    def relations(self) -> Tensor:
+        """Of queries, of keys and of values with each other, (batch, 3 * heads, length, length)."""
+        return losses.relation_scores(self.query, self.key, self.value, self.heads)
 
 
 @dataclass
@@ -38,7 +48,7 @@ class Recording:
         states: the output of the embedding layer, or of the projection after it, then of each layer, then of the norm
             after the last layer if there is one, (batch, length, hidden) each.
         depth: number of layers.
-        attention: query and key of each layer.
+        attention: query, key and value of each layer.
     """
 
     states: list[Tensor] = field(default_factory=list)
@@ -62,7 +72,7 @@ class Recording:
 
 
 class Recorder:
-    """Reads hidden states, queries and keys of one model.
+    """Reads hidden states, queries, keys and values of one model.
 
     The hooks stay on the model from `attach` to `detach` and do nothing outside `recording`, so that a compiled forward
     pass keeps one graph for training.
@@ -100,20 +110,20 @@ class Recorder:
             if self._bias is not None:
                 self._hook(self._bias, "bias 0")
             for i, layer in enumerate(self._layers):
+                names = {"query": family.query, "key": family.key, "value": family.value}
                 if family.query == family.key:
-                    self._hook(layer.get_submodule(family.query), f"query {i}", f"key {i}")
-                else:
-                    self._hook(layer.get_submodule(family.query), f"query {i}")
-                    self._hook(layer.get_submodule(family.key), f"key {i}")
+                    self._hook(layer.get_submodule(family.query), *(f"{name} {i}" for name in names))
+                    continue
+                for name, module in names.items():
+                    self._hook(layer.get_submodule(module), f"{name} {i}")
 
     def _hook(self, module: nn.Module, *names: str) -> None:
-        """Keep the output of a module under a name, or the first thirds of a joint output under two."""
+        """Keep the output of a module under a name, or the thirds of a joint output under three."""
 
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             if self._recording:
                 output = output[0] if isinstance(output, tuple) else output
-                parts = (output,) if len(names) == 1 else output.chunk(3, -1)
-                self._found.update(zip(names, parts, strict=False))
+                self._found.update(zip(names, output.chunk(len(names), -1), strict=True))
 
         self._handles.append(module.register_forward_hook(keep))
 
@@ -138,14 +148,14 @@ class Recorder:
             if self._wants_attention:
                 bias = None if self._bias is None else self._take("bias 0").permute(2, 0, 1)
                 for i, layer in enumerate(self._layers):
-                    query, key = self._take(f"query {i}"), self._take(f"key {i}")
+                    query, key, value = (self._take(f"{name} {i}") for name in ("query", "key", "value"))
                     trained = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
                     if trained and not query.requires_grad:
                         raise RuntimeError(
                             f"query of layer {i} carries no gradient, so its loss would not train anything; "
                             "checkpoint with use_reentrant=False"
                         )
-                    result.attention.append(QueryKey(query, key, self._heads, _scaling(layer), bias))
+                    result.attention.append(QueryKey(query, key, value, self._heads, _scaling(layer), bias))
         finally:
             self._recording = False
             self._found.clear()

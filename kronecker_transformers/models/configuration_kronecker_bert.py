@@ -33,6 +33,7 @@ class KroneckerBertConfig(KroneckerConfigMixin, BertConfig):
         attention="attention.self",
         query="query",
         key="key",
+        value="value",
         pooler="pooler.dense",
         default_ratio=7.7,
         presets=encoder_presets(),

@@ -48,6 +48,7 @@ class KroneckerGPT2Config(KroneckerConfigMixin, GPT2Config):
         attention="attn",
         query="c_attn",
         key="c_attn",
+        value="c_attn",
         norm="ln_f",
         causal=True,
         default_ratio=1.48,

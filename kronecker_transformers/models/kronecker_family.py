@@ -57,7 +57,7 @@ class Family:
         positions: the position embedding.
         embedded: the module whose output goes into the first layer, or into the projection.
         attention: in a layer, the self-attention, with its `scaling`; without, scores are divided by sqrt(d).
-        query, key: in the attention; the same module where one gives query, key and value in equal parts.
+        query, key, value: in the attention; the same module where one gives all three in equal parts.
         default_ratio: how many times smaller a student is by default, where its plan is searched.
         presets: plans of the papers by name, functions of a config; the first is the default.
         norm: the norm after the last layer, if there is one.
@@ -76,6 +76,7 @@ class Family:
     attention: str
     query: str
     key: str
+    value: str
     default_ratio: float
     presets: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     norm: str | None = None

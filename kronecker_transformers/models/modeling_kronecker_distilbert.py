@@ -52,6 +52,7 @@ class KroneckerDistilBertConfig(KroneckerConfigMixin, DistilBertConfig):
         attention="attention",
         query="q_lin",
         key="k_lin",
+        value="v_lin",
         default_ratio=7.7,
         presets=encoder_presets(MODULES),
     )

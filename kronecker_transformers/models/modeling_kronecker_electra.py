@@ -50,6 +50,7 @@ class KroneckerElectraConfig(KroneckerConfigMixin, ElectraConfig):
         attention="attention.self",
         query="query",
         key="key",
+        value="value",
         projection="embeddings_project",
         default_ratio=7.7,
         presets=encoder_presets(MODULES),

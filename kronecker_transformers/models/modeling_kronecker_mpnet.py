@@ -50,6 +50,7 @@ class KroneckerMPNetConfig(KroneckerConfigMixin, MPNetConfig):
         attention="attention.attn",
         query="q",
         key="k",
+        value="v",
         position_bias="encoder.relative_attention_bias",
         pooler="pooler.dense",
         pads_positions=True,

@@ -43,6 +43,7 @@ class KroneckerXLMRobertaConfig(KroneckerConfigMixin, XLMRobertaConfig):
         attention="attention.self",
         query="query",
         key="key",
+        value="value",
         pooler="pooler.dense",
         pads_positions=True,
         default_ratio=7.7,

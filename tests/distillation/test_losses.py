@@ -61,6 +61,16 @@ def test_attention_scores():
         assert float(found[b, h, i, j]) == pytest.approx(0.3 * sum(float(q[b, i, d] * k[b, j, d]) for d in units))
 
 
+def test_relation_scores():
+    three = [pair(SEQUENCES, LENGTH, HEADS * HEAD_SIZE, seed=seed)[0] for seed in range(3)]
+    found = losses.relation_scores(*three, HEADS)
+    assert found.shape == (SEQUENCES, 3 * HEADS, LENGTH, LENGTH)
+    for kind, b, h, i, j in [(0, 0, 0, 0, 6), (1, 1, 2, 3, 1), (2, 2, 1, 6, 0)]:
+        x, units = three[kind], range(h * HEAD_SIZE, (h + 1) * HEAD_SIZE)
+        expected = sum(float(x[b, i, d] * x[b, j, d]) for d in units) / HEAD_SIZE**0.5
+        assert float(found[b, kind * HEADS + h, i, j]) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_mse(causal):
     s, t = pair(SEQUENCES, HEADS, LENGTH, LENGTH)

@@ -11,10 +11,10 @@ from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadMod
 
 from kronecker_transformers import compress
 from kronecker_transformers.distillation import LOSSES, OBJECTIVES
-from kronecker_transformers.distillation.losses import attention_scores
 from kronecker_transformers.distillation.recorder import Recorder
 from kronecker_transformers.models import DENSE_CLASSES
 
+PROJECTIONS = ("query", "key", "value", "q_lin", "k_lin", "v_lin", "attn.q", "attn.k", "attn.v", "c_attn")
 BASES = [cls for cls in DENSE_CLASSES.values() if "For" not in cls.__name__ and "LMHead" not in cls.__name__]
 
 
@@ -150,8 +150,31 @@ def test_scores_are_those_of_the_eager_attention(dense_class):
         if dense_class is transformers.GPT2Model:
             mask = mask & torch.ones(mask.shape[-1], mask.shape[-1], dtype=torch.bool).tril()
         for layer, expected in zip(read.attention, attentions, strict=True):
-            scores = attention_scores(*layer).masked_fill(~mask, torch.finfo(torch.float32).min)
+            scores = layer.scores().masked_fill(~mask, torch.finfo(torch.float32).min)
             torch.testing.assert_close(scores.softmax(-1), expected)
+
+
+@pytest.mark.parametrize("dense_class", BASES, ids=lambda cls: cls.__name__)
+def test_relations_are_products_of_what_the_projections_give(dense_class):
+    teacher, student = pair(dense_class)
+    for model in (teacher, student):
+        batch = {key: value for key, value in collate(examples(model)).items() if key != "labels"}
+        outputs, recorder = [], Recorder()
+        for name, module in model.named_modules():
+            if name.endswith(PROJECTIONS):
+                module.register_forward_hook(lambda module, inputs, output: outputs.append(output))  # noqa: B023
+        recorder.attach(model)
+        with torch.no_grad(), recorder.recording() as read:
+            model(**batch)
+        width, heads = model.config.hidden_size, model.config.num_attention_heads
+        size = width // heads
+        together = torch.cat(outputs, -1)  # query, key and value of each layer, one after the other
+        assert together.shape[-1] == 3 * 3 * width
+        for layer, projected in zip(read.attention, together.split(3 * width, -1), strict=True):
+            relations = layer.relations()
+            for place in range(3 * heads):
+                part = projected[..., place * size : (place + 1) * size]
+                torch.testing.assert_close(relations[:, place], part @ part.mT / size**0.5)
 
 
 def test_scores_honour_a_scaling_by_layer():

@@ -63,7 +63,7 @@ def test_two_processes_equal_one(tmp_path, model):
     assert (one["processes"], two["processes"]) == (1, 2)
     for mine, other in zip(one["log"][:3], two["log"][:3], strict=True):
         terms = {term.removesuffix("_weight") for term in ALL_TERMS} & mine.keys()
-        assert len(terms) == (7 if model == "BertForMaskedLM" else 5)
+        assert len(terms) == (8 if model == "BertForMaskedLM" else 6)
         for key in ("loss", *terms):
             assert other[key] == pytest.approx(mine[key], rel=1e-4, abs=1e-6), key
     for mine, other in zip(one["gradients"], two["gradients"], strict=True):

@@ -32,6 +32,7 @@ class KroneckerCamembertConfig(KroneckerConfigMixin, CamembertConfig):
         attention="attention.self",
         query="query",
         key="key",
+        value="value",
         pooler="pooler.dense",
         pads_positions=True,
         default_ratio=7.7,

@@ -39,6 +39,7 @@ from kronecker_transformers.checkpoint.load import load_teacher
 from kronecker_transformers.compression import candidates, outputs
 from kronecker_transformers.compression.search import search_plan
 from kronecker_transformers.display import results_table
+from kronecker_transformers.experiments import lessons
 from kronecker_transformers.experiments.lessons import Lesson, task_lesson
 from kronecker_transformers.experiments.run import predict
 from kronecker_transformers.experiments.training import Schedule, kept_layers, shallow, train
@@ -113,13 +114,17 @@ def plan_of(name: str, dense: PreTrainedModel, limit: float, lesson: Lesson, tok
     return found.plan
 
 
-def prepared(task: str, options: Any) -> tuple[Any, PreTrainedModel, Any, Lesson]:
-    """The teacher of a task, its dense student, their tokenizer, and what students learn."""
+def prepared(task: str, options: Any, altered: float = lessons.ALTERED) -> tuple[Any, PreTrainedModel, Any, Lesson]:
+    """The teacher of a task, its dense student, their tokenizer, and the lesson, with this share of texts altered."""
     fine_tune(task, options.data, options.work)
-    folder = str(options.work / f"teacher-{task}")
-    loaded, tokenizer, lesson = task_lesson(folder, task, str(options.data / "glue"))
+    source = str(options.work / f"teacher-{task}"), task, str(options.data / "glue")
+    loaded, tokenizer, lesson = task_lesson(*source)
     teacher = loaded.float().eval()
-    return teacher, dense_student(task, teacher, tokenizer, lesson, options.work), tokenizer, lesson
+    dense = dense_student(task, teacher, tokenizer, lesson, options.work)
+    if altered != lessons.ALTERED:
+        with patch.object(lessons, "ALTERED", altered):
+            _, _, lesson = task_lesson(*source)
+    return teacher, dense, tokenizer, lesson
 
 
 def compared(task: str, lesson: Lesson, **models: PreTrainedModel) -> dict[str, dict[str, float]]:

@@ -4,8 +4,9 @@
 
 Teachers, dense students and judgement are those of task_plans.py, whose WORK may be used again; each start is searched
 by `search_plan` as it is, of any shapes, and calibrated. The ways differ in the texts (those of the task, or half of
-them altered), in the optimizer of the factors and in its rate. Finished runs are lines of logs/task_recipes.jsonl, and
-are not made again. --table shows them without a run.
+them altered), in the optimizer of the factors and in its rate; the weights of the losses are 1, and 0.05 for attention
+scores and logits (task_losses.py tries others). Finished runs are lines of logs/task_recipes.jsonl, and are not made
+again. --table shows them without a run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from common import RunLog, runs_parser, spread
@@ -78,13 +78,12 @@ def start_of(task: str, dense: PreTrainedModel, limit: float, lesson: Any, token
 
 def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
-    teacher, dense, tokenizer, lesson = prepared(run.task, options)
+    teacher, dense, tokenizer, lesson = prepared(run.task, options, run.altered)
     limit = teacher.base_model.num_parameters() / RATIO
     student = start_of(run.task, dense, limit, lesson, tokenizer, options.work)
     schedule = Schedule(None, STEPS[run.task], run.rate, multiplies_bfloat16(), run.seed)
-    with patch.object(lessons, "ALTERED", run.altered):
-        lesson = replace(lesson, muon=run.muon)
-        summary = train(student, teacher, lesson, schedule, *watching(teacher, lesson), kept_layers(teacher, LAYERS))
+    lesson = replace(lesson, muon=run.muon, shares=None)
+    summary = train(student, teacher, lesson, schedule, *watching(teacher, lesson), kept_layers(teacher, LAYERS))
     quality = compared(run.task, lesson, teacher=teacher, dense=dense, student=student)
     LOG.add(asdict(run), {**quality, "training": summary})
 

@@ -43,8 +43,8 @@ _ENCODED = 256
 """Rows that are encoded together."""
 WEIGHTS = {"attention_mse_weight": 0.05, "logits_weight": 0.05, "supervised_weight": 0.0}
 """Of a teacher with a head; chosen on the dev sets of STS-B and MRPC (benchmarks/glue.py)."""
-SHARES = {"attention_mse_weight": 0.0, "relation_kl_weight": 1.0, "supervised_weight": 0.0}
-"""Of the gradient, where weights are balanced: equal ones for embeddings, relations, hidden states and logits."""
+SHARES = {"supervised_weight": 0.0}
+"""Of the gradient, where weights are balanced: equal ones for all losses of the papers that need no labels."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_a_student_learns(tmp_path):
     ]
     weights = [each.training["objective"] for each in found]
     assert weights[0] == weights[1]  # balanced in the first step
-    assert set(weights[0]) == {"embedding_mse", "relation_kl", "hidden_mse", "logits"}
+    assert set(weights[0]) == {"embedding_mse", "attention_mse", "hidden_mse", "logits"}
     log = json.loads((tmp_path / "student-150" / "results.json").read_text())
     assert log["models"] == ["teacher", "not distilled", "student"]
     early, late = (distance(one.model, teacher, tokenizer, lines) for one in found)
@@ -137,7 +137,7 @@ def test_a_classifier_learns_a_task(glue, tmp_path, capsys):
     found = distill(teacher, output=tmp_path / "student", task="sst2", data_dir=str(glue), ratio=3, steps=12)
     assert list(found.rows)[3:] == ["labels as the teacher's", "accuracy"]
     weights = found.training["objective"]
-    assert set(weights) == {"embedding_mse", "relation_kl", "hidden_mse", "logits"}  # altered texts have no labels
+    assert set(weights) == {"embedding_mse", "attention_mse", "hidden_mse", "logits"}  # altered texts have no labels
     assert len(set(weights.values())) > 1  # balanced
     command = ["distill", teacher, "--task", "sst2", "--data", glue, "--steps", "12", "--ratio", "3"]
     assert main([*map(str, command), "--output", str(tmp_path / "again")]) == 0

@@ -149,6 +149,13 @@ class RunLog:
         """Of runs, dataclasses that identify them, those that are not finished."""
         return (run for run in runs if not self.find(asdict(run)))
 
+    def finish(self, runs: Iterable[Any], perform: Callable[[Any, argparse.Namespace], None], options: Any) -> None:
+        """Make what is missing of runs, one after the other, in the work folder of the options."""
+        options.work.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+        for run in self.missing(runs):
+            perform(run, options)
+
     def environments(self) -> str:
         """Where the runs were measured, a line each."""
         return "\n".join(dict.fromkeys(line["environment"] for line in self.lines()))

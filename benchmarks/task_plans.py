@@ -15,7 +15,6 @@ shows them without a run.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -26,7 +25,6 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from common import RunLog, low_rank_plan, runs_parser, spread
 from datasets import Dataset, disable_progress_bars
 from glue import fine_tune
@@ -182,11 +180,8 @@ def main() -> None:
     disable_progress_bar()
     disable_progress_bars()
     if not options.table:
-        options.work.mkdir(parents=True, exist_ok=True)
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         runs = [Run(task, plan, seed) for seed in range(options.seeds) for task in options.tasks for plan in PLANS]
-        for run in LOG.missing(runs):
-            perform(run, options)
+        LOG.finish(runs, perform, options)
     headings = [
         f"{task}\n{what}"
         for task in STEPS

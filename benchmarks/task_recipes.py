@@ -11,13 +11,11 @@ again. --table shows them without a run.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RunLog, runs_parser, spread
 from rich.console import Console
 from task_plans import LAYERS, RATIO, compared, prepared, watching
@@ -82,7 +80,7 @@ def perform(run: Run, options: Any) -> None:
     limit = teacher.base_model.num_parameters() / RATIO
     student = start_of(run.task, dense, limit, lesson, tokenizer, options.work)
     schedule = Schedule(None, STEPS[run.task], run.rate, multiplies_bfloat16(), run.seed)
-    lesson = replace(lesson, muon=run.muon, shares=None)
+    lesson = replace(lesson, muon=run.muon, factored_weights=None)
     summary = train(student, teacher, lesson, schedule, *watching(teacher, lesson), kept_layers(teacher, LAYERS))
     quality = compared(run.task, lesson, teacher=teacher, dense=dense, student=student)
     LOG.add(asdict(run), {**quality, "training": summary})
@@ -104,6 +102,14 @@ def rows() -> dict[str, list[Any]]:
     return {name: [spread(values[column]) for column in columns] for name, values in found.items()}
 
 
+def show(log: RunLog, found: dict[str, list[Any]]) -> None:
+    """Where the runs of a log were measured, and a table of correlation and score on each task."""
+    headings = [f"{task}\n{what}" for task in STEPS for what in ("correlation", glue_task(task).headline)]
+    console = Console(width=150)
+    console.print(log.environments(), highlight=False)
+    console.print(results_table("all-MiniLM-L6-v2 on tasks, students of 7.7x, per cent", headings, found))
+
+
 def main() -> None:
     """Run what is missing, then show it."""
     parser = runs_parser("Recipes for classifiers.", "teachers and starts")
@@ -112,16 +118,10 @@ def main() -> None:
     options = parser.parse_args()
     disable_progress_bar()
     if not options.table:
-        options.work.mkdir(parents=True, exist_ok=True)
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
         recipes, seeds = map(asdict, RECIPES), range(options.seeds)
         runs = [Run(task, **recipe, seed=seed) for recipe in recipes for task in options.tasks for seed in seeds]
-        for run in LOG.missing(runs):
-            perform(run, options)
-    headings = [f"{task}\n{what}" for task in STEPS for what in ("correlation", glue_task(task).headline)]
-    console = Console(width=150)
-    console.print(LOG.environments(), highlight=False)
-    console.print(results_table("all-MiniLM-L6-v2 on tasks, students of 7.7x, per cent", headings, rows()))
+        LOG.finish(runs, perform, options)
+    show(LOG, rows())
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         examples = altered_examples(train_rows, altered, teacher, tokenizer, length)
         train = TextStream(examples, arguments.seed, group=arguments.train_batch_size)
         arguments.accelerator_config.dispatch_batches = False  # each process makes its share of the examples
-    trainer = distiller(student, teacher, arguments, task, data, collator, tokenizer, train)
+    trainer = distiller(student, teacher, arguments, task, data, train, collator, tokenizer)
     seen = train_and_save(trainer, tokenizer, folder)
 
     record = {"options": vars(options), "training": seen}

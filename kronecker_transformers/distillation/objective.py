@@ -16,7 +16,7 @@ from ..models.kronecker_family import FAMILIES, family_of, pooler_of
 from . import losses
 from .heads import Output, outputs_of, real_positions
 from .memory import TeacherMemory
-from .recorder import QueryKey, Recorder, Recording
+from .recorder import Projections, Recorder, Recording
 
 _HIDDEN = ("embeddings", "layers", "sentences")
 """What losses read that hidden states show."""
@@ -218,10 +218,12 @@ class Objective:
         found: dict[str, Any] = {name: losses.LOSSES[name].function for name in self._losses("sentences")}
         return {name: function(student, teacher) for name, function in found.items()}
 
-    def _attention_losses(self, student: list[QueryKey], teacher: list[QueryKey], mask: Tensor) -> dict[str, Tensor]:
+    def _attention_losses(
+        self, student: list[Projections], teacher: list[Projections], mask: Tensor
+    ) -> dict[str, Tensor]:
         totals: dict[str, list[Tensor]] = defaultdict(list)
         for pair in zip(student, (teacher[layer] for layer in self.layer_map), strict=True):
-            for reads, scores_of in (("attention", QueryKey.scores), ("relations", QueryKey.relations)):
+            for reads, scores_of in (("attention", Projections.scores), ("relations", Projections.relations)):
                 if names := self._losses(reads):
                     scores = [scores_of(each) for each in pair]
                 for name in names:

@@ -20,7 +20,7 @@ from ..models.kronecker_family import family_of, projection_of
 from . import losses
 
 
-class QueryKey(NamedTuple):
+class Projections(NamedTuple):
     """Query, key and value of one layer, all (batch, length, heads * d), and what turns query and key into scores."""
 
     query: Tensor
@@ -53,7 +53,7 @@ class Recording:
 
     states: list[Tensor] = field(default_factory=list)
     depth: int = 0
-    attention: list[QueryKey] = field(default_factory=list)
+    attention: list[Projections] = field(default_factory=list)
 
     @property
     def embeddings(self) -> Tensor:
@@ -155,7 +155,7 @@ class Recorder:
                             f"query of layer {i} carries no gradient, so its loss would not train anything; "
                             "checkpoint with use_reentrant=False"
                         )
-                    result.attention.append(QueryKey(query, key, value, self._heads, _scaling(layer), bias))
+                    result.attention.append(Projections(query, key, value, self._heads, _scaling(layer), bias))
         finally:
             self._recording = False
             self._found.clear()

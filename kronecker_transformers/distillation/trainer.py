@@ -180,7 +180,6 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
         self.progress.restore(state)
-        self.objective.weights = self.progress.weights or self.args.weights()
         dropouts = {module: module.p for module in self.model.modules() if isinstance(module, nn.Dropout)}
         idle = [parameter for parameter in self.objective.idle_parameters(self.model) if parameter.requires_grad]
         try:
@@ -284,24 +283,30 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         values = {name: value * self.accelerator.num_processes for name, value in values.items()}
         for name, value in values.items():
             self._window[name] = self._window.get(name, 0) + value.detach()
-        loss = torch.stack([self.objective.weights[name] * value for name, value in values.items()]).sum()
-        return loss
+        weights = self.loss_weights
+        return torch.stack([weights[name] * value for name, value in values.items()]).sum()
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss: that of the arguments, or what the first step made of it where they are balanced."""
+        return (self.progress.weights if self.args.balanced else None) or self.args.weights()
 
     def _balance(self, samples: list[dict[str, Any]], counts: Mapping[str, Any]) -> None:
         """Divide the weights by the norms of the gradients in this step, that of all processes."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        sums: dict[str, Tensor] = {}
+        weights = self.args.weights()
+        size = sum(parameter.numel() for parameter in trained)
+        sums = {name: torch.zeros(size, device=self.args.device) for name in weights}
         for inputs in map(self._prepare_inputs, samples):
             with attention_kernel(self.args, inputs["input_ids"].shape[-1]):
                 values = self.objective.values(self.model, inputs, counts)
                 self._check_finite(values)
                 for name, value in values.items():
-                    found = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
-                    whole = zip(found, trained, strict=True)
-                    flat = [torch.zeros_like(X) if gradient is None else gradient for gradient, X in whole]
-                    sums[name] = sums.get(name, 0) + torch.cat([gradient.flatten().float() for gradient in flat])
+                    if value.requires_grad:  # else it reads only what is not trained
+                        found = torch.autograd.grad(value, trained, retain_graph=True, materialize_grads=True)
+                        sums[name] += torch.cat([gradient.flatten().float() for gradient in found])
         norms = {name: float(self.accelerator.reduce(gradient, "sum").norm()) for name, gradient in sums.items()}
-        self.progress.weights = self.objective.weights = balanced_weights(self.args.weights(), norms)
+        self.progress.weights = balanced_weights(weights, norms)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the base class, with the attention that is the faster one, in the backward pass too."""
@@ -349,7 +354,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             "learning_rate": getattr(self._own_optimizer, "defaults", {}).get("lr", args.learning_rate),
             "optimizer": self._optimizer_name(),
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else whole,
-            "objective": dict(self.objective.weights),
+            "objective": self.loss_weights,
             "seed": args.seed,
         }
 

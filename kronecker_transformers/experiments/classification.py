@@ -161,11 +161,11 @@ def distiller(
     arguments: DistillationArguments,
     task: Task,
     data: DatasetDict,
+    train: Any,
     collator: Any,
     tokenizer: PreTrainedTokenizerBase,
-    train: Any = None,
 ) -> DistillationTrainer:
-    """The trainer, on the training set or on what is given as `train`; it evaluates with the task's metrics."""
+    """The trainer, on a dataset or stream; it evaluates with the task's metrics where the arguments ask for it."""
 
     def compute_metrics(task: Task, prediction: Any) -> dict[str, float]:
         return task.metrics(decided(prediction.predictions), prediction.label_ids)
@@ -175,7 +175,7 @@ def distiller(
         student,
         teacher,
         arguments,
-        train_dataset=data["train"] if train is None else train,
+        train_dataset=train,
         eval_dataset=data[splits[0]] if len(splits) == 1 else {split: data[split] for split in splits},
         data_collator=collator,
         processing_class=tokenizer,

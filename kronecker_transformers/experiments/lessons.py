@@ -43,8 +43,8 @@ _ENCODED = 256
 """Rows that are encoded together."""
 WEIGHTS = {"attention_mse_weight": 0.05, "logits_weight": 0.05, "supervised_weight": 0.0}
 """Of a teacher with a head; chosen on the dev sets of STS-B and MRPC (benchmarks/glue.py)."""
-SHARES = {"supervised_weight": 0.0}
-"""Of the gradient, where weights are balanced: equal ones for all losses of the papers that need no labels."""
+SHARES = {"supervised_weight": 0.0, "balanced": True}
+"""Equal shares of the gradient for all losses of the paper that need no labels."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Lesson:
     """The same as sentences, for teachers without a head."""
     calibration: Sequence[Text] = ()
     weights: Mapping[str, Any] = field(default_factory=dict)
-    shares: Mapping[str, Any] | None = None
-    """Weights of a factored student in place of these, balanced; for the heads with which it was tried."""
+    factored_weights: Mapping[str, Any] | None = None
+    """Of a factored student, in place of these: for the heads with which others were tried."""
     scores: Callable[[PreTrainedModel], dict[str, float]] | None = None
     """The task's own metrics."""
     memory: TeacherMemory = field(default_factory=TeacherMemory)
@@ -119,7 +119,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
         )
     return Lesson(
         batch, length, objective, partial(make, train), collate, kept, sentences, calibration_lines(train), weights,
-        shares=SHARES if kind == "sequence" else None, muon=kind in (None, "sequence"), pooling=pooling,
+        factored_weights=SHARES if kind == "sequence" else None, muon=kind in (None, "sequence"), pooling=pooling,
     )  # fmt: skip
 
 

@@ -109,12 +109,11 @@ def train(
         rate = FACTORED_RATE if factored else DENSE_ENCODER_RATE if encoder else DENSE_RATE
         rate = rate_for_size(rate, student.config.hidden_size)
     limit = schedule.minutes
-    shares = lesson.shares if factored else None
+    weights = lesson.weights if lesson.factored_weights is None or not factored else lesson.factored_weights
     stream = TextStream(lesson.examples, schedule.seed, group=batch)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = DistillationArguments(
-            output_dir=scratch, objective=lesson.objective, **(lesson.weights if shares is None else shares),
-            balanced=shares is not None, max_steps=schedule.steps or MOST_STEPS,
+            output_dir=scratch, objective=lesson.objective, **weights, max_steps=schedule.steps or MOST_STEPS,
             max_minutes=limit, per_device_train_batch_size=batch, learning_rate=rate, warmup_steps=WARMUP,
             muon=factored and lesson.muon, dropout=0.0, seed=schedule.seed,
             layer_map=None if layers is None else list(layers),

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from distilling import ALL_TERMS, make_trainer, one_step, pair
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, Trainer
 
 from kronecker_transformers.distillation.objective import balanced_weights
 
@@ -43,6 +43,46 @@ def test_a_second_training_is_balanced_anew(tmp_path):
         found.append(each.training_summary()["objective"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0] != pytest.approx(first, rel=0.05)
+
+
+def test_a_resume_keeps_the_weights_and_so_does_its_record(tmp_path):
+    """Of a training that had come to its end, too."""
+    arguments = {"balanced": True, "max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    teacher, student = pair(BertForSequenceClassification)
+    trainer = make_trainer(student, teacher, tmp_path, **arguments)
+    trainer.train()
+    expected = trainer.training_summary()["objective"]
+    for more, steps in ((0, 3), (2, 5)):
+        _, fresh = pair(BertForSequenceClassification)
+        resumed = make_trainer(fresh, teacher, tmp_path, **{**arguments, "max_steps": 3 + more})
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == steps
+        assert resumed.training_summary()["objective"] == expected != resumed.args.weights()
+
+
+def test_a_loss_of_what_is_not_trained_counts_as_the_one_with_the_largest_gradient(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    student.base_model.embeddings.requires_grad_(False)
+    weights = {"embedding_mse_weight": 1.0, "hidden_mse_weight": 1.0, "attention_mse_weight": 0.0,
+               "logits_weight": 1.0, "supervised_weight": 0.0}  # fmt: skip
+    trainer = make_trainer(student, teacher, tmp_path, balanced=True, max_steps=1, **weights)
+    trainer.train()
+    found = trainer.training_summary()["objective"]
+    assert found["embedding_mse"] == min(found["hidden_mse"], found["logits"])
+
+
+@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_parameters_that_are_divided_are_refused(flag, tmp_path, monkeypatch):
+    own = Trainer.__init__
+
+    def divided(self, *args, **options):
+        own(self, *args, **options)
+        setattr(self, flag, True)
+
+    monkeypatch.setattr(Trainer, "__init__", divided)
+    teacher, student = pair(BertForSequenceClassification)
+    with pytest.raises(ValueError, match="balanced=True needs the gradients of whole parameters, which FSDP"):
+        make_trainer(student, teacher, tmp_path, balanced=True)
 
 
 def test_a_loss_that_is_almost_0_gets_no_weight_without_limit():

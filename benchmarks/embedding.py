@@ -3,8 +3,9 @@
     python benchmarks/embedding.py --data DIR --work WORK > benchmarks/logs/embedding.txt
 
 DIR holds the folders glue (the official files) and text. Sizes are counted on models without weights. all-MiniLM-L6-v2,
-without its pooler, is compressed with calibrated factors for its embedding and distilled for --minutes on running text
-and the sentences of five GLUE tasks, without labels (`kronecker_transformers.distill`, all parameters train, one seed).
+without its pooler, is compressed with calibrated factors for its embedding, at three ranks, and by the search with as
+many parameters, where frequent words get a product of their own; one is distilled for --minutes on running text and
+the sentences of five GLUE tasks, without labels (`kronecker_transformers.distill`, all parameters train, one seed).
 STS-B: Spearman correlation on the dev set. SST-2: dev accuracy of a logistic regression on embeddings of 4,000
 sentences. (In the run of the log the objective had hidden states and outputs of the embedding beside the sentence
 embeddings, weight 1, and AdamW alone.) Finished runs are lines of logs/embedding.jsonl, and are not made again. --table
@@ -69,14 +70,22 @@ def sizes() -> dict[str, list[str]]:
     return rows
 
 
-def perform(rank: int | None, minutes: float, text: Path, options: Any) -> None:
-    """Make and judge one student; without a rank, the teacher."""
+def perform(run: dict[str, Any], text: Path, options: Any) -> None:
+    """Make and judge one student: of a rank, or with the parameters of one; without a rank, the teacher."""
     model, tokenizer = teacher()
-    if rank is None:
-        student = model
+    rank, minutes = run.get("rank"), run["minutes"]
+    if not minutes and (rank or "parameters_of_rank" in run):
+        lesson = text_lesson(model, tokenizer, TextSource((str(text),)), 0)
+        texts = {"calibration": lesson.calibration, "counted": lesson.counted, "tokenizer": tokenizer}
+        if rank:
+            student = compress(model, plan(model.config, rank), **texts).model
+        else:
+            m, n = model.get_input_embeddings().weight.shape
+            smaller = model.num_parameters() - m * n + run["parameters_of_rank"] * (m + n)
+            ratio = model.num_parameters() / smaller
+            student = compress(model, "low-rank", ratio=ratio, only="embedding", **texts).model
     elif not minutes:
-        texts = text_lesson(model, tokenizer, TextSource((str(text),)), 0).calibration
-        student = compress(model, plan(model.config, rank), calibration=texts, tokenizer=tokenizer).model
+        student = model
     else:
         folder = options.work / f"rank-{rank}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,7 +98,9 @@ def perform(rank: int | None, minutes: float, text: Path, options: Any) -> None:
         "stsb": similarity(student.eval(), tokenizer, options.data),
         "sst2": probe(partial(encode, student, tokenizer), load_glue("sst2", options.data / "glue", SPLITS)),
     }
-    LOG.add({"rank": rank, "minutes": minutes}, {"parameters": student.num_parameters(), **scores})
+    LOG.add(
+        run, {"parameters": student.num_parameters(), "plan": student.config.to_dict().get("factor_plan"), **scores}
+    )
 
 
 def table(console: Console) -> None:
@@ -99,7 +110,13 @@ def table(console: Console) -> None:
     rows = {}
     for line in LOG.lines():
         how = f", {line['minutes']:g} minutes" if line["minutes"] else ", not distilled"
-        name = "teacher" if line["rank"] is None else f"embedding of rank {line['rank']}{how}"
+        name = "teacher"
+        if line.get("rank"):
+            name = f"embedding of rank {line['rank']}{how}"
+        elif "parameters_of_rank" in line:
+            entry = line["plan"]["embeddings.word_embeddings"]
+            own = f"{entry['frequent_terms']} more for {entry['frequent']:,} words"
+            name = f"parameters of rank {line['parameters_of_rank']}: rank {entry['terms']}, {own}{how}"
         rows[name] = [f"{line['parameters']:,}", f"{line['stsb']:.2f}", f"{line['sst2']:.2f}"]
     console.print(results_table("all-MiniLM-L6-v2", ["parameters", "STS-B dev", "SST-2 dev"], rows))
 
@@ -111,9 +128,12 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         text = prepared_text(options)
-        for rank, minutes in ((None, 0.0), *((rank, 0.0) for rank in RANKS), (64, options.minutes)):
-            if not LOG.find({"rank": rank, "minutes": minutes}):
-                perform(rank, minutes, text, options)
+        runs: list[dict[str, Any]] = [{"rank": rank, "minutes": 0.0} for rank in (None, *RANKS)]
+        runs += [{"rank": 64, "minutes": options.minutes}]
+        runs += [{"parameters_of_rank": rank, "minutes": 0.0} for rank in RANKS]
+        for run in runs:
+            if not LOG.find(run):
+                perform(run, text, options)
     table(Console(width=150))
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of, share_modules
+from kronecker_transformers.compression.activations import COUNTED
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
 from kronecker_transformers.experiments.lessons import calibration_lines
@@ -97,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         teacher, options.max_length, min(recipe.length, settings.max_length or recipe.length)
     )
     options.choose_rate(arguments, teacher)
-    student = options.student(teacher, tokenizer, recipe, calibration_lines(text), progress=not arguments.disable_tqdm)
+    texts, counted = calibration_lines(text), text.lines(COUNTED)
+    student = options.student(teacher, tokenizer, recipe, texts, counted, progress=not arguments.disable_tqdm)
     judges = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).eval().to(arguments.device),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .models.factor_plan import FactorEntry, FactorPlan
+from .models.factor_plan import FactorPlan
 from .models.kronecker_layers import KroneckerLinear
 from .models.kronecker_matching import matched_plan
 
@@ -94,7 +95,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     base, plan = merged.base_model, {}
     layers = dict(base.named_modules())
     for name, entry in matched_plan(base, merged.config.factor_plan).items():
-        plan[name] = FactorEntry(entry.m1, entry.n1, layers[name].terms) if name in layers else entry
+        plan[name] = replace(entry, terms=layers[name].terms) if name in layers else entry
     merged.config.factor_plan = FactorPlan(plan).to_dict()
     return merged
 

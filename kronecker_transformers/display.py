@@ -125,10 +125,13 @@ def plan_table(search: PlanSearch) -> Table:
     for layer in search.layers:
         m, n = layer.weight
         entry, parameters = layer.chosen.entry, layer.chosen.parameters
-        shapes = ("dense", "", "")
+        shapes: tuple[str, ...] = ("dense", "", "")
         if entry is not None:
             m2, n2 = entry.b_shape(m, n)
             shapes = (f"{entry.m1}x{entry.n1}", f"{m2}x{n2}", str(entry.terms))
+            if entry.frequent:
+                own = (f"{entry.frequent}x1", f"1x{n}", str(entry.frequent_terms))
+                shapes = tuple(map("\n+ ".join, zip(shapes, own, strict=True)))
         table.add_row(
             layer.name, f"{m}x{n}", f"{layer.influence:.4f}", *shapes, f"{parameters:,}",
             f"{m * n / parameters:.1f}x", f"{layer.chosen.error:.3f}",

@@ -8,16 +8,21 @@ from tiny import as_family, family_config, model_type, perturb
 
 from kronecker_transformers.models import DENSE_CLASSES, kronecker_matching
 
-# terms > 1 and low rank beside the presets, so that no path is left out
+# terms > 1, low rank and frequent words beside the presets, so that no path is left out
 BERT_PLAN = {
-    "embeddings.word_embeddings": (64, 8, 2),
+    "embeddings.word_embeddings": (64, 8, 2, 10, 3),
     "encoder.layer.0.attention.self.*": (16, 8, 3),
     "encoder.layer.1.intermediate.dense": (96, 1, 6),
     "encoder.layer.1.output.dense": (2, 8),
     "encoder.layer.2.attention.output.dense": (4, 4, 2),
     "pooler.dense": (16, 16),
 }
-GPT2_PLAN = {"wte": (72, 16, 2), "h.1.attn.c_attn": (48, 32), "h.1.mlp.*": (4, 2, 3), "h.2.attn.c_proj": (32, 1, 5)}
+GPT2_PLAN = {
+    "wte": (72, 16, 2, 12, 4),
+    "h.1.attn.c_attn": (48, 32),
+    "h.1.mlp.*": (4, 2, 3),
+    "h.2.attn.c_proj": (32, 1, 5),
+}
 MODELS = list(DENSE_CLASSES)
 CAN_EXPORT = hasattr(torch.onnx, "ops") and find_spec("transformers.exporters.onnxruntime_fusions") is not None
 """Whether torch and transformers are new enough for ONNX Runtime."""
@@ -31,7 +36,11 @@ def student(model_class, plan=None, dtype=torch.float32, **changes):
     if "QuestionAnswering" in model_class.__name__:
         changes = {"id2label": None, "label2id": None, **changes}
     config = model_class.config_class.from_dense(family_config(name, **changes), plan)
-    return perturb(model_class(config)).to(dtype).eval()
+    model = perturb(model_class(config)).to(dtype).eval()
+    frequent = getattr(model.get_input_embeddings(), "frequent", None)
+    if frequent is not None:
+        frequent.words.copy_(torch.randperm(config.vocab_size)[: frequent.m1].sort().values)
+    return model
 
 
 def base_model(config):

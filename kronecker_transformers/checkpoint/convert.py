@@ -37,7 +37,9 @@ def copy_rest(source: PreTrainedModel, target: PreTrainedModel) -> None:
     source_modules = dict(source.named_modules())
     shapes = {name: parameter.shape for name, parameter in target.named_parameters()}
     for name, module in target.named_modules():
-        other = source_modules[name]
+        other = source_modules.get(name)
+        if other is None:  # of frequent words
+            continue
         for key, parameter in other.named_parameters(recurse=False):
             if getattr(module._parameters.get(key), "is_meta", False):
                 set_parameter(module, key, parameter.detach().clone(), parameter)

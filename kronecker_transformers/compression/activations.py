@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,9 @@ BATCH_TOKENS = 4096
 """Tokens that go through a model at a time, at most, padding included."""
 HELD_OUT = 10
 """One sequence in ten is held out."""
+COUNTED = 20_000
+"""Texts whose words are counted, where there are so many."""
+_COUNTED_AT_ONCE = 1000
 
 
 class CalibrationBatch(NamedTuple):
@@ -105,6 +108,17 @@ def calibration_batches(
     held_out = rows[HELD_OUT // 2 :: HELD_OUT]
     del rows[HELD_OUT // 2 :: HELD_OUT]
     return [*_batches(rows, False), *_batches(held_out, True)]
+
+
+def word_counts(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
+    """How often each word of the vocabulary occurs in texts, (vocabulary,) float64; of a pair in both."""
+    embedding: Any = model.get_input_embeddings()
+    counts = torch.zeros(embedding.num_embeddings, dtype=torch.float64)
+    left = chain.from_iterable((text,) if isinstance(text, str) else text for text in texts)
+    while some := list(islice(left, _COUNTED_AT_ONCE)):
+        ids = list(chain.from_iterable(tokenizer(some, verbose=False)["input_ids"]))  # long texts too, as a whole
+        counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(counts))
+    return counts
 
 
 class _Row(NamedTuple):

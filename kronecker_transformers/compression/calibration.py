@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..models.kronecker_family import family_of, projection_of
-from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear, farthest_rows
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, recording, seeing, weight_of
 from .calibrated import calibrated_kronecker, weighted_kronecker
 from .moments import Moments, MomentSums, kronecker_product
@@ -45,7 +45,11 @@ class LayerErrors(NamedTuple):
 
 @torch.no_grad()
 def calibrate(
-    teacher: PreTrainedModel, student: PreTrainedModel, batches: Sequence[CalibrationBatch], progress: bool = False
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    progress: bool = False,
+    counts: Tensor | None = None,
 ) -> dict[str, LayerErrors]:
     """Give a student, in place, the factors and biases that suit calibration text. Deterministic.
 
@@ -58,6 +62,7 @@ def calibrate(
         student: factored from it, with nearest factors; it is left in evaluation mode.
         batches: from `calibration_batches`.
         progress: show a progress bar on standard error.
+        counts: how often each word occurs (vocabulary,), for the word embedding; default: in the batches.
 
     Returns:
         Errors of the factored layers, by their names in `student`.
@@ -72,11 +77,11 @@ def calibrate(
         )
     training = teacher.training
     factored = [module for module in student.modules() if _is_factored(module)]
-    nearest = {p: p.detach().clone() for module in factored for p in module.parameters(recurse=False)}
+    nearest = {t: t.detach().clone() for module in factored for t in (*module.parameters(), *module.buffers())}
     try:
         judged = HeldOutOutputs(teacher.eval(), batches)
         before = judged.lost(student.eval())
-        errors = _calibrate(teacher.base_model, student.base_model, batches, progress)
+        errors = _calibrate(teacher.base_model, student.base_model, batches, progress, counts)
         after = judged.lost(student)
         if sum(after) >= sum(before):
             logger.warning(
@@ -86,7 +91,7 @@ def calibrate(
             )
             for parameter, value in nearest.items():
                 parameter.copy_(value)
-            errors = _calibrate(teacher.base_model, student.base_model, batches, progress, fit=False)
+            errors = _calibrate(teacher.base_model, student.base_model, batches, progress, counts, fit=False)
     finally:
         teacher.train(training)
     prefix = "" if student.base_model is student else f"{student.base_model_prefix}."
@@ -94,7 +99,12 @@ def calibrate(
 
 
 def _calibrate(
-    dense: Any, factored: Any, batches: Sequence[CalibrationBatch], progress: bool, fit: bool = True
+    dense: Any,
+    factored: Any,
+    batches: Sequence[CalibrationBatch],
+    progress: bool,
+    counts: Tensor | None = None,
+    fit: bool = True,
 ) -> dict[str, LayerErrors]:
     """The same for base models, layer by layer alone; without `fit` the factors are measured and kept."""
     names = [name for name, module in factored.named_modules() if _is_factored(module)]
@@ -106,7 +116,7 @@ def _calibrate(
             errors[name] = found
             bar.update()
 
-        for name, weights in row_weights(dense, names, batches).items():
+        for name, weights in row_weights(dense, names, batches, counts).items():
             note(name, _fit_embedding(factored.get_submodule(name), dense.get_submodule(name), *weights, fit))
         projection = family_of(factored).projection
         if projection and projection in names:
@@ -267,11 +277,12 @@ def _fit(module: KroneckerLinear, dense: nn.Module, text: Moments, held_out: Mom
 
 
 def row_weights(
-    dense: Any, names: Sequence[str], batches: Sequence[CalibrationBatch]
+    dense: Any, names: Sequence[str], batches: Sequence[CalibrationBatch], more: Tensor | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """How much each row of the embeddings among these modules counts: to fit, and to judge on held-out text; (m,) each.
 
-    Words count as often as the text has them, positions and distances all the same, for later text may be longer.
+    Words count as often as the text has them, positions and distances all the same, for later text may be longer. To
+    fit, `more` (vocabulary,) may say how often words occur in more text.
     """
     family = family_of(dense)
     modules = {name: dense.get_submodule(name) for name in names}
@@ -291,7 +302,8 @@ def row_weights(
             found += torch.bincount(rows.expand(real.shape)[real], minlength=len(found)).cpu()
     weights = {}
     for name, module in modules.items():
-        fit, held_out = counts[False][name] + UNSEEN, counts[True][name]
+        fit, held_out = counts[False][name], counts[True][name]
+        fit = (fit if more is None or name != family.words else more) + UNSEEN
         if name not in counted:
             fit = held_out = torch.ones_like(fit)
         weights[name] = fit.to(module.weight.device), held_out.to(module.weight.device)
@@ -304,19 +316,29 @@ def _fit_embedding(
     """Factors that suit the rows by their weights, if they are better than those it has on text that is held out."""
     W: Any = dense.weight
     m1, terms, n1 = module.A.shape
-    nearest = row_error(W, module.A, module.B, held_out)
+    nearest = row_error(W, module.to_dense(), held_out)
     if not fit:
         return LayerErrors(nearest, nearest)
+    before = [tensor.clone() for tensor in module.state_dict().values()]
     A, B = weighted_kronecker(W, text, m1, n1, terms)
-    calibrated = row_error(W, A, B, held_out)
-    if calibrated >= nearest:
-        return LayerErrors(nearest, nearest)
     module.A.copy_(A)
     module.B.copy_(B)
+    if (own := module.frequent) is not None:
+        rest = W - kronecker_product(A, B)
+        words = farthest_rows(rest, own.m1, text)
+        A, B = weighted_kronecker(rest[words], text[words], own.m1, own.n1, own.terms)
+        own.words.copy_(words)
+        own.A.copy_(A)
+        own.B.copy_(B)
+    calibrated = row_error(W, module.to_dense(), held_out)
+    if calibrated >= nearest:
+        for tensor, value in zip(module.state_dict().values(), before, strict=True):
+            tensor.copy_(value)
+        return LayerErrors(nearest, nearest)
     return LayerErrors(nearest, calibrated)
 
 
-def row_error(W: Tensor, A: Tensor, B: Tensor, weights: Tensor) -> float:
+def row_error(W: Tensor, found: Tensor, weights: Tensor) -> float:
     """Relative error of the rows of an embedding (m, n), weighted (m,)."""
-    squared = (W - kronecker_product(A, B)).square().sum(1) @ weights
+    squared = (W - found).double().square().sum(1) @ weights
     return float((squared / (W.double().square().sum(1) @ weights)).sqrt())

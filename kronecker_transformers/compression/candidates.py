@@ -30,7 +30,7 @@ from ..models.kronecker_family import family_of, pooler_of, projection_of
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, weight_of
 from .calibrated import RIDGE, CalibratedFactors, calibrated_kronecker, weighted_kronecker
 from .calibration import layer_moments, pooler_moments, projection_moments, row_error, row_weights
-from .estimates import error_curves, factor_shapes, weighted_error_curve
+from .estimates import error_curves, factor_shapes, frequent_error_curves, weighted_error_curve
 from .moments import Moments, kronecker_product
 from .outputs import HeldOutOutputs, has_few_outputs
 
@@ -38,6 +38,12 @@ SIZES = tuple(2 ** (-k / 8) for k in range(8, 57))
 """Sizes of candidates, as shares of the dense weight: from 1/2 to 1/128."""
 SIZES_TRIED = SIZES[::8]
 """At which shapes compete."""
+SIZES_SHARED = SIZES[::4]
+"""Of what all words of an embedding share, where frequent words have a product of their own."""
+FREQUENT = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16)
+"""Shares of the words that may be frequent ones."""
+EVENED = 1 / 3
+"""Power of the weights of words by which the candidates of an embedding compete."""
 TRIED = 2
 """Shapes that are tried in the middle layer for each size; the best one of each is kept."""
 PROBE = 1 / 8
@@ -87,6 +93,7 @@ def measured_layers(
     names: AbstractSet[str],
     progress: bool = False,
     low_rank: bool = False,
+    counts: Tensor | None = None,
 ) -> Iterator[MeasuredLayer]:
     """All layers in the order in which they compute, with their candidates.
 
@@ -97,6 +104,7 @@ def measured_layers(
         names: of the modules that may be factored; others have one candidate, the dense layer.
         progress: show a progress bar while the shapes are chosen, which takes most of the time.
         low_rank: no shapes but those of low rank.
+        counts: how often each word occurs (vocabulary,), for the word embedding; default: in the text.
     """
     wanted: dict[str, list[FactorEntry]] = defaultdict(list)  # by the kind of the layer: a preset may factor some only
     for entries in presets.values():
@@ -104,13 +112,13 @@ def measured_layers(
             wanted[_kind(name)].append(entry)
     family = family_of(base)
     tables = (family.words, family.positions)
-    counts = row_weights(base, [name for name in tables if name in names], batches)
+    weights = row_weights(base, [name for name in tables if name in names], batches, counts)
     for name in tables:
         weight = base.get_submodule(name).weight
-        if name not in counts:
+        if name not in weights:
             yield _kept(name, weight, 0)
             continue
-        yield _embedding(name, weight, *counts[name], wanted[name], low_rank)
+        yield _embedding(name, weight, *weights[name], wanted[name], low_rank)
     if family.projection and projection_of(base) is not None:
         name, weight = family.projection, projection_of(base).weight
         moments = projection_moments(base, base, batches) if name in names else None
@@ -260,18 +268,42 @@ def _kept(name: str, W: Tensor, tokens: int) -> MeasuredLayer:
 def _embedding(
     name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry], low_rank: bool
 ) -> MeasuredLayer:
-    """An embedding with its candidates."""
+    """An embedding with its candidates.
+
+    They compete by evened weights: in the training that follows, rare words count for more than their share.
+    """
     m, n = W.shape
+    evened = fit**EVENED
     candidates = [_candidate(W, 0, None, 0.0)]
     for n1 in [d for d in range(1, 2 if low_rank else n) if n % d == 0]:
-        curve = weighted_error_curve(W, fit, n1)
+        curve = weighted_error_curve(W, evened, n1)
         terms = {_terms(W, m, n1, share) for share in SIZES}
         terms |= {entry.terms for entry in presets if (entry.m1, entry.n1) == (m, n1)}
         for count in sorted(terms):
             if 1 <= count < len(curve):
                 candidates.append(_candidate(W, 0, FactorEntry(m, n1, count), float(curve[count - 1])))
     A, B = weighted_kronecker(W, fit, m, 1, max(1, _terms(W, m, 1, PROBE)))
-    return MeasuredLayer(name, W, candidates, (A, B, None), row_error(W, A, B, held_out))
+    if float(fit.max()) > float(fit.min()):
+        candidates += _with_frequent_words(W, evened)
+    return MeasuredLayer(name, W, candidates, (A, B, None), row_error(W, kronecker_product(A, B), held_out))
+
+
+def _with_frequent_words(W: Tensor, weights: Tensor) -> Iterator[Candidate]:
+    """Candidates of low rank with a product of its own for frequent words: of every size the best."""
+    m, n = W.shape
+    ranks = sorted({terms for share in SIZES_SHARED if (terms := _terms(W, m, 1, share)) >= 1})
+    counts = sorted({count for share in FREQUENT if (count := int(share * m)) >= 1})
+    curves = frequent_error_curves(W, weights, ranks, counts)
+    best: dict[float, Candidate] = {}
+    for (terms, count), curve in curves.items():
+        for share in SIZES:
+            own = int((share * W.numel() - terms * (m + n)) / (count + n))
+            if not 1 <= own < len(curve):
+                continue
+            found = _candidate(W, 0, FactorEntry(m, 1, terms, count, own), float(curve[own - 1]))
+            if share not in best or found.error < best[share].error:
+                best[share] = found
+    yield from best.values()
 
 
 def _candidate(W: Tensor, tokens: int, entry: FactorEntry | None, error: float) -> Candidate:

@@ -28,11 +28,12 @@ from ..evaluation.cost import Report, describe
 from ..models import FACTORED_CLASSES
 from ..models.factor_plan import FactorPlan
 from ..models.kronecker_family import family_of
-from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear, farthest_rows
 from ..models.kronecker_matching import matched_plan, selected_modules
 from ..models.kronecker_nearest import nearest_kronecker
-from .activations import CalibrationBatch, Text, calibration_batches, modules_named, weight_of
+from .activations import CalibrationBatch, Text, calibration_batches, modules_named, weight_of, word_counts
 from .calibration import calibrate, check_text
+from .moments import kronecker_product
 from .plan_file import SEARCHES
 from .search import PlanSearch, check_budgets, check_reach, search_batches
 
@@ -82,6 +83,7 @@ def compress(
     ratio: float | None = None,
     only: str | Sequence[str] | None = None,
     calibration: Iterable[Text] | None = None,
+    counted: Iterable[Text] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
 ) -> CompressionResult:
@@ -101,6 +103,8 @@ def compress(
             that the student will meet, or pairs (tuples) of them for a classifier of pairs. A tenth of them is held out
             and decides, layer by layer, whether the nearest factors are kept. Without any, all layers get their nearest
             factors.
+        counted: more texts like these, of which only the words are counted, for the word embedding: its frequent words
+            get more parameters. Some ten thousand do well; default: the calibration texts.
         tokenizer: of a teacher that is a loaded model; needed with `calibration`, and returned.
         progress: show progress bars on standard error.
 
@@ -122,16 +126,20 @@ def compress(
     student_class: Any = FACTORED_CLASSES[type(teacher)]
     student, budget, names = planned(teacher, plan, ratio, only, calibration is not None)
     batches: list[CalibrationBatch] = []
+    counts = None
     if calibration is not None:
         if tokenizer is None:
             raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
         batches = calibration_batches(calibration, tokenizer, teacher)
         layers = modules_named(teacher.base_model, names) if student is None else student.modules()
         check_text(teacher, batches, layers)
+        counts = None if counted is None else word_counts(counted, tokenizer, teacher)
     found = None
     if student is None:
         low_rank = plan == "low-rank"
-        found = search_batches(teacher, batches, budget, names=names, progress=progress, low_rank=low_rank)
+        found = search_batches(
+            teacher, batches, budget, names=names, progress=progress, low_rank=low_rank, counts=counts
+        )
         student = _empty_student(teacher, student_class, found.plan)
 
     errors: dict[str, dict[str, float]] = {}
@@ -154,10 +162,17 @@ def compress(
         set_parameter(module, "A", result.A, dense)
         set_parameter(module, "B", result.B, dense)
         errors[name] = {"relative_error": result.relative_error}
+        if isinstance(module, KroneckerEmbedding) and (own := module.frequent) is not None:
+            rest = weight - kronecker_product(result.A, result.B).to(weight.dtype)
+            own.words = (words := farthest_rows(rest, own.m1)).int()
+            found_own = nearest_kronecker(rest[words], own.m1, own.n1, own.terms)
+            set_parameter(own, "A", found_own.A, dense)
+            set_parameter(own, "B", found_own.B, dense)
+            errors[name] = {"relative_error": _relative_error(module, dense_modules[name])}
     copy_rest(teacher, student)
     share_modules(modules, student)
     if batches:
-        for name, fitted in calibrate(teacher, student, batches, progress).items():
+        for name, fitted in calibrate(teacher, student, batches, progress, counts).items():
             errors[name] = {
                 "relative_error": _relative_error(student.get_submodule(name), dense_modules[name]),
                 "output_error": fitted.calibrated,

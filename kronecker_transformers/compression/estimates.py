@@ -83,6 +83,41 @@ def weighted_error_curve(W: Tensor, weights: Tensor, n1: int) -> Tensor:
     return (rest / total.clamp_min(torch.finfo(rest.dtype).tiny)).sqrt()
 
 
+@torch.no_grad()
+def frequent_error_curves(
+    W: Tensor, weights: Tensor, ranks: Sequence[int], counts: Sequence[int]
+) -> dict[tuple[int, int], Tensor]:
+    """The same for products of low rank in which frequent words have another product beside that of all words.
+
+    Args:
+        W: (m, n).
+        weights: (m,), at least 0.
+        ranks: of the product of all words, each below min(m, n).
+        counts: of frequent words, ascending; those are meant of which most is left.
+
+    Returns:
+        For each rank and count the relative errors for R = 1, 2, ... of the frequent words' own product.
+    """
+    W = W.float() * weights.sqrt().float().unsqueeze(1)
+    total = float(W.square().sum())
+    _, vectors = torch.linalg.eigh((W.t() @ W).double())
+    curves = {}
+    for rank in ranks:
+        basis = vectors[:, -rank:].float()
+        rest = W - (W @ basis) @ basis.t()
+        lost = rest.square().sum(1)
+        order = lost.argsort(descending=True)[: counts[-1]]
+        left, gram, start = float(lost.sum()), torch.zeros_like(vectors), 0
+        for count in counts:
+            rows = rest[order[start : (start := count)]]
+            gram += (rows.t() @ rows).double()
+            left -= float(rows.square().sum())
+            energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+            own = energies.sum() - energies.cumsum(0)
+            curves[rank, count] = ((own.clamp_min(0) + max(left, 0.0)) / max(total, 1e-30)).sqrt()
+    return curves
+
+
 def _tail(P: Tensor) -> Tensor:
     """For R = 1, 2, ...: the squared norm that the first R singular pairs leave of P."""
     gram = P @ P.t() if P.shape[0] <= P.shape[1] else P.t() @ P

@@ -21,7 +21,7 @@ from ..evaluation.timing import forward_pass, in_turn, without_linear_layers
 from ..models.factor_plan import FactorEntry
 from ..models.kronecker_blocks import BLOCK
 from ..models.kronecker_family import family_of
-from ..models.kronecker_layers import kronecker_embedding, kronecker_linear
+from ..models.kronecker_layers import KroneckerEmbedding, kronecker_linear
 from .candidates import Candidate, MeasuredLayer
 
 ENGINES = ("torch", "onnxruntime")
@@ -97,7 +97,8 @@ class LatencyTable:
     def _candidates(self, layer: MeasuredLayer) -> list[Candidate]:
         shapes = defaultdict(list)
         for candidate in layer.candidates:
-            shapes[candidate.entry and (candidate.entry.m1, candidate.entry.n1)].append(candidate)
+            entry = candidate.entry
+            shapes[entry and (entry.m1, entry.n1, bool(entry.frequent))].append(candidate)
         for group in shapes.values():
             group.sort(key=lambda c: c.parameters)
         sparse = {shape: (*group[::STEP], group[-1]) for shape, group in shapes.items()}
@@ -137,13 +138,17 @@ class LatencyTable:
         found = []
         for entry in entries:
             factors = [torch.randn(m, n, **self._options)]
-            if entry is not None:
+            if entry is not None and not is_embedding:
                 m2, n2 = entry.b_shape(m, n)
                 sizes = ((entry.m1, entry.terms, entry.n1), (m2, entry.terms, n2))
                 factors = [torch.randn(size, **self._options) for size in sizes]
             if is_embedding:
                 x = torch.randint(m, (tokens,), device=self._options["device"])
-                layer_function: Callable[..., Tensor] = embedding if entry is None else kronecker_embedding
+                layer_function: Callable[..., Tensor] = embedding
+                if entry is not None:
+                    own = entry.frequent, entry.frequent_terms
+                    layer_function = KroneckerEmbedding(m, n, m, entry.n1, entry.terms, None, *own, **self._options)
+                    factors = []
             else:
                 x = torch.randn(tokens, n, **self._options)
                 factors.append(torch.randn(m, **self._options))  # the bias

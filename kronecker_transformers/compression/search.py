@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,7 +31,7 @@ from ..models import FACTORED_CLASSES
 from ..models.factor_plan import FactorEntry, FactorPlan
 from ..models.kronecker_family import longest_sequence
 from ..models.kronecker_matching import matched_plan, selected_modules
-from .activations import CalibrationBatch, Text, calibration_batches, modules_named, weight_of
+from .activations import CalibrationBatch, Text, calibration_batches, modules_named, weight_of, word_counts
 from .calibration import check_text
 from .candidates import Candidate, influences, measured_layers, noise_to_signal
 from .estimates import UNITS, best_choice, factor_shapes
@@ -112,6 +113,7 @@ def search_plan(
     runtime: Runtime | None = None,
     only: str | Sequence[str] | None = None,
     low_rank: bool = False,
+    counted: Iterable[Text] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
 ) -> PlanSearch:
@@ -133,6 +135,7 @@ def search_plan(
             word embedding. Budgets are of the whole base model all the same. Default: all modules.
         low_rank: search sums of low rank alone, W ~ A B: they are the fastest in 8 bits and to train, and the search
             itself takes less time.
+        counted: as for `compress`.
         tokenizer: of a teacher that is a loaded model.
         progress: show progress bars on standard error.
 
@@ -157,7 +160,8 @@ def search_plan(
         raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
     names = selected_modules(model.base_model, only)
     batches = calibration_batches(calibration, tokenizer, model)
-    return search_batches(model, batches, given, runtime, names, progress, low_rank)
+    counts = None if counted is None else word_counts(counted, tokenizer, model)
+    return search_batches(model, batches, given, runtime, names, progress, low_rank, counts)
 
 
 def check_budgets(given: Mapping[str, float]) -> None:
@@ -203,6 +207,7 @@ def search_batches(
     names: AbstractSet[str] | None = None,
     progress: bool = False,
     low_rank: bool = False,
+    counts: Tensor | None = None,
 ) -> PlanSearch:
     """As `search_plan`, for a teacher that is checked and text that is encoded; budgets by their names there.
 
@@ -213,7 +218,7 @@ def search_batches(
     check_reach(teacher.base_model, names, budgets)
     check_text(teacher, batches, modules_named(teacher.base_model, names))
     try:
-        return _search(teacher.eval(), batches, budgets, runtime or Runtime(), names, progress, low_rank)
+        return _search(teacher.eval(), batches, budgets, runtime or Runtime(), names, progress, low_rank, counts)
     finally:
         teacher.train(training)
 
@@ -226,11 +231,12 @@ def _search(
     names: AbstractSet[str],
     progress: bool,
     low_rank: bool,
+    counts: Tensor | None,
 ) -> PlanSearch:
     base: Any = teacher.base_model
     known_plans = {} if low_rank else _presets(teacher)
     presets = {key: {n: e for n, e in plan.items() if n in names} for key, plan in known_plans.items()}
-    measured = measured_layers(base, batches, presets, names, progress, low_rank)
+    measured = measured_layers(base, batches, presets, names, progress, low_rank, counts)
     times = latency_table(teacher, runtime) if "milliseconds" in budgets else None
     layers = list(tqdm(measured, desc="candidates", unit="layer", disable=not progress))
     weights = influences(teacher, layers, batches, progress)

@@ -18,10 +18,10 @@ from ..evaluation.timing import in_turn
 from ..export.layer_graphs import layer_graphs
 from ..export.onnx import require_packages, write_graphs
 from ..export.parity import FORMS
-from ..export.products import ProductEmbedding, linear_of, product_linear
+from ..export.products import linear_of, product_embedding, product_linear
 from ..export.runtimes import open_session
 from ..models.factor_plan import FactorEntry
-from ..models.kronecker_layers import KroneckerLinear
+from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .candidates import MeasuredLayer
 from .latency import ROUNDS, LatencyTable, Runtime
 
@@ -95,7 +95,8 @@ def _linear(m: int, n: int, entry: FactorEntry | None) -> nn.Module:
 
 
 def _embedding(m: int, n: int, entry: FactorEntry | None) -> nn.Module:
-    """A table with random weights, as it is exported; the candidates of an embedding have a row of A for each word."""
+    """A table with random weights, as it is exported."""
     if entry is None:
         return nn.Embedding(m, n)
-    return ProductEmbedding(torch.randn(m, entry.terms, entry.n1), torch.randn(1, entry.terms, n // entry.n1))
+    own = min(m, entry.frequent), entry.frequent_terms
+    return product_embedding(KroneckerEmbedding(m, n, m, entry.n1, entry.terms, None, *own))

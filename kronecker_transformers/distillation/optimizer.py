@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from ..models.kronecker_layers import FrequentWords, KroneckerEmbedding, KroneckerLinear
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def learning_rate_scales(model: nn.Module) -> dict[nn.Parameter, float]:
     """rms(X) / rms(W) for every factor X of the model; 1 where W is 0."""
     scales: dict[nn.Parameter, float] = {}
     for module in model.modules():
-        if isinstance(module, (KroneckerLinear, KroneckerEmbedding)):
+        if isinstance(module, (KroneckerLinear, KroneckerEmbedding, FrequentWords)):
             whole = {factor: gathered(factor) for factor in (module.A, module.B)}
             rms = product_rms(*whole.values())
             for factor, values in whole.items():

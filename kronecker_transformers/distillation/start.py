@@ -23,6 +23,7 @@ def start_student(
     *,
     ratio: float | None = None,
     calibration: Iterable[Text] | None = None,
+    counted: Iterable[Text] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
 ) -> PreTrainedModel:
@@ -39,6 +40,7 @@ def start_student(
             layers or fewer.
         ratio: as for `compress`; not with `start`.
         calibration: texts for which the factors are fitted, as for `compress`; not with `start`.
+        counted: texts of which only the words are counted, as for `compress`.
         tokenizer: of the teacher; needed with `calibration`.
         progress: show a progress bar of the calibration.
 
@@ -50,7 +52,9 @@ def start_student(
             given beside calibration text or a ratio.
     """
     if start is None:
-        result = compress(teacher, plan, ratio=ratio, calibration=calibration, tokenizer=tokenizer, progress=progress)
+        result = compress(
+            teacher, plan, ratio=ratio, calibration=calibration, counted=counted, tokenizer=tokenizer, progress=progress
+        )
         return result.model.requires_grad_(True).train()
     if ratio is not None:
         raise ValueError(f"start={os.fspath(start)!r} has its own plan, and ratio={ratio} was given; leave one out")

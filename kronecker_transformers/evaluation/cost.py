@@ -20,7 +20,7 @@ from ..checkpoint.load import REPORT_FILE
 from ..models import DENSE_CLASSES
 from ..models.kronecker_contraction import multiplications
 from ..models.kronecker_family import has_choices, longest_sequence
-from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from ..models.kronecker_layers import FrequentWords, KroneckerEmbedding, KroneckerLinear
 
 logger = logging.getLogger(__name__)
 
@@ -110,11 +110,12 @@ def describe(model: PreTrainedModel, length: int = REPORT_LENGTH) -> Report:
     length = min(length, longest_sequence(model))
     layers, dense_extra, seen, digest = [], 0, set(), hashlib.sha256()
     for name, module in model.named_modules():
-        if isinstance(module, (KroneckerLinear, KroneckerEmbedding)) and id(module.A) not in seen:
+        if isinstance(module, (KroneckerLinear, KroneckerEmbedding, FrequentWords)) and id(module.A) not in seen:
             seen.add(id(module.A))  # a tied head is no layer of its own
             (m1, terms, n1), (m2, _, n2) = module.A.shape, module.B.shape
             layers.append(LayerReport(name, (m1 * m2, n1 * n2), (m1, n1), (m2, n2), terms))
-            dense_extra += m1 * m2 * n1 * n2 - module.A.numel() - module.B.numel()
+            beside = isinstance(module, FrequentWords)  # another product for rows of a weight that counts already
+            dense_extra += (0 if beside else m1 * m2 * n1 * n2) - module.A.numel() - module.B.numel()
             for factor in (module.A, module.B):
                 values = factor.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
                 digest.update(values.view(torch.uint8).numpy().data)
@@ -145,6 +146,8 @@ def _linear_flops(model: PreTrainedModel, length: int) -> tuple[int, int]:
         if isinstance(module, KroneckerLinear):
             (m1, terms, n1), (m2, _, n2) = module.A.shape, module.B.shape
             per_token = min(multiplications(m1, n1, m2, n2, terms))
+            if module.tied is not None and (own := module.tied[0].frequent) is not None:
+                per_token += own.terms * (own.m1 + n)
         counts[0] += 2 * tokens * per_token
         counts[1] += 2 * tokens * m * n
 

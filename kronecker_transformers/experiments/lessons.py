@@ -20,7 +20,7 @@ from transformers import (
 
 from ..checkpoint.pooling import Pooling
 from ..checkpoint.sentence_modules import encoder_settings
-from ..compression.activations import Text
+from ..compression.activations import COUNTED, Text
 from ..distillation import TeacherMemory
 from ..models.kronecker_family import heads_of, longest_sequence
 from ..tasks.augmentation import Augmentation, Row
@@ -62,6 +62,8 @@ class Lesson:
     sentences: list[str] = field(default_factory=list)
     """The same as sentences, for teachers without a head."""
     calibration: Sequence[Text] = ()
+    counted: Sequence[Text] = ()
+    """Texts of which only the words are counted."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     factored_weights: Mapping[str, Any] | None = None
     """Of a factored student, in place of these: for the heads with which others were tried."""
@@ -118,8 +120,9 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
             "examples; give at least a few hundred lines, better some thousand"
         )
     return Lesson(
-        batch, length, objective, partial(make, train), collate, kept, sentences, calibration_lines(train), weights,
-        factored_weights=SHARES if kind == "sequence" else None, muon=kind in (None, "sequence"), pooling=pooling,
+        batch, length, objective, partial(make, train), collate, kept, sentences, calibration_lines(train),
+        train.lines(COUNTED), weights, factored_weights=SHARES if kind == "sequence" else None,
+        muon=kind in (None, "sequence"), pooling=pooling,
     )  # fmt: skip
 
 
@@ -147,7 +150,8 @@ def task_lesson(
     rows = task.rows()
     examples = altered_examples(rows, ALTERED, dense, tokenizer, length)
     return dense, tokenizer, Lesson(
-        32, length, "kronecker_bert", examples, collate, held_out, [], calibration_rows(rows), WEIGHTS, SHARES,
+        32, length, "kronecker_bert", examples, collate, held_out, [], calibration_rows(rows),
+        calibration_rows(rows, COUNTED), WEIGHTS, SHARES,
         scores=partial(judged, task=task, data=data, collator=collate), muon=True,
     )  # fmt: skip
 
@@ -158,9 +162,9 @@ def calibration_lines(source: TextSource) -> list[Text]:
     return [*lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION]]
 
 
-def calibration_rows(rows: Sequence[Row]) -> list[Text]:
+def calibration_rows(rows: Sequence[Row], number: int = CALIBRATION) -> list[Text]:
     """Texts, or pairs of them, of a task, on which a plan is searched and factors are fitted."""
-    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in rows[:CALIBRATION]]
+    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in rows[:number]]
 
 
 def altered_examples(

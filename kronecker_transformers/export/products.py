@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from ..models.kronecker_layers import FrequentWords, KroneckerEmbedding, KroneckerLinear
 
 
 def as_products(model: PreTrainedModel) -> PreTrainedModel:
@@ -126,7 +127,7 @@ def _turned(X: Tensor) -> Tensor:
 
 def product_embedding(layer: KroneckerEmbedding) -> ProductEmbedding:
     """The products of one embedding."""
-    return ProductEmbedding(layer.A.detach(), layer.B.detach())
+    return ProductEmbedding(layer.A.detach(), layer.B.detach(), layer.frequent)
 
 
 class ProductEmbedding(nn.Module):
@@ -135,12 +136,20 @@ class ProductEmbedding(nn.Module):
     Args:
         A: (m1, R, n1).
         B: (m2, R, n2).
+        frequent: words that have a product of their own beside it.
     """
 
     B: Tensor
+    place: Tensor
 
-    def __init__(self, A: Tensor, B: Tensor) -> None:
+    def __init__(self, A: Tensor, B: Tensor, frequent: FrequentWords | None = None) -> None:
         super().__init__()
+        self.own: ProductEmbedding | None = None
+        if frequent is not None:  # a table of them, with a row of zeros for all others
+            self.own = ProductEmbedding(nn.functional.pad(frequent.A.detach(), (0, 0, 0, 0, 0, 1)), frequent.B.detach())
+            place = torch.full((len(A) * len(B),), frequent.m1, device=A.device)
+            place[frequent.words] = torch.arange(frequent.m1, device=A.device)
+            self.register_buffer("place", place)
         m1, self.terms, self.n1 = A.shape
         self.m2, _, self.n2 = B.shape
         self.rows = nn.Embedding(m1, self.n1 * self.terms, device="meta")
@@ -151,6 +160,10 @@ class ProductEmbedding(nn.Module):
 
     def forward(self, indices: Tensor) -> Tensor:
         """Map integers (...) to rows (..., n)."""
+        rows = self._shared(indices)
+        return rows if self.own is None else rows + self.own(self.place[indices])
+
+    def _shared(self, indices: Tensor) -> Tensor:
         outer = indices if self.m2 == 1 else indices.div(self.m2, rounding_mode="floor")
         a = self.rows(outer)
         if self.m2 > 1:
@@ -179,6 +192,8 @@ class TiedHead(nn.Module):
         self.inner = linear_of(e.B.reshape(e.m2 * e.terms, e.n2))
         self.outer = nn.Linear(e.n1 * e.terms, len(e.rows.weight), bias=False, device="meta")
         self.outer.weight = e.rows.weight
+        self.own = None if e.own is None else TiedHead(e.own, None)
+        self.register_buffer("place", e.place if e.own is not None else None)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -190,4 +205,6 @@ class TiedHead(nn.Module):
             y = _turned(self.outer(Z.flatten(-2))).flatten(-2)  # (..., m1, m2)
         else:
             y = self.outer(Z if n1 == 1 else Z.flatten(-2))
+        if self.own is not None:
+            y = y + self.own(h)[..., self.place]
         return y if self.bias is None else y + self.bias

@@ -8,7 +8,9 @@ example ``encoder.layer.*.intermediate.dense``) to the shape of the factors. A w
 
 An entry holds m1, n1 and terms; m and n come from the model. What no pattern matches stays dense.
 (m1, n1) = (m, 1) is the plain low-rank product of rank `terms`. An embedding counts as a matrix of
-shape (vocabulary, hidden). The presets of a family are plans too; its configuration file has them.
+shape (vocabulary, hidden); its most frequent words may have a product of low rank of their own, which is
+added: a text is mostly made of few words, and these are worth more parameters. The presets of a family are
+plans too; its configuration file has them.
 """
 
 from __future__ import annotations
@@ -21,34 +23,46 @@ from typing import Any
 
 LONGEST_PATTERN = 200
 """Characters of a pattern: a plan may come from anywhere, and is matched with every module."""
+_SHAPE = ("m1", "n1", "terms")
 
 
 @dataclass(frozen=True)
 class FactorEntry:
     """Shapes of the factors of one weight: A_r is (m1, n1), with `terms` products in the sum.
 
+    Of an embedding, `frequent` words may have a product of rank `frequent_terms` of their own beside it.
+
     Raises:
         TypeError: a value is not an integer.
-        ValueError: a value is smaller than 1.
+        ValueError: a value is too small, or only one of the last two is given.
     """
 
     m1: int
     n1: int
     terms: int = 1
+    frequent: int = 0
+    frequent_terms: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, least = getattr(self, field.name), int(field.name in _SHAPE)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{field.name}={value!r} in a factor plan must be an integer; write a number >= 1")
-            if value < 1:
-                raise ValueError(
-                    f"{field.name}={value} in a factor plan must be >= 1; to keep a module dense, leave it out"
+                raise TypeError(
+                    f"{field.name}={value!r} in a factor plan must be an integer; write a number >= {least}"
                 )
+            if value < least:
+                raise ValueError(
+                    f"{field.name}={value} in a factor plan must be >= {least}; to keep a module dense, leave it out"
+                )
+        if (self.frequent == 0) != (self.frequent_terms == 0):
+            raise ValueError(
+                f"frequent={self.frequent} and frequent_terms={self.frequent_terms} in a factor plan must both be "
+                ">= 1, or both be left out"
+            )
 
     @classmethod
     def parse(cls, value: FactorEntry | Mapping[str, Any] | tuple[int, ...] | list[int]) -> FactorEntry:
-        """Build an entry from itself, from ``{"m1": .., "n1": .., "terms": ..}`` or from ``(m1, n1[, terms])``."""
+        """Build an entry from itself, a mapping with the names of its fields, or their values: two, three or all."""
         if isinstance(value, FactorEntry):
             return value
         if isinstance(value, Mapping):
@@ -57,15 +71,18 @@ class FactorEntry:
                 raise ValueError(
                     f"unknown field {unknown[0]!r} in a factor plan entry; known fields: {', '.join(known)}"
                 )
-            if missing := [name for name in ("m1", "n1") if name not in value]:
+            if missing := [name for name in _SHAPE[:2] if name not in value]:
                 raise ValueError(
                     f"field {missing[0]!r} is missing from the factor plan entry {dict(value)!r}; "
                     "give m1, n1 and, if not 1, terms"
                 )
             return cls(**value)
-        if isinstance(value, (tuple, list)) and len(value) in (2, 3):
+        if isinstance(value, (tuple, list)) and len(value) in (2, 3, 5):
             return cls(*value)
-        raise TypeError(f"factor plan entry {value!r} must be (m1, n1, terms) or a mapping with these names")
+        raise TypeError(
+            f"factor plan entry {value!r} must be (m1, n1, terms), (m1, n1, terms, frequent, frequent_terms) or a "
+            "mapping with these names"
+        )
 
     def b_shape(self, m: int, n: int) -> tuple[int, int]:
         """Shape (m2, n2) of B_r for a weight of shape (m, n).
@@ -84,12 +101,20 @@ class FactorEntry:
                 f"terms={self.terms} must be <= {exact} = min(m1 n1, m2 n2), with which the sum is already exact; "
                 f"use at most {exact} terms"
             )
+        if self.frequent > m:
+            raise ValueError(f"frequent={self.frequent} must be <= {m}, the number of rows; give fewer")
+        if self.frequent_terms > (most := min(self.frequent, n)):
+            raise ValueError(f"frequent_terms={self.frequent_terms} must be <= {most} = min(frequent, n); use fewer")
         return m2, n2
 
     def parameters(self, m: int, n: int) -> int:
         """Entries of all factors of a weight of shape (m, n)."""
         m2, n2 = self.b_shape(m, n)
-        return self.terms * (self.m1 * self.n1 + m2 * n2)
+        return self.terms * (self.m1 * self.n1 + m2 * n2) + self.frequent_terms * (self.frequent + n)
+
+    def to_dict(self) -> dict[str, int]:
+        """The values by their names; those for frequent words only where there are any."""
+        return {name: value for name, value in asdict(self).items() if value or name in _SHAPE}
 
 
 class FactorPlan(Mapping[str, FactorEntry]):
@@ -134,7 +159,7 @@ class FactorPlan(Mapping[str, FactorEntry]):
 
     def to_dict(self) -> dict[str, dict[str, int]]:
         """The plan in plain numbers, as it stands in config.json and in plan files."""
-        return {pattern: asdict(entry) for pattern, entry in self._entries.items()}
+        return {pattern: entry.to_dict() for pattern, entry in self._entries.items()}
 
     def match(self, modules: Mapping[str, tuple[int, int]]) -> dict[str, FactorEntry]:
         """Assign the entries to modules.

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .factor_plan import resolve_plan
-from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from .kronecker_layers import FrequentWords, KroneckerEmbedding, KroneckerLinear
 from .kronecker_matching import factorable_modules
 
 
@@ -23,7 +23,11 @@ class FactoredEmbeddings(PreTrainedModel):
         """Make the output head one of the embedding's kind: of its factors, or dense; nothing if it is so already."""
         embedding: Any = self.get_input_embeddings()
         head, factored = self.get_output_embeddings(), isinstance(embedding, KroneckerEmbedding)
-        if head is None or not self.config.tie_word_embeddings or isinstance(head, KroneckerLinear) == factored:
+        if head is None or not self.config.tie_word_embeddings:
+            return
+        if isinstance(head, KroneckerLinear) == factored:
+            if isinstance(head, KroneckerLinear):
+                head.tied = (embedding,)  # it may be another one than before
             return
         names = {module: name for name, module in self.named_modules()}
         source, target = names[embedding], names[head]
@@ -55,7 +59,7 @@ class FactoredEmbeddings(PreTrainedModel):
         name = next(name for name, module in self.named_modules() if module is old)
         super().set_input_embeddings(value)
         factored = isinstance(value, KroneckerEmbedding)
-        entry = (value.m1, value.n1, value.terms) if factored else None
+        entry = value.entry if factored else None
         plan = resolve_plan(self.config.factor_plan, self.config).with_entry(name, entry, factorable_modules(self))
         self.config.factor_plan = plan.to_dict()
 
@@ -75,7 +79,7 @@ class FactoredEmbeddings(PreTrainedModel):
         """As the stock method; factored embeddings are embeddings too."""
         found: int = super().num_parameters(only_trainable, exclude_embeddings)
         if exclude_embeddings:
-            tables = [module for module in self.modules() if isinstance(module, KroneckerEmbedding)]
+            tables = [module for module in self.modules() if isinstance(module, (KroneckerEmbedding, FrequentWords))]
             factors = {factor for table in tables for factor in (table.A, table.B)}
             found -= sum(factor.numel() for factor in factors if factor.requires_grad or not only_trainable)
         return found
@@ -86,7 +90,8 @@ class FactoredEmbeddings(PreTrainedModel):
         """As the stock method, also for a factored embedding and the head that is tied to it; the plan follows.
 
         Every row of A stands for m2 words, so the new size must be a multiple of m2; with `pad_to_multiple_of` it
-        becomes one. New rows of A are drawn as the stock method draws new words: the words are linear in them.
+        becomes one. New rows of A are drawn as the stock method draws new words: the words are linear in them. Of the
+        frequent words those stay that are still there.
 
         Raises:
             ValueError: the new size is not a multiple of m2, or too small for the terms; nothing has changed then.
@@ -109,7 +114,10 @@ class FactoredEmbeddings(PreTrainedModel):
         name = next(name for name, module in self.base_model.named_modules() if module is embedding)
         old_rows, new_rows = embedding.m1, size // m2
         modules = factorable_modules(self.base_model)
-        entry = (new_rows, embedding.n1, embedding.terms)
+        frequent = embedding.frequent
+        left = None if frequent is None else frequent.words < size
+        own = (0, 0) if frequent is None or left is None or not left.any() else (int(left.sum()), frequent.terms)
+        entry = (new_rows, embedding.n1, embedding.terms, *own)
         plan = resolve_plan(self.config.factor_plan, self.config).with_entry(name, entry, modules)
         plan.match({**modules, name: (size, embedding.embedding_dim)})  # refuses before anything has changed
         self.config.factor_plan, self.config.vocab_size = plan.to_dict(), size
@@ -118,6 +126,10 @@ class FactoredEmbeddings(PreTrainedModel):
             rows[old_rows:] *= (m2 * embedding.n2) ** 0.5 / torch.linalg.vector_norm(embedding.B.detach())
         embedding.A.data = rows.unflatten(-1, embedding.A.shape[1:])  # in place, as in the stock method: ties hold
         embedding.A.grad = None
+        if frequent is not None:
+            frequent.words, frequent.m1 = frequent.words[left], own[0]
+            frequent.A.data, frequent.A.grad = frequent.A.data[left], None
+            embedding.frequent = frequent if own[0] else None
         embedding.num_embeddings, embedding.m1 = size, new_rows
         if embedding.padding_idx is not None and embedding.padding_idx >= size:
             embedding.padding_idx = None

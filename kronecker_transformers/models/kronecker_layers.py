@@ -14,6 +14,10 @@ Layout. The factors are parameters `A` of shape (m1, R, n1) and `B` of shape (m2
 on disk; A_r is `A[:, r, :]`. So A is, without a copy, the matrix (m1, R n1) that consumes all terms and
 the matrix (m1 R, n1) that produces them, and likewise B; and an embedding with m2 = 1 has one
 contiguous row of A for each word.
+
+Frequent words. A text is mostly made of few words, so an embedding may give these a product of low rank of
+their own, beside the sum that all words share: W = sum over r of A_r (x) B_r + P U V, U (k, q), V (q, n),
+where P (m, k) puts row j of U V into the row of frequent word j.
 """
 
 from __future__ import annotations
@@ -94,6 +98,19 @@ def kronecker_embedding(indices: Tensor, A: Tensor, B: Tensor) -> Tensor:
     return rows.reshape(*indices.shape, n1 * n2)
 
 
+def farthest_rows(rest: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+    """Indices, ascending, of the rows with the largest (weighted) squared norms: what is left of them counts most.
+
+    Args:
+        rest: (m, n), what a sum of products leaves of a weight.
+        count: how many.
+        weights: of the rows (m,); default: all the same.
+    """
+    lost = rest.double().square().sum(1)
+    lost = lost if weights is None else lost * weights
+    return lost.topk(count).indices.sort().values
+
+
 def _rows(indices: Tensor, factor: Tensor) -> Tensor:
     """Rows (..., R, k) of a factor (rows, R, k)."""
     return F.embedding(indices, factor.flatten(1)).reshape(*indices.shape, *factor.shape[1:])
@@ -140,6 +157,11 @@ class _KroneckerLayer(nn.Module):
         product = torch.einsum("irj,krl->ikjl", self.A, self.B)
         return product.reshape(self.m1 * self.m2, self.n1 * self.n2)
 
+    @property
+    def entry(self) -> tuple[int, ...]:
+        """What a factor plan has for this layer: m1, n1, terms, and of an embedding its frequent words' numbers."""
+        return self.m1, self.n1, self.terms, 0, 0
+
     def _factors_repr(self) -> str:
         return f"A=({self.m1}, {self.n1}), B=({self.m2}, {self.n2}), terms={self.terms}"
 
@@ -185,6 +207,7 @@ class KroneckerLinear(_KroneckerLayer):
         self.in_features = in_features
         self.out_features = out_features
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.tied: tuple[KroneckerEmbedding] | None = None  # in a tuple, it is not a module of this one
         self.init_factors(std=1 / math.sqrt(3 * in_features))  # as nn.Linear initialises itself
 
     def init_factors(self, std: float) -> None:
@@ -195,7 +218,13 @@ class KroneckerLinear(_KroneckerLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., n) to (..., m)."""
-        return kronecker_linear(x, self.A, self.B, self.bias)
+        y = kronecker_linear(x, self.A, self.B, self.bias)
+        frequent = None if self.tied is None else self.tied[0].frequent
+        return y if frequent is None else frequent(x, y)
+
+    def to_dense(self) -> Tensor:
+        """As in the base class; of a tied head, the embedding's."""
+        return super().to_dense() if self.tied is None else self.tied[0].to_dense()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, m1: int, n1: int, terms: int = 1) -> KroneckerLinear:
@@ -238,13 +267,53 @@ class KroneckerLinear(_KroneckerLayer):
         """
         sizes = embedding.embedding_dim, embedding.num_embeddings, embedding.m1, embedding.n1, embedding.terms
         head = cls(*sizes, bias=False)
-        head.A, head.B = embedding.A, embedding.B
+        head.A, head.B, head.tied = embedding.A, embedding.B, (embedding,)
         return head
 
     def extra_repr(self) -> str:
         """The sizes of the layer and of its factors."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, {self._factors_repr()}, bias={self.bias is not None}"
+
+
+class FrequentWords(_KroneckerLayer):
+    """What the frequent words of an embedding have beside the sum that all words share: a product of low rank.
+
+    Row j of A (k, R, 1) belongs to word `words[j]`, the other factor is B (1, R, n).
+
+    Args:
+        num_words: k, how many there are.
+        embedding_dim: n.
+        terms: rank R of the product.
+    """
+
+    words: Tensor
+    """Their indices, ascending, (k,) int32."""
+
+    def __init__(
+        self, num_words: int, embedding_dim: int, terms: int, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(num_words, embedding_dim, num_words, 1, terms, device, dtype)
+        self.register_buffer("words", torch.empty(num_words, dtype=torch.int32, device=device))
+        self.init_factors(std=1.0)
+
+    def init_factors(self, std: float) -> None:
+        """As in the base class; the words are the first ones."""
+        super().init_factors(std)
+        if not self.words.is_meta:
+            init.copy_(self.words, torch.arange(self.m1, dtype=torch.int32))
+
+    def forward(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Map integers x (...) to rows (..., n), 0 for other words; or add those of x (..., n) to logits (..., m)."""
+        if logits is not None:
+            return logits.index_add(-1, self.words, kronecker_linear(x, self.A, self.B).to(logits.dtype))
+        words = self.words.to(x.dtype)
+        place = torch.searchsorted(words, x.contiguous()).clamp(max=self.m1 - 1)
+        return kronecker_embedding(place, self.A, self.B) * (words[place] == x).unsqueeze(-1)
+
+    def extra_repr(self) -> str:
+        """The sizes of the factors."""
+        return f"num_words={self.m1}, {self._factors_repr()}"
 
 
 class KroneckerEmbedding(_KroneckerLayer):
@@ -259,11 +328,14 @@ class KroneckerEmbedding(_KroneckerLayer):
         m1, n1: shape of A_r; B_r is (m / m1, n / n1).
         terms: number R of products in the sum.
         padding_idx: the output at this index gives no gradient; a row of its own (m2 = 1) starts at 0.
+        frequent, frequent_terms: how many words have a product of their own beside the sum, and its rank.
 
     Raises:
         TypeError: a size is not an integer.
         ValueError: m1 or n1 does not divide, terms < 1, or padding_idx is not an index.
     """
+
+    frequent: FrequentWords | None
 
     def __init__(
         self,
@@ -273,10 +345,14 @@ class KroneckerEmbedding(_KroneckerLayer):
         n1: int,
         terms: int = 1,
         padding_idx: int | None = None,
+        frequent: int = 0,
+        frequent_terms: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, m1, n1, terms, device, dtype)
+        own = frequent, embedding_dim, frequent_terms, device, dtype
+        self.frequent = FrequentWords(*own) if frequent else None
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(
                 f"padding_idx={padding_idx} must be an index into {num_embeddings} embeddings; use None for no padding"
@@ -293,10 +369,26 @@ class KroneckerEmbedding(_KroneckerLayer):
         kept = getattr(self.A, "_is_hf_initialized", False) or self.A.shape[0] != self.m1  # loaded, or partitioned
         if self.padding_idx is not None and self.m2 == 1 and not kept:
             init.zeros_(self.A[self.padding_idx])
+            if self.frequent is not None and not self.frequent.A.is_meta:
+                for place in (self.frequent.words == self.padding_idx).nonzero().flatten().tolist():
+                    init.zeros_(self.frequent.A[place])
+
+    def to_dense(self) -> Tensor:
+        """As in the base class, with what frequent words have."""
+        product, frequent = super().to_dense(), self.frequent
+        return product if frequent is None else product.index_add(0, frequent.words, frequent.to_dense())
+
+    @property
+    def entry(self) -> tuple[int, ...]:
+        """As in the base class."""
+        own = (0, 0) if self.frequent is None else (self.frequent.m1, self.frequent.terms)
+        return self.m1, self.n1, self.terms, *own
 
     def forward(self, indices: Tensor) -> Tensor:
         """Map integers (...) to rows (..., embedding_dim)."""
         rows = kronecker_embedding(indices, self.A, self.B)
+        if self.frequent is not None:
+            rows = rows + self.frequent(indices)
         # a traced graph is the same in every gradient mode; one for ONNX has no gradients
         traced = torch.jit.is_tracing()
         trained = not torch.onnx.is_in_onnx_export() if traced else torch.is_grad_enabled()
@@ -305,8 +397,12 @@ class KroneckerEmbedding(_KroneckerLayer):
         return rows
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, m1: int, n1: int, terms: int = 1) -> KroneckerEmbedding:
+    def from_embedding(
+        cls, embedding: nn.Embedding, m1: int, n1: int, terms: int = 1, frequent: int = 0, frequent_terms: int = 0
+    ) -> KroneckerEmbedding:
         """The nearest factored embedding, in the Frobenius norm; all else of the layer comes along.
+
+        A weight does not say how often words occur, so for frequent ones those are taken that the sum misses most.
 
         Raises:
             ValueError: the embedding uses max_norm, scale_grad_by_freq or sparse gradients.
@@ -318,9 +414,14 @@ class KroneckerEmbedding(_KroneckerLayer):
                 )
         m, n = embedding.weight.shape
         layer = cls(
-            m, n, m1, n1, terms, embedding.padding_idx, device=embedding.weight.device, dtype=embedding.weight.dtype
-        )
+            m, n, m1, n1, terms, embedding.padding_idx, frequent, frequent_terms, device=embedding.weight.device,
+            dtype=embedding.weight.dtype,
+        )  # fmt: skip
         layer._set_nearest(embedding.weight, embedding)
+        if (frequent_words := layer.frequent) is not None:
+            rest = embedding.weight.detach() - _KroneckerLayer.to_dense(layer)
+            frequent_words.words.copy_(words := farthest_rows(rest, frequent))
+            frequent_words._set_nearest(rest[words], embedding)
         return layer
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,19 +12,32 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .factor_plan import FactorEntry
 from .kronecker_embeddings import FactoredEmbeddings
 from .kronecker_family import family_of, pooler_of
 from .kronecker_internals import RefusesHollowCheckpoints, WeightsError
-from .kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from .kronecker_layers import FrequentWords, KroneckerEmbedding, KroneckerLinear
 from .kronecker_matching import matched_plan
 
 logger = logging.get_logger(__name__)
+_ENTRY = "(m1, n1, terms, frequent, frequent_terms)"
 
 
-def factor_module(module: nn.Module, m1: int, n1: int, terms: int) -> KroneckerLinear | KroneckerEmbedding:
-    """An uninitialised factored layer with the sizes of a dense one (`nn.Linear`, `Conv1D` or `nn.Embedding`)."""
+def factor_module(module: nn.Module, entry: FactorEntry) -> KroneckerLinear | KroneckerEmbedding:
+    """An uninitialised factored layer with the sizes of a dense one (`nn.Linear`, `Conv1D` or `nn.Embedding`).
+
+    Raises:
+        TypeError: a module of another class.
+        ValueError: frequent words of a layer that is no embedding.
+    """
+    m1, n1, terms = entry.m1, entry.n1, entry.terms
     if isinstance(module, nn.Embedding):
-        return KroneckerEmbedding(module.num_embeddings, module.embedding_dim, m1, n1, terms, module.padding_idx)
+        sizes = module.num_embeddings, module.embedding_dim, m1, n1, terms, module.padding_idx
+        return KroneckerEmbedding(*sizes, entry.frequent, entry.frequent_terms)
+    if entry.frequent:
+        raise ValueError(
+            f"frequent={entry.frequent} is for embeddings, but the module is a {type(module).__name__}; leave it out"
+        )
     if isinstance(module, Conv1D):
         return KroneckerLinear(module.nx, module.nf, m1, n1, terms, bias=True)
     if isinstance(module, nn.Linear):
@@ -66,7 +80,7 @@ class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, Pre
         for name, entry in matched_plan(self, self.config.factor_plan).items():
             parent, _, leaf = name.rpartition(".")
             if name in modules:  # a model may have been built without its pooler
-                setattr(modules[parent], leaf, factor_module(modules[name], entry.m1, entry.n1, entry.terms))
+                setattr(modules[parent], leaf, factor_module(modules[name], entry))
 
     def _allocate(self, device: torch.device) -> None:
         """Give the skeleton its memory; buffers get their values too, which nothing else would restore.
@@ -88,7 +102,7 @@ class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, Pre
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (KroneckerLinear, KroneckerEmbedding)):
+        if isinstance(module, (KroneckerLinear, KroneckerEmbedding, FrequentWords)):
             module.init_factors(self.config.initializer_range)
         else:
             super()._init_weights(module)
@@ -121,14 +135,15 @@ class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, Pre
     def _check_config(self) -> None:
         modules = dict(self.base_model.named_modules())
         planned = {
-            name: (e.m1, e.n1, e.terms) for name, e in matched_plan(self.base_model, self.config.factor_plan).items()
+            name: tuple(asdict(entry).values())
+            for name, entry in matched_plan(self.base_model, self.config.factor_plan).items()
         }
         for name, module in modules.items():
             is_factored = isinstance(module, (KroneckerLinear, KroneckerEmbedding))
-            built = (module.m1, module.n1, module.terms) if is_factored else None
+            built = module.entry if is_factored else None
             if built != planned.get(name):
                 raise ValueError(
-                    f"module {name!r} has (m1, n1, terms) = {built}, but {planned.get(name)} in config.factor_plan "
+                    f"module {name!r} has {_ENTRY} = {built}, but {planned.get(name)} in config.factor_plan "
                     "(None is dense), so the model could not be loaded again; make both agree"
                 )
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
@@ -223,7 +238,7 @@ def _misfit(model: KroneckerPreTrainedModel, info: dict[str, Any]) -> str | None
         if {key.rpartition(".")[2] for key in pooler} == {"A", "B", "bias"}:
             keys -= pooler
     for key in sorted(missing):
-        if key.endswith((".A", ".B")):
+        if key.endswith((".A", ".B", ".words")):
             return f"{key!r} is missing; {remedy}"
     for key in sorted(unexpected):
         name, _, leaf = key.rpartition(".")
@@ -231,9 +246,15 @@ def _misfit(model: KroneckerPreTrainedModel, info: dict[str, Any]) -> str | None
         factored = isinstance(modules.get(name), (KroneckerLinear, KroneckerEmbedding))
         if factored and modules[name] is model.get_output_embeddings():
             return f"{key!r} is left over: their output head is not tied; load them with tie_word_embeddings=False"
-        if known and leaf in (("weight",) if factored else ("A", "B")):
+        if known and leaf in (("weight",) if factored else ("A", "B", "words")):
             return f"{key!r} is left over; {remedy}"
     for key, found, wanted in sorted(info["mismatched_keys"]):
-        if key.endswith((".A", ".B")):
+        if key.endswith((".A", ".B", ".words")):
             return f"{key!r} has shape {tuple(found)}, not {tuple(wanted)}; {remedy}"
+    embedding: Any = model.get_input_embeddings()
+    if isinstance(embedding, KroneckerEmbedding) and embedding.frequent is not None:
+        words = embedding.frequent.words
+        ascending = words.is_meta or bool((words[1:] > words[:-1]).all())
+        if not ascending or (not words.is_meta and (words[0] < 0 or words[-1] >= embedding.num_embeddings)):
+            return f"the frequent words are not ascending indices of {embedding.num_embeddings} words; save them anew"
     return None

@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..checkpoint.load import source_name
-from ..compression.activations import Text, calibration_batches
+from ..compression.activations import COUNTED, Text, calibration_batches
 from ..compression.compress import is_searched, planned
 from ..compression.plan_file import read_plan
 from ..distillation import DistillationArguments, start_student
@@ -74,6 +74,7 @@ class StudentOptions:
         tokenizer: PreTrainedTokenizerBase,
         recipe: Recipe,
         texts: Sequence[Text] | None = None,
+        counted: Sequence[Text] | None = None,
         progress: bool = False,
     ) -> PreTrainedModel:
         """The student at its start.
@@ -83,6 +84,7 @@ class StudentOptions:
             tokenizer: of the teacher.
             recipe: for what the command line leaves open.
             texts: of the training, for a search without `--calibration`.
+            counted: more of them, of which only the words are counted.
             progress: show progress bars.
 
         Raises:
@@ -91,9 +93,12 @@ class StudentOptions:
         if self.start is None:
             self.plan = self.plan or recipe.plan  # for the record
         plan, chosen = read_plan(self.plan or recipe.plan), self._texts(recipe, texts)
+        if self.calibration is not None:
+            counted = TextSource((self.calibration,)).lines(COUNTED)
         return start_student(
-            teacher, plan, self.start, ratio=self.ratio, calibration=chosen, tokenizer=tokenizer, progress=progress
-        )
+            teacher, plan, self.start, ratio=self.ratio, calibration=chosen,
+            counted=None if chosen is None else counted, tokenizer=tokenizer, progress=progress,
+        )  # fmt: skip
 
     def check(
         self,

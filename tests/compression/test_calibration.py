@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -22,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from kronecker_transformers import compress, describe
 from kronecker_transformers.checkpoint.load import load_student
 from kronecker_transformers.cli import main
-from kronecker_transformers.compression import calibration, search
+from kronecker_transformers.compression import activations, calibration, search
 from kronecker_transformers.compression import compress as compress_module
 from kronecker_transformers.compression import outputs as outputs_module
-from kronecker_transformers.compression.activations import CalibrationBatch, calibration_batches, layers_of
+from kronecker_transformers.compression.activations import CalibrationBatch, calibration_batches, layers_of, word_counts
 from kronecker_transformers.compression.calibration import calibrate
 from kronecker_transformers.compression.outputs import HeldOutOutputs
 from kronecker_transformers.compression.search import search_plan
@@ -155,6 +156,36 @@ def test_frequent_words_come_nearer():
     squared = W[[5, 9, 11]].square().sum()
     assert error.nearest == pytest.approx((before[[5, 9, 11]].square().sum() / squared).sqrt().item(), rel=1e-4)
     assert error.calibrated == pytest.approx((distances()[[5, 9, 11]].square().sum() / squared).sqrt().item(), rel=1e-4)
+
+
+def test_the_words_that_more_text_has_get_the_product_of_their_own():
+    dense = teacher(BertModel)
+    W = dense.get_input_embeddings().weight
+    rare, frequent = torch.tensor([20, 21, 22, 23]), torch.tensor([8, 9, 13, 15])
+    batches = [
+        CalibrationBatch(ids.repeat(12, 10), torch.ones(12, 40, dtype=torch.int64), held_out)
+        for ids, held_out in ((rare, False), (frequent, True))
+    ]
+    counts = torch.zeros(64, dtype=torch.float64).index_fill_(0, frequent, 900)
+    lost = {}
+    for name, known in (("counted", counts), ("not counted", None)):
+        student = compress(dense, {"embeddings.word_embeddings": (64, 1, 2, 4, 4)}).model
+        calibrate(dense, student, batches, counts=known)
+        table = student.embeddings.word_embeddings
+        assert (table.frequent.words.tolist() == frequent.tolist()) == (name == "counted")
+        lost[name] = (table.to_dense() - W)[frequent].norm() / W[frequent].norm()
+    assert lost["counted"] < 1e-3  # four words, and a product of rank four
+    assert lost["not counted"] > 0.5
+
+
+def test_words_are_counted_in_texts_and_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(activations, "_COUNTED_AT_ONCE", 3)
+    tokenizer = bert_tokenizer(tmp_path)
+    counted = [*texts(7), ("the fox", "the dog"), "the " * 900]
+    plain = [part for text in counted for part in ([text] if isinstance(text, str) else text)]
+    expected = Counter(token for text in plain for token in tokenizer.encode(text))
+    found = word_counts(counted, tokenizer, teacher(BertModel))
+    assert {index: count for index, count in enumerate(found.tolist()) if count} == expected
 
 
 def test_a_student_that_does_worse_as_a_whole_keeps_its_nearest_factors(family, monkeypatch, caplog):
@@ -444,7 +475,7 @@ def test_command_line(tmp_path, capsys):
     model, _ = load_student(tmp_path / "student")
     record = recorded_errors(tmp_path / "student", describe(model).factors_sha256)
     assert all(e.keys() == {"relative_error", "output_error", "nearest_output_error"} for e in record.values())
-    wanted = compress(tmp_path / "bert", "7.7x", calibration=texts()[:70]).model.state_dict()
+    wanted = compress(tmp_path / "bert", "7.7x", calibration=texts()[:70], counted=texts()).model.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
     assert main(["inspect", str(tmp_path / "student")]) == 0

@@ -12,9 +12,11 @@ from kronecker_transformers.compression.estimates import (
     best_choice,
     error_curves,
     factor_shapes,
+    frequent_error_curves,
     weighted_error_curve,
 )
-from kronecker_transformers.compression.moments import MomentSums
+from kronecker_transformers.compression.moments import MomentSums, kronecker_product
+from kronecker_transformers.models.kronecker_layers import farthest_rows
 from kronecker_transformers.models.kronecker_nearest import nearest_kronecker
 
 
@@ -86,6 +88,21 @@ def test_curve_of_an_embedding_is_what_its_factors_reach(n1):
         product = torch.einsum("irj,krl->ikjl", A, B).reshape(12, 10)
         error = ((product - W).square().sum(1) @ weights / total).sqrt().item()
         assert curve[terms - 1].item() == pytest.approx(error, rel=1e-6, abs=1e-7)
+
+
+def test_curve_of_frequent_words_is_what_their_factors_reach():
+    W, weights = torch.randn(30, 10), torch.rand(30, dtype=torch.float64) + 0.1
+    curves = frequent_error_curves(W, weights, [1, 3], [4, 12])
+    assert curves.keys() == {(1, 4), (1, 12), (3, 4), (3, 12)}
+    total = W.double().square().sum(1) @ weights
+    for (rank, count), curve in curves.items():
+        product = kronecker_product(*weighted_kronecker(W, weights, 30, 1, rank))
+        words = farthest_rows(W - product, count, weights)
+        for own in range(1, min(count, 10 - rank)):
+            factors = weighted_kronecker((W - product)[words], weights[words], count, 1, own)
+            whole = product.index_add(0, words, kronecker_product(*factors))
+            error = ((whole - W).square().sum(1) @ weights / total).sqrt().item()
+            assert curve[own - 1].item() == pytest.approx(error, rel=1e-3)
 
 
 OPTIONS = st.lists(

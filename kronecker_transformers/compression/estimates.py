@@ -114,6 +114,7 @@ def frequent_error_curves(
             left -= float(rows.square().sum())
             energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
             own = energies.sum() - energies.cumsum(0)
+            own = own[:count]
             curves[rank, count] = ((own.clamp_min(0) + max(left, 0.0)) / max(total, 1e-30)).sqrt()
     return curves
 

@@ -100,23 +100,30 @@ def _turn_weight(graph: ir.Graph, node: Any) -> None:
 def _share_tables(graph: ir.Graph) -> None:
     """Words that are looked up in the weight of the output head, where the exporter has stored it a second time.
 
-    A head needs its weight as (k, words); a look-up then takes columns of it.
+    A head needs its weight as (k, words); a look-up then takes columns of it. Only the largest is shared: with a second
+    one, that of frequent words, ONNX Runtime 1.32 crashes while it loads the graph of a GPT-2 in half precision.
     """
     nodes: list[Any] = list(graph)
     weights: dict[tuple[int, ...], list[Any]] = {}
     for node in nodes:
         if node.op_type == "MatMul" and (weight := node.inputs[1]).is_initializer():
             weights.setdefault(tuple(weight.shape), []).append(weight)
+    found: list[tuple[Any, Any]] = []
     for node in nodes:
         if node.op_type != "Gather" or not node.inputs[0].is_initializer() or node.attributes.get_int("axis", 0) != 0:
             continue
-        table, rows = node.inputs
+        table = node.inputs[0]
         for weight in weights.get(tuple(table.shape)[::-1], ()):
             if np.array_equal(table.const_value.numpy().T, weight.const_value.numpy()):
-                columns = _add(graph, node, "Gather", [weight, rows], None, axis=1)
-                order = [*range(1, 1 + len(rows.shape)), 0]
-                _replace(graph, node, _add(graph, node, "Transpose", [columns], node.outputs[0], perm=order))
+                found.append((node, weight))
                 break
+    largest = max((weight.const_value.size for _, weight in found), default=0)
+    for node, weight in found:
+        if weight.const_value.size == largest:
+            rows = node.inputs[1]
+            columns = _add(graph, node, "Gather", [weight, rows], None, axis=1)
+            order = [*range(1, 1 + len(rows.shape)), 0]
+            _replace(graph, node, _add(graph, node, "Transpose", [columns], node.outputs[0], perm=order))
 
 
 def rest_to_int8(model: ir.Model, smallest: int) -> None:

@@ -259,10 +259,11 @@ def _write_int4(source: Path, target: Path) -> None:
         block_size=BLOCK, is_symmetric=True, accuracy_level=4, quant_format=QuantFormat.QOperator,
         op_types_to_quantize=("MatMul", "Gather"),
     )  # fmt: skip
+    kept = {*shared.values(), *(t.name for t in proto.graph.initializer if t.data_type != onnx.TensorProto.FLOAT)}
     left = [
         node.name
         for node in proto.graph.node
-        if (node.op_type == "MatMul" and node.name not in products) or node.input[:1] in [[w] for w in shared.values()]
+        if (node.op_type == "MatMul" and node.name not in products) or not kept.isdisjoint(node.input[:1])
     ]
     quantizer = MatMulNBitsQuantizer(proto, algo_config=settings, nodes_to_exclude=[*left, *shared])
     quantizer.process()

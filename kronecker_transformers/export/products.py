@@ -147,8 +147,8 @@ class ProductEmbedding(nn.Module):
         self.own: ProductEmbedding | None = None
         if frequent is not None:  # a table of them, with a row of zeros for all others
             self.own = ProductEmbedding(nn.functional.pad(frequent.A.detach(), (0, 0, 0, 0, 0, 1)), frequent.B.detach())
-            place = torch.full((len(A) * len(B),), frequent.m1, device=A.device)
-            place[frequent.words] = torch.arange(frequent.m1, device=A.device)
+            place = torch.full((len(A) * len(B),), frequent.m1, dtype=torch.int32, device=A.device)
+            place[frequent.words.long()] = torch.arange(frequent.m1, dtype=torch.int32, device=A.device)
             self.register_buffer("place", place)
         m1, self.terms, self.n1 = A.shape
         self.m2, _, self.n2 = B.shape
@@ -157,11 +157,18 @@ class ProductEmbedding(nn.Module):
         self.register_buffer("B", B.contiguous())
         if self.m2 == 1 and self.terms > 1:
             self.mix = linear_of(B[0].t())  # (n2, R)
+        if self.own is not None and self.n1 == self.m2 == 1:
+            self.both = linear_of(torch.cat([B[0], self.own.B[0]]).t())
 
     def forward(self, indices: Tensor) -> Tensor:
         """Map integers (...) to rows (..., n)."""
-        rows = self._shared(indices)
-        return rows if self.own is None else rows + self.own(self.place[indices])
+        if self.own is None:
+            return self._shared(indices)
+        places = self.place.index_select(0, indices.flatten()).reshape(indices.shape)
+        if self.n1 == self.m2 == 1:  # one product for both
+            both: Tensor = self.both(torch.cat([self.rows(indices), self.own.rows(places)], -1))
+            return both
+        return self._shared(indices) + self.own(places)
 
     def _shared(self, indices: Tensor) -> Tensor:
         outer = indices if self.m2 == 1 else indices.div(self.m2, rounding_mode="floor")
@@ -206,5 +213,5 @@ class TiedHead(nn.Module):
         else:
             y = self.outer(Z if n1 == 1 else Z.flatten(-2))
         if self.own is not None:
-            y = y + self.own(h)[..., self.place]
+            y = y + self.own(h).index_select(-1, self.place)
         return y if self.bias is None else y + self.bias

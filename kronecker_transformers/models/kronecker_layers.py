@@ -152,10 +152,20 @@ class _KroneckerLayer(nn.Module):
             values = torch.randn_like(factor, dtype=torch.float32)
             init.copy_(factor, values * (target / values.square().mean((0, 2), keepdim=True).sqrt()))
 
-    def to_dense(self) -> Tensor:
-        """The product W (m, n), for tests and export."""
+    def shared_product(self) -> Tensor:
+        """The sum over r of A_r (x) B_r, (m, n)."""
         product = torch.einsum("irj,krl->ikjl", self.A, self.B)
         return product.reshape(self.m1 * self.m2, self.n1 * self.n2)
+
+    def to_dense(self) -> Tensor:
+        """The weight W (m, n), with what frequent words have, for tests and export."""
+        product, own = self.shared_product(), self._own
+        return product if own is None else product.index_add(0, own.words, own.shared_product())
+
+    @property
+    def _own(self) -> FrequentWords | None:
+        """What frequent words have beside the sum."""
+        return None
 
     @property
     def entry(self) -> tuple[int, ...]:
@@ -219,12 +229,12 @@ class KroneckerLinear(_KroneckerLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., n) to (..., m)."""
         y = kronecker_linear(x, self.A, self.B, self.bias)
-        frequent = None if self.tied is None else self.tied[0].frequent
-        return y if frequent is None else frequent(x, y)
+        own = self._own
+        return y if own is None else own(x, y)
 
-    def to_dense(self) -> Tensor:
-        """As in the base class; of a tied head, the embedding's."""
-        return super().to_dense() if self.tied is None else self.tied[0].to_dense()
+    @property
+    def _own(self) -> FrequentWords | None:
+        return None if self.tied is None else self.tied[0].frequent
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, m1: int, n1: int, terms: int = 1) -> KroneckerLinear:
@@ -335,8 +345,6 @@ class KroneckerEmbedding(_KroneckerLayer):
         ValueError: m1 or n1 does not divide, terms < 1, or padding_idx is not an index.
     """
 
-    frequent: FrequentWords | None
-
     def __init__(
         self,
         num_embeddings: int,
@@ -373,10 +381,9 @@ class KroneckerEmbedding(_KroneckerLayer):
                 for place in (self.frequent.words == self.padding_idx).nonzero().flatten().tolist():
                     init.zeros_(self.frequent.A[place])
 
-    def to_dense(self) -> Tensor:
-        """As in the base class, with what frequent words have."""
-        product, frequent = super().to_dense(), self.frequent
-        return product if frequent is None else product.index_add(0, frequent.words, frequent.to_dense())
+    @property
+    def _own(self) -> FrequentWords | None:
+        return self.frequent
 
     @property
     def entry(self) -> tuple[int, ...]:
@@ -419,7 +426,7 @@ class KroneckerEmbedding(_KroneckerLayer):
         )  # fmt: skip
         layer._set_nearest(embedding.weight, embedding)
         if (frequent_words := layer.frequent) is not None:
-            rest = embedding.weight.detach() - _KroneckerLayer.to_dense(layer)
+            rest = embedding.weight.detach() - layer.shared_product()
             frequent_words.words.copy_(words := farthest_rows(rest, frequent))
             frequent_words._set_nearest(rest[words], embedding)
         return layer

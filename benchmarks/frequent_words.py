@@ -44,8 +44,8 @@ class Run:
 def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
     teacher, dense, tokenizer, lesson = prepared(run.task, options)
-    whole = teacher.base_model.num_parameters()
-    ratio = RATIO * dense.base_model.num_parameters() / whole
+    base: Any = dense.base_model
+    ratio = RATIO * base.num_parameters() / teacher.base_model.num_parameters()
     none: Any = patch.object(candidates, "_with_frequent_words", lambda W, weights: [])
     with nullcontext() if run.frequent_words else none:
         result = compress(

@@ -251,7 +251,7 @@ def _costs(model: Any, is_twin: bool) -> dict[str, Any]:
     return {
         "costs": costs,
         "ratio": report.dense.parameters / report.factored.parameters,
-        "layers": len(base.layers),
+        "layers": sum(not layer.name.endswith(".frequent") for layer in base.layers),
         "plan": f"{len(entries)} entries, {len(shapes)} shapes (m1, n1, terms)",
     }
 

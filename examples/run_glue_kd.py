@@ -23,7 +23,6 @@ import numpy as np
 from datasets import DatasetDict
 from transformers import DataCollatorWithPadding
 
-from kronecker_transformers.compression.activations import COUNTED
 from kronecker_transformers.display import results_table
 from kronecker_transformers.experiments.classification import (
     check_unnamed_labels,
@@ -133,8 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     options.choose_rate(arguments, teacher)
-    counted = calibration_rows(train_rows, COUNTED)
-    student = options.student(teacher, tokenizer, recipe, texts, counted, progress=not arguments.disable_tqdm)
+    student = options.student(teacher, tokenizer, recipe, texts, progress=not arguments.disable_tqdm)
     models = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).to(arguments.device),

@@ -13,7 +13,6 @@ from rich.console import Console
 from . import display
 from .checkpoint.files import check_file, check_new_folder, to_json, write_text
 from .checkpoint.load import load_model, load_student, save_folder
-from .compression.activations import COUNTED
 from .compression.compress import compress
 from .compression.latency import Runtime
 from .compression.plan_file import check_plan_path, read_plan
@@ -56,12 +55,11 @@ def run_distill(arguments: argparse.Namespace, console: Console) -> None:
 def run_compress(arguments: argparse.Namespace, console: Console) -> None:
     """Factor a dense model."""
     check_new_folder(arguments.output)
-    texts, counted = _calibration_texts(arguments) if arguments.calibration else (None, None)
+    texts = _calibration_texts(arguments) if arguments.calibration else None
     plan = None if arguments.plan is None else read_plan(arguments.plan)
     result = compress(
-        arguments.teacher, plan, ratio=arguments.ratio, only=arguments.only, calibration=texts, counted=counted,
-        progress=True,
-    )  # fmt: skip
+        arguments.teacher, plan, ratio=arguments.ratio, only=arguments.only, calibration=texts, progress=True
+    )
     result.save_pretrained(arguments.output)
     _show(result.report, console)
     if result.tokenizer is None:
@@ -69,12 +67,11 @@ def run_compress(arguments: argparse.Namespace, console: Console) -> None:
     console.print(f"Saved in {arguments.output}. Compression alone loses much of the quality: distil it before use.")
 
 
-def _calibration_texts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Those that are read by the teacher, and those whose words are counted."""
+def _calibration_texts(arguments: argparse.Namespace) -> list[str]:
     if arguments.calibration_texts < 1:
         raise ValueError(f"calibration-texts={arguments.calibration_texts} must be at least 1; some hundred do well")
     source = TextSource((arguments.calibration,), column=arguments.calibration_column)
-    return source.lines(arguments.calibration_texts), source.lines(COUNTED)
+    return source.lines(arguments.calibration_texts)
 
 
 def run_search(arguments: argparse.Namespace, console: Console) -> None:
@@ -83,12 +80,11 @@ def run_search(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.picture:
         display.check_picture(arguments.picture)
     names = ("batch", "length", "engine", "int8")
-    texts, counted = _calibration_texts(arguments)
     timed = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     runtime = Runtime(**timed) if timed else None
     found = search_plan(
         arguments.teacher,
-        texts,
+        _calibration_texts(arguments),
         ratio=arguments.ratio,
         parameters=arguments.parameters,
         size_bytes=arguments.size_bytes,
@@ -97,7 +93,6 @@ def run_search(arguments: argparse.Namespace, console: Console) -> None:
         runtime=runtime,
         only=arguments.only,
         low_rank=arguments.low_rank,
-        counted=counted,
         progress=True,
     )
     found.save(arguments.output)

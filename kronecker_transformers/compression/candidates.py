@@ -43,7 +43,7 @@ SIZES_SHARED = SIZES[::4]
 FREQUENT = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16)
 """Shares of the words that may be frequent ones."""
 EVENED = 1 / 3
-"""Power of the weights of words by which the candidates of an embedding compete."""
+"""Power of the weights of words by which the candidates compete where words were counted in more text."""
 TRIED = 2
 """Shapes that are tried in the middle layer for each size; the best one of each is kept."""
 PROBE = 1 / 8
@@ -118,7 +118,9 @@ def measured_layers(
         if name not in weights:
             yield _kept(name, weight, 0)
             continue
-        yield _embedding(name, weight, *weights[name], wanted[name], low_rank)
+        yield _embedding(
+            name, weight, *weights[name], wanted[name], low_rank, counts is not None and name == family.words
+        )
     if family.projection and projection_of(base) is not None:
         name, weight = family.projection, projection_of(base).weight
         moments = projection_moments(base, base, batches) if name in names else None
@@ -266,14 +268,15 @@ def _kept(name: str, W: Tensor, tokens: int) -> MeasuredLayer:
 
 
 def _embedding(
-    name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry], low_rank: bool
+    name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry], low_rank: bool, known: bool
 ) -> MeasuredLayer:
-    """An embedding with its candidates.
+    """An embedding with its candidates; with those that treat frequent words apart where these are `known`.
 
-    They compete by evened weights: in the training that follows, rare words count for more than their share.
+    Where they are, all compete by evened weights: in the training that follows, rare words count for more than their
+    share.
     """
     m, n = W.shape
-    evened = fit**EVENED
+    evened = fit**EVENED if known else fit
     candidates = [_candidate(W, 0, None, 0.0)]
     for n1 in [d for d in range(1, 2 if low_rank else n) if n % d == 0]:
         curve = weighted_error_curve(W, evened, n1)
@@ -283,7 +286,7 @@ def _embedding(
             if 1 <= count < len(curve):
                 candidates.append(_candidate(W, 0, FactorEntry(m, n1, count), float(curve[count - 1])))
     A, B = weighted_kronecker(W, fit, m, 1, max(1, _terms(W, m, 1, PROBE)))
-    if float(fit.max()) > float(fit.min()):
+    if known:
         candidates += _with_frequent_words(W, evened)
     return MeasuredLayer(name, W, candidates, (A, B, None), row_error(W, kronecker_product(A, B), held_out))
 

@@ -103,8 +103,9 @@ def compress(
             that the student will meet, or pairs (tuples) of them for a classifier of pairs. A tenth of them is held out
             and decides, layer by layer, whether the nearest factors are kept. Without any, all layers get their nearest
             factors.
-        counted: more texts like these, of which only the words are counted, for the word embedding: its frequent words
-            get more parameters. Some ten thousand do well; default: the calibration texts.
+        counted: more texts like these, some ten thousand, of which only the words are counted: a search may then give
+            frequent words a product of their own. Default: words are counted in the calibration texts, and none is set
+            apart.
         tokenizer: of a teacher that is a loaded model; needed with `calibration`, and returned.
         progress: show progress bars on standard error.
 

@@ -63,7 +63,7 @@ class Lesson:
     """The same as sentences, for teachers without a head."""
     calibration: Sequence[Text] = ()
     counted: Sequence[Text] = ()
-    """Texts of which only the words are counted."""
+    """Texts of which only the words are counted, for the heads with which it was tried."""
     weights: Mapping[str, Any] = field(default_factory=dict)
     factored_weights: Mapping[str, Any] | None = None
     """Of a factored student, in place of these: for the heads with which others were tried."""
@@ -121,7 +121,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
         )
     return Lesson(
         batch, length, objective, partial(make, train), collate, kept, sentences, calibration_lines(train),
-        train.lines(COUNTED), weights, factored_weights=SHARES if kind == "sequence" else None,
+        train.lines(COUNTED) if kind is None else [], weights, factored_weights=SHARES if kind == "sequence" else None,
         muon=kind in (None, "sequence"), pooling=pooling,
     )  # fmt: skip
 
@@ -151,7 +151,7 @@ def task_lesson(
     examples = altered_examples(rows, ALTERED, dense, tokenizer, length)
     return dense, tokenizer, Lesson(
         32, length, "kronecker_bert", examples, collate, held_out, [], calibration_rows(rows),
-        calibration_rows(rows, COUNTED), WEIGHTS, SHARES,
+        weights=WEIGHTS, factored_weights=SHARES,
         scores=partial(judged, task=task, data=data, collator=collate), muon=True,
     )  # fmt: skip
 
@@ -162,9 +162,9 @@ def calibration_lines(source: TextSource) -> list[Text]:
     return [*lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION]]
 
 
-def calibration_rows(rows: Sequence[Row], number: int = CALIBRATION) -> list[Text]:
+def calibration_rows(rows: Sequence[Row]) -> list[Text]:
     """Texts, or pairs of them, of a task, on which a plan is searched and factors are fitted."""
-    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in rows[:number]]
+    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in rows[:CALIBRATION]]
 
 
 def altered_examples(

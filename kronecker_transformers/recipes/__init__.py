@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..checkpoint.load import source_name
-from ..compression.activations import COUNTED, Text, calibration_batches
+from ..compression.activations import Text, calibration_batches
 from ..compression.compress import is_searched, planned
 from ..compression.plan_file import read_plan
 from ..distillation import DistillationArguments, start_student
@@ -93,11 +93,11 @@ class StudentOptions:
         if self.start is None:
             self.plan = self.plan or recipe.plan  # for the record
         plan, chosen = read_plan(self.plan or recipe.plan), self._texts(recipe, texts)
-        if self.calibration is not None:
-            counted = TextSource((self.calibration,)).lines(COUNTED)
+        if self.calibration is not None or chosen is None:
+            counted = None
         return start_student(
             teacher, plan, self.start, ratio=self.ratio, calibration=chosen,
-            counted=None if chosen is None else counted, tokenizer=tokenizer, progress=progress,
+            counted=counted, tokenizer=tokenizer, progress=progress,
         )  # fmt: skip
 
     def check(

@@ -475,7 +475,7 @@ def test_command_line(tmp_path, capsys):
     model, _ = load_student(tmp_path / "student")
     record = recorded_errors(tmp_path / "student", describe(model).factors_sha256)
     assert all(e.keys() == {"relative_error", "output_error", "nearest_output_error"} for e in record.values())
-    wanted = compress(tmp_path / "bert", "7.7x", calibration=texts()[:70], counted=texts()).model.state_dict()
+    wanted = compress(tmp_path / "bert", "7.7x", calibration=texts()[:70]).model.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
     assert main(["inspect", str(tmp_path / "student")]) == 0

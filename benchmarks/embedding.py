@@ -76,14 +76,14 @@ def perform(run: dict[str, Any], text: Path, options: Any) -> None:
     rank, minutes = run.get("rank"), run["minutes"]
     if not minutes and (rank or "parameters_of_rank" in run):
         lesson = text_lesson(model, tokenizer, TextSource((str(text),)), 0)
-        texts = {"calibration": lesson.calibration, "counted": lesson.counted, "tokenizer": tokenizer}
+        texts = {"calibration": lesson.calibration, "tokenizer": tokenizer}
         if rank:
             student = compress(model, plan(model.config, rank), **texts).model
         else:
             m, n = model.get_input_embeddings().weight.shape
             smaller = model.num_parameters() - m * n + run["parameters_of_rank"] * (m + n)
             ratio = model.num_parameters() / smaller
-            student = compress(model, "low-rank", ratio=ratio, only="embedding", **texts).model
+            student = compress(model, "low-rank", ratio=ratio, only="embedding", counted=lesson.counted, **texts).model
     elif not minutes:
         student = model
     else:

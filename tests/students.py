@@ -39,7 +39,8 @@ def student(model_class, plan=None, dtype=torch.float32, **changes):
     model = perturb(model_class(config)).to(dtype).eval()
     frequent = getattr(model.get_input_embeddings(), "frequent", None)
     if frequent is not None:
-        frequent.words.copy_(torch.randperm(config.vocab_size)[: frequent.m1].sort().values)
+        order = torch.randperm(config.vocab_size, generator=torch.Generator().manual_seed(0))
+        frequent.words.copy_(order[: frequent.m1].sort().values)
     return model
 
 

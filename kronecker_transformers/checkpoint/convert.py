@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.kronecker_family import family_of, pooler_of
+from ..models.kronecker_layers import FrequentWords
 
 
 def model_like(source: PreTrainedModel, model_class: type[PreTrainedModel], config: Any) -> PreTrainedModel:
@@ -37,9 +38,9 @@ def copy_rest(source: PreTrainedModel, target: PreTrainedModel) -> None:
     source_modules = dict(source.named_modules())
     shapes = {name: parameter.shape for name, parameter in target.named_parameters()}
     for name, module in target.named_modules():
-        other = source_modules.get(name)
-        if other is None:  # of frequent words
+        if isinstance(module, FrequentWords):  # a dense embedding has none apart
             continue
+        other = source_modules[name]
         for key, parameter in other.named_parameters(recurse=False):
             if getattr(module._parameters.get(key), "is_meta", False):
                 set_parameter(module, key, parameter.detach().clone(), parameter)

@@ -76,17 +76,9 @@ def calibration_batches(
         TypeError: a text is neither a string nor a pair of them, or all is one string.
         ValueError: too few texts, or a causal classifier that does not know its padding token.
     """
-    if isinstance(texts, str):
-        raise TypeError("calibration text is one string; give a list of strings")
-    texts = list(texts)
-    for index, text in enumerate(texts):
-        parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
-        if not all(isinstance(part, str) for part in parts):
-            raise TypeError(
-                f"calibration text {index} is of type {type(text).__name__}; give strings, or tuples of two"
-            )
+    checked = list(_parts(texts, "calibration"))
     check_pad_token(model)
-    texts = [text for text in texts if "".join(text).strip()]
+    texts = [parts if len(parts) == 2 else parts[0] for parts in checked if "".join(parts).strip()]
     length = min(length, longest_sequence(model))
     rows: list[_Row] = []
     if family_of(model).causal:
@@ -111,14 +103,40 @@ def calibration_batches(
 
 
 def word_counts(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
-    """How often each word of the vocabulary occurs in texts, (vocabulary,) float64; of a pair in both."""
+    """How often each word of the vocabulary occurs in texts, (vocabulary,) float64; of a pair in both.
+
+    Raises:
+        TypeError: a text is neither a string nor a pair of them, or all is one string.
+        ValueError: no words at all, or words that the embedding does not have.
+    """
     embedding: Any = model.get_input_embeddings()
     counts = torch.zeros(embedding.num_embeddings, dtype=torch.float64)
-    left = chain.from_iterable((text,) if isinstance(text, str) else text for text in texts)
+    left = chain.from_iterable(_parts(texts, "counted"))
     while some := list(islice(left, _COUNTED_AT_ONCE)):
         ids = list(chain.from_iterable(tokenizer(some, verbose=False)["input_ids"]))  # long texts too, as a whole
+        if ids and max(ids) >= len(counts):
+            raise ValueError(
+                f"the tokenizer gives token {max(ids)}, but the teacher's embedding has {len(counts)} rows; use its own"
+            )
         counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(counts))
+    if not counts.any():
+        raise ValueError("counted text has no words; give some ten thousand texts, or leave it out")
     return counts
+
+
+def _parts(texts: Iterable[Text], what: str) -> Iterator[tuple[str, ...]]:
+    """Texts as tuples of one or two strings.
+
+    Raises:
+        TypeError: as `calibration_batches`.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"{what} text is one string; give a list of strings")
+    for index, text in enumerate(texts):
+        parts = text if isinstance(text, tuple) and len(text) == 2 else (text,)
+        if not all(isinstance(part, str) for part in parts):
+            raise TypeError(f"{what} text {index} is of type {type(text).__name__}; give strings, or tuples of two")
+        yield parts
 
 
 class _Row(NamedTuple):

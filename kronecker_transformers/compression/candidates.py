@@ -268,15 +268,14 @@ def _kept(name: str, W: Tensor, tokens: int) -> MeasuredLayer:
 
 
 def _embedding(
-    name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry], low_rank: bool, known: bool
+    name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry], low_rank: bool, counted: bool
 ) -> MeasuredLayer:
-    """An embedding with its candidates; with those that treat frequent words apart where these are `known`.
+    """An embedding with its candidates; frequent words have a product of their own where they were `counted`.
 
-    Where they are, all compete by evened weights: in the training that follows, rare words count for more than their
-    share.
+    Then all compete by evened weights: in the training that follows, rare words count for more than their share.
     """
     m, n = W.shape
-    evened = fit**EVENED if known else fit
+    evened = fit**EVENED if counted else fit
     candidates = [_candidate(W, 0, None, 0.0)]
     for n1 in [d for d in range(1, 2 if low_rank else n) if n % d == 0]:
         curve = weighted_error_curve(W, evened, n1)
@@ -286,7 +285,7 @@ def _embedding(
             if 1 <= count < len(curve):
                 candidates.append(_candidate(W, 0, FactorEntry(m, n1, count), float(curve[count - 1])))
     A, B = weighted_kronecker(W, fit, m, 1, max(1, _terms(W, m, 1, PROBE)))
-    if known:
+    if counted:
         candidates += _with_frequent_words(W, evened)
     return MeasuredLayer(name, W, candidates, (A, B, None), row_error(W, kronecker_product(A, B), held_out))
 

@@ -103,9 +103,9 @@ def compress(
             that the student will meet, or pairs (tuples) of them for a classifier of pairs. A tenth of them is held out
             and decides, layer by layer, whether the nearest factors are kept. Without any, all layers get their nearest
             factors.
-        counted: more texts like these, some ten thousand, of which only the words are counted: a search may then give
-            frequent words a product of their own. Default: words are counted in the calibration texts, and none is set
-            apart.
+        counted: more texts like these, some ten thousand, of which only the words are counted: the word embedding is
+            fitted to them, and a search may give frequent words a product of their own. Default: words are counted in
+            the calibration texts, and none is set apart.
         tokenizer: of a teacher that is a loaded model; needed with `calibration`, and returned.
         progress: show progress bars on standard error.
 
@@ -116,7 +116,8 @@ def compress(
         TypeError: the teacher is neither a name, a folder nor a model; or a text is neither a string nor a pair of
             strings.
         ValueError: unsupported teacher, a plan that does not fit, or weights that are not finite; with `calibration`,
-            too little text, no tokenizer, or activations that are not finite; with `ratio`, a plan too, no calibration
+            too little text, no tokenizer, or activations that are not finite; `counted` without it, or without words;
+            with `ratio`, a plan too, no calibration
             text, or a ratio that cannot be met; with `only`, a pattern that matches nothing, or a plan for other
             modules.
         OSError: the teacher cannot be read.
@@ -125,6 +126,8 @@ def compress(
     modules = modules_of(teacher)
     refuse_code(teacher.config.to_dict(), "config.json")
     student_class: Any = FACTORED_CLASSES[type(teacher)]
+    if counted is not None and calibration is None:
+        raise ValueError("counted text was given without calibration text, for which factors are fitted; give both")
     student, budget, names = planned(teacher, plan, ratio, only, calibration is not None)
     batches: list[CalibrationBatch] = []
     counts = None

@@ -146,8 +146,10 @@ class LatencyTable:
                 x = torch.randint(m, (tokens,), device=self._options["device"])
                 layer_function: Callable[..., Tensor] = embedding
                 if entry is not None:
-                    own = entry.frequent, entry.frequent_terms
-                    layer_function = KroneckerEmbedding(m, n, m, entry.n1, entry.terms, None, *own, **self._options)
+                    layer_function = KroneckerEmbedding(
+                        m, n, m, entry.n1, entry.terms, **self._options, frequent=entry.frequent,
+                        frequent_terms=entry.frequent_terms,
+                    )  # fmt: skip
                     factors = []
             else:
                 x = torch.randn(tokens, n, **self._options)

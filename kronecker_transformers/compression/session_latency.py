@@ -98,5 +98,7 @@ def _embedding(m: int, n: int, entry: FactorEntry | None) -> nn.Module:
     """A table with random weights, as it is exported."""
     if entry is None:
         return nn.Embedding(m, n)
-    own = min(m, entry.frequent), entry.frequent_terms
-    return product_embedding(KroneckerEmbedding(m, n, m, entry.n1, entry.terms, None, *own))
+    frequent = min(m, entry.frequent)
+    return product_embedding(
+        KroneckerEmbedding(m, n, m, entry.n1, entry.terms, frequent=frequent, frequent_terms=entry.frequent_terms)
+    )

@@ -40,7 +40,7 @@ def start_student(
             layers or fewer.
         ratio: as for `compress`; not with `start`.
         calibration: texts for which the factors are fitted, as for `compress`; not with `start`.
-        counted: texts of which only the words are counted, as for `compress`.
+        counted: texts of which only the words are counted, as for `compress`; not with `start`.
         tokenizer: of the teacher; needed with `calibration`.
         progress: show a progress bar of the calibration.
 
@@ -58,7 +58,7 @@ def start_student(
         return result.model.requires_grad_(True).train()
     if ratio is not None:
         raise ValueError(f"start={os.fspath(start)!r} has its own plan, and ratio={ratio} was given; leave one out")
-    if calibration is not None:
+    if calibration is not None or counted is not None:
         raise ValueError(
             f"start={os.fspath(start)!r} has factors of its own, and calibration would replace them; give one of both"
         )

@@ -314,7 +314,10 @@ class FrequentWords(_KroneckerLayer):
             init.copy_(self.words, torch.arange(self.m1, dtype=torch.int32))
 
     def forward(self, x: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Map integers x (...) to rows (..., n), 0 for other words; or add those of x (..., n) to logits (..., m)."""
+        """Map integers x (...) to rows (..., n), 0 for other words; or add those of x (..., n) to logits (..., m).
+
+        One method for both: accelerate and others bring the weights of a module when it is called.
+        """
         if logits is not None:
             return logits.index_add(-1, self.words, kronecker_linear(x, self.A, self.B).to(logits.dtype))
         words = self.words.to(x.dtype)
@@ -342,7 +345,8 @@ class KroneckerEmbedding(_KroneckerLayer):
 
     Raises:
         TypeError: a size is not an integer.
-        ValueError: m1 or n1 does not divide, terms < 1, or padding_idx is not an index.
+        ValueError: m1 or n1 does not divide, terms < 1, padding_idx is not an index, or frequent and frequent_terms are
+            not both given, or too large.
     """
 
     def __init__(
@@ -353,12 +357,18 @@ class KroneckerEmbedding(_KroneckerLayer):
         n1: int,
         terms: int = 1,
         padding_idx: int | None = None,
-        frequent: int = 0,
-        frequent_terms: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        frequent: int = 0,
+        frequent_terms: int = 0,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, m1, n1, terms, device, dtype)
+        if not 0 <= frequent <= num_embeddings or (frequent == 0) != (frequent_terms == 0):
+            raise ValueError(
+                f"frequent={frequent} must be from 0 to {num_embeddings}, the number of embeddings, and frequent_terms="
+                f"{frequent_terms} its rank; give both, or none"
+            )
         own = frequent, embedding_dim, frequent_terms, device, dtype
         self.frequent = FrequentWords(*own) if frequent else None
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
@@ -421,8 +431,8 @@ class KroneckerEmbedding(_KroneckerLayer):
                 )
         m, n = embedding.weight.shape
         layer = cls(
-            m, n, m1, n1, terms, embedding.padding_idx, frequent, frequent_terms, device=embedding.weight.device,
-            dtype=embedding.weight.dtype,
+            m, n, m1, n1, terms, embedding.padding_idx, embedding.weight.device, embedding.weight.dtype,
+            frequent=frequent, frequent_terms=frequent_terms,
         )  # fmt: skip
         layer._set_nearest(embedding.weight, embedding)
         if (frequent_words := layer.frequent) is not None:

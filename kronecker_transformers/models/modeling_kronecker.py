@@ -33,7 +33,7 @@ def factor_module(module: nn.Module, entry: FactorEntry) -> KroneckerLinear | Kr
     m1, n1, terms = entry.m1, entry.n1, entry.terms
     if isinstance(module, nn.Embedding):
         sizes = module.num_embeddings, module.embedding_dim, m1, n1, terms, module.padding_idx
-        return KroneckerEmbedding(*sizes, entry.frequent, entry.frequent_terms)
+        return KroneckerEmbedding(*sizes, frequent=entry.frequent, frequent_terms=entry.frequent_terms)
     if entry.frequent:
         raise ValueError(
             f"frequent={entry.frequent} is for embeddings, but the module is a {type(module).__name__}; leave it out"

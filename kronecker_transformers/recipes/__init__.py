@@ -94,7 +94,7 @@ class StudentOptions:
             self.plan = self.plan or recipe.plan  # for the record
         plan, chosen = read_plan(self.plan or recipe.plan), self._texts(recipe, texts)
         if self.calibration is not None or chosen is None:
-            counted = None
+            counted = None  # of other texts
         return start_student(
             teacher, plan, self.start, ratio=self.ratio, calibration=chosen,
             counted=counted, tokenizer=tokenizer, progress=progress,

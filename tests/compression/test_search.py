@@ -15,13 +15,13 @@ from transformers import (
 from kronecker_transformers import KroneckerBertConfig, compress, describe
 from kronecker_transformers.cli import main
 from kronecker_transformers.compression import latency, search
-from kronecker_transformers.compression.activations import calibration_batches
+from kronecker_transformers.compression.activations import calibration_batches, word_counts
 from kronecker_transformers.compression.candidates import STEP, Candidate, MeasuredLayer, influences
 from kronecker_transformers.compression.latency import LatencyTable, Runtime
 from kronecker_transformers.compression.moments import kronecker_product
 from kronecker_transformers.compression.plan_file import read_plan, write_plan
 from kronecker_transformers.compression.search import search_plan
-from kronecker_transformers.display import plan_picture
+from kronecker_transformers.display import plan_picture, plan_table
 from kronecker_transformers.evaluation.cost import REPORT_LENGTH
 from kronecker_transformers.models import FACTORED_CLASSES
 from kronecker_transformers.models.factor_plan import FactorEntry, FactorPlan
@@ -288,9 +288,58 @@ def test_sizes_of_a_pass_are_checked_before_anything_is_measured(bert, monkeypat
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_frequent_words_compete_where_they_are_counted(family, request):
+    dense, tokenizer, without = request.getfixturevalue(family)
+    counted = [*texts(400), *["the fox"] * 4000]
+    found = search_plan(dense, texts(), ratio=2.5, counted=counted, tokenizer=tokenizer)
+    assert not any(c.entry and c.entry.frequent for layer in without.layers for c in layer.candidates)
+    words, *others = found.layers
+    assert not any(c.entry and c.entry.frequent for layer in others for c in layer.candidates)
+    entries = {c.entry: c for c in words.candidates if c.entry and c.entry.frequent}
+    assert entries
+    for entry, candidate in entries.items():
+        assert candidate.parameters == entry.parameters(*words.weight)
+        shared = [c.error for c in words.candidates if c.entry == FactorEntry(entry.m1, 1, entry.terms)]
+        assert all(candidate.error < error for error in shared)
+    less = words.weight[0] * words.weight[1] * 3 // 4
+    small = search_plan(
+        dense, texts(), parameters=size(dense) - less, only="embedding", counted=counted, tokenizer=tokenizer
+    )
+    entry = small.plan[words.name]
+    assert entry.frequent  # two words make up most of the text
+    result = compress(dense, small.plan, calibration=texts(), counted=counted, tokenizer=tokenizer)
+    assert size(result.model) == small.parameters <= size(dense) - less
+    shown = next(iter(plan_table(small).columns[3].cells))
+    assert shown == f"{entry.m1}x1\n+ {entry.frequent}x1"
+
+
+@pytest.mark.parametrize(
+    ("counted", "error", "message"),
+    [
+        ("the fox", TypeError, "counted text is one string"),
+        (["the fox", 3], TypeError, "counted text 1 is of type int"),
+        ([], ValueError, "counted text has no words"),
+    ],
+)
+def test_bad_counted_text_is_refused_before_the_work(counted, error, message, bert, monkeypatch):
+    monkeypatch.setattr(search, "measured_layers", lambda *a: pytest.fail("work began"))
+    dense, tokenizer, _ = bert
+    for function in (compress, search_plan):
+        with pytest.raises(error, match=message):
+            function(dense, calibration=texts(), ratio=2.5, counted=counted, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="counted text was given without calibration text"):
+        compress(dense, "7.7x", counted=["the fox"], tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"the tokenizer gives token \d+, but the teacher's embedding has 6 rows"):
+        word_counts(["the fox"], tokenizer, teacher(BertModel, vocab_size=6))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_times_are_measured(family, request):
     dense, tokenizer, _ = request.getfixturevalue(family)
-    found = search_plan(dense, texts(), milliseconds=1e6, runtime=Runtime(1, 8), tokenizer=tokenizer)
+    found = search_plan(
+        dense, texts(), milliseconds=1e6, runtime=Runtime(1, 8), counted=texts(400), tokenizer=tokenizer
+    )
+    assert any(c.entry and c.entry.frequent for c in found.layers[0].candidates)
     assert not found.plan  # all may stay dense
     assert found.latency.predicted > 0
     for layer in found.layers:

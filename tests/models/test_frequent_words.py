@@ -17,7 +17,8 @@ WORDS = torch.tensor([1, 4, 5, 9, 22, 23])
 
 def embedding(m1=24, n1=2, terms=3, padding_idx=None):
     torch.manual_seed(0)
-    layer = KroneckerEmbedding(24, 10, m1, n1, terms, padding_idx, 6, 4, dtype=torch.float64)
+    own = {"frequent": 6, "frequent_terms": 4}
+    layer = KroneckerEmbedding(24, 10, m1, n1, terms, padding_idx, dtype=torch.float64, **own)
     layer.frequent.words.copy_(WORDS)
     return layer
 
@@ -57,7 +58,7 @@ def test_the_padding_word_gives_no_gradient_and_starts_at_zero():
     layer = embedding(padding_idx=4)
     layer(torch.tensor([4, 4])).sum().backward()
     assert not layer.frequent.A.grad.any()
-    fresh = KroneckerEmbedding(24, 10, 24, 1, 3, 2, 6, 4)  # its frequent words are the first six
+    fresh = KroneckerEmbedding(24, 10, 24, 1, 3, 2, frequent=6, frequent_terms=4)  # for the first six words
     assert not fresh(torch.tensor([2])).any()
     assert fresh(torch.tensor([3])).any()
 
@@ -139,7 +140,7 @@ def test_words_that_cannot_be_are_refused(change, message, tmp_path):
 
 def test_words_that_are_cut_off_are_dropped():
     model = student(kt.KroneckerGPT2LMHeadModel)
-    table, before = model.get_input_embeddings(), model.get_input_embeddings().to_dense()
+    table = model.get_input_embeddings()
     table.frequent.words.copy_(torch.arange(60, 72))
     before = table.to_dense().detach()
     model.resize_token_embeddings(64)
@@ -167,6 +168,12 @@ def test_words_that_are_cut_off_are_dropped():
 def test_bad_entries(entry, error, message):
     with pytest.raises(error, match=message):
         student(kt.KroneckerBertModel, {"embeddings.word_embeddings": entry})
+
+
+@pytest.mark.parametrize("own", [(25, 2), (-1, 2), (3, 0), (0, 2)])
+def test_a_layer_takes_both_numbers_or_none(own):
+    with pytest.raises(ValueError, match=f"frequent={own[0]} must be from 0 to 24, .* frequent_terms={own[1]}"):
+        KroneckerEmbedding(24, 10, 24, 1, frequent=own[0], frequent_terms=own[1])
 
 
 def test_only_embeddings_have_words():

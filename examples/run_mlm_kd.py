@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.weights():
         raise ValueError("all weights that are left are 0; give an intermediate term a weight, or use --train_heads")
     student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
-    collator = collator_for(student, tokenizer)
+    collator = collator_for(student, tokenizer, arguments)
     models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student).eval(), "student": student}
     kept: list[Example] = []
     if options.validation_text:
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     with results_kept(folder, record):
         rows: dict[str, list[Any]] = {"parameters": [model.num_parameters() for model in models.values()]}
         if options.validation_text:
-            batches = fixed_batches(kept, collator)
+            batches = fixed_batches(kept, collator_for(student, tokenizer))
             judge = masked_quality if has_head else partial(last_layer_distance, teacher)
             found = [judge(model.to(arguments.device), batches) for model in models.values()]
             rows |= {name: [values[name] for values in found] for name in found[0]}

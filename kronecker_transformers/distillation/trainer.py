@@ -262,6 +262,11 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             self._balance(samples, step)
         return samples, step
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As the base class; then wait for all processes: the file that ends a checkpoint is to be the last of all."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

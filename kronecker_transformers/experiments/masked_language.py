@@ -15,6 +15,7 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 
 from ..checkpoint.load import load_teacher
@@ -27,7 +28,8 @@ from .run import TEACHER, save_once, train_plainly
 Batch = dict[str, torch.Tensor]
 Collator = Callable[[list[Example]], Any]
 
-
+_SEEDS_APART = 1000
+"""Of two processes: those between are for the workers of a data loader, each of which adds its number."""
 _STAGES = (("words", "next_sentence"), ("words",), ())
 """Kinds of the heads of a teacher that this stage is for."""
 
@@ -80,10 +82,17 @@ def has_next_sentence(
     return False
 
 
-def collator_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Collator:
-    """Makes a batch for this model: masks anew each time for one with a head, no masks for one without."""
+def collator_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: TrainingArguments | None = None
+) -> Collator:
+    """Makes a batch for this model: masks anew each time for one with a head, no masks for one without.
+
+    With the arguments of a training, masks are drawn from its seed, in each process others, and from nothing else:
+    batches are fetched before their step, so the state of torch's generator in a checkpoint is not that of its step.
+    """
+    seed = None if training is None else training.seed + _SEEDS_APART * training.process_index
     names = {"input_ids", "token_type_ids", "attention_mask"}
-    mask, pad = DataCollatorForLanguageModeling(tokenizer), DataCollatorWithPadding(tokenizer)
+    mask, pad = DataCollatorForLanguageModeling(tokenizer, seed=seed), DataCollatorWithPadding(tokenizer)
     heads = heads_of(model)
 
     def collate(examples: list[Example]) -> Any:
@@ -124,7 +133,7 @@ def with_heads(
         train_plainly(
             model,
             stream,
-            collator_for(model, tokenizer),
+            collator_for(model, tokenizer, like),
             like,
             max_steps=steps,
             learning_rate=like.learning_rate,

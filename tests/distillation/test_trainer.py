@@ -28,7 +28,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 
 from kronecker_transformers.distillation import DistillationArguments
 from kronecker_transformers.distillation import trainer as trainer_module
-from kronecker_transformers.distillation.checkpoints import newest_checkpoint
+from kronecker_transformers.distillation.checkpoints import is_complete, newest_checkpoint
 
 _NAME = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(DistillationArguments, name)
@@ -138,6 +138,19 @@ def test_only_complete_checkpoints_are_resumed_from(tmp_path):
     (tmp_path / "checkpoint-7").mkdir()
     with pytest.raises(ValueError, match=r"resume_from_checkpoint=.*checkpoint-7' is not a complete checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+
+def test_a_checkpoint_is_complete_only_when_all_processes_have_written_theirs(tmp_path, monkeypatch):
+    teacher, student = pair(BertModel)
+    trainer = make_trainer(student, teacher, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    checkpoint, waited = tmp_path / "checkpoint-1", []
+    monkeypatch.setattr(
+        trainer.accelerator, "wait_for_everyone",
+        lambda: waited.append(((checkpoint / "rng_state.pth").exists(), is_complete(checkpoint))),
+    )  # fmt: skip
+    trainer.train()
+    assert (True, False) in waited
+    assert is_complete(checkpoint)
 
 
 def test_parameters_that_no_term_reaches_stay_as_they_are(tmp_path):

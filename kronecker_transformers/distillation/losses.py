@@ -21,14 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """Label of a position without a target, as everywhere in transformers."""
 
+_ENTRIES = {"cpu": 2**18, "cuda": 2**26}
+"""Of logits whose divergence is computed at a time: those that a cache holds, or as many as leave a GPU no gaps."""
 SIMILARITY_TEMPERATURE = 0.05
 """Of `similarity_kl`: a cosine that is smaller by 0.05 makes a neighbour e times less likely."""
 
@@ -157,16 +161,44 @@ def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     KroneckerBERT, section 3.5 ("logit" term), in the form of Hinton et al. (2015): T^2 keeps the scale of the gradient.
 
     Args:
-        student, teacher: logits (..., classes); a class that cannot be chosen has -inf in both.
+        student, teacher: logits (..., classes); a class that cannot be chosen has -inf in both. The teacher's get no
+            gradient.
         temperature: T > 0.
 
     Returns:
         (...), in nats.
     """
-    log_s, log_t = (torch.log_softmax(wide(logits) / temperature, -1) for logits in (student, teacher))
-    impossible = log_t.isneginf()
-    difference = log_t.masked_fill(impossible, 0) - log_s.masked_fill(impossible, 0)
-    return temperature**2 * (log_t.exp() * difference).sum(-1)
+    divergence: Tensor = _LogitKL.apply(student, teacher, temperature)
+    return divergence
+
+
+class _LogitKL(torch.autograd.Function):
+    """`logit_kl`, some rows at a time: over a vocabulary, float32 copies of all logits would be most of the memory.
+
+    The gradient, T (softmax(s / T) - softmax(t / T)), is found with the value, and kept in the dtype of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        classes = student.shape[-1]
+        rows = max(1, _ENTRIES.get(student.device.type, _ENTRIES["cuda"]) // classes)
+        values, gradients = [], []
+        for s, t in zip(*(x.reshape(-1, classes).split(rows) for x in (student, teacher)), strict=True):
+            log_s, log_t = (torch.log_softmax(wide(logits) / temperature, -1) for logits in (s, t))
+            impossible, p_t = log_t.isneginf(), log_t.exp()
+            difference = log_t.sub_(log_s).masked_fill_(impossible, 0)
+            values.append(temperature**2 * (p_t * difference).sum(-1))
+            if ctx.needs_input_grad[0]:
+                gradients.append((temperature * log_s.exp_().sub_(p_t)).to(student.dtype))
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients).reshape(student.shape))
+        return torch.cat(values).reshape(student.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * gradient.unsqueeze(-1).to(slope.dtype), None, None
 
 
 def logit_binary_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -207,6 +239,8 @@ def token_logit_kl(student: Tensor, teacher: Tensor, mask: Tensor, temperature: 
         (S,), in nats.
     """
     real = mask.bool()
+    if real.all():  # without a copy of all logits
+        return logit_kl(student, teacher, temperature).mean(-1)
     divergence = logit_kl(student[real], teacher[real], temperature)  # (real positions,)
     return _mean_over_real(torch.zeros_like(mask, dtype=divergence.dtype).masked_scatter(real, divergence), mask)
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.spatial.distance import cosine
 
 from kronecker_transformers.distillation import losses
@@ -122,6 +123,21 @@ def test_logit_kl(temperature):
     s, t = pair(SEQUENCES, CLASSES)
     expected = [temperature**2 * kl(s[b].tolist(), t[b].tolist(), temperature) for b in range(SEQUENCES)]
     assert_per_sequence(losses.logit_kl(s, t, temperature), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_logit_kl_are_those_of_autograd_through_many_blocks(dtype, monkeypatch):
+    monkeypatch.setitem(losses._ENTRIES, "cpu", 3 * CLASSES)
+    s, t = pair(SEQUENCES, LENGTH, CLASSES, dtype=dtype)
+    weights = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(0)).to(losses.wide(s).dtype)
+    s.requires_grad_()
+    found = losses.logit_kl(s, t, 2.0)
+    plain = 4 * F.kl_div(
+        F.log_softmax(losses.wide(s) / 2, -1), F.softmax(losses.wide(t) / 2, -1), reduction="none"
+    ).sum(-1)
+    torch.testing.assert_close(found, plain)
+    (mine,), (expected,) = (torch.autograd.grad((weights * loss).sum(), s) for loss in (found, plain))
+    torch.testing.assert_close(mine, expected)
 
 
 def test_logit_binary_kl():

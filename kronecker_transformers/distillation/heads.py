@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -55,8 +56,8 @@ class Output(Head):
             return losses.supervised_binary(logits, targets)
         if self.kind == "replaced":
             return losses.supervised_binary(logits[counted := targets != losses.IGNORED], targets[counted])
-        if self.kind == "next_token":
-            logits = logits[:, :-1]
+        if self.kind == "next_token":  # what follows the last token is not known
+            targets = F.pad(targets, (0, 1), value=losses.IGNORED)
         elif self.kind == "span":  # padding is no candidate, else the loss would depend on how much of it there is
             logits = logits.masked_fill(~real_positions(inputs), torch.finfo(logits.dtype).min)
         return losses.supervised_classes(logits, targets, smoothing)

@@ -21,18 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .by_rows import by_rows
 
 IGNORED = -100
 """Label of a position without a target, as everywhere in transformers."""
 
-_ENTRIES = {"cpu": 2**18, "cuda": 2**26}
-"""Of logits whose divergence is computed at a time: those that a cache holds, or as many as leave a GPU no gaps."""
 SIMILARITY_TEMPERATURE = 0.05
 """Of `similarity_kl`: a cosine that is smaller by 0.05 makes a neighbour e times less likely."""
 
@@ -98,9 +97,13 @@ def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool =
     Returns:
         (S,).
     """
-    visible = _visible(mask, causal)  # (S, L, L)
-    squares = (wide(student) - wide(teacher)).square().mean(1)  # (S, L, L)
-    return squares.masked_fill(~visible, 0).sum((1, 2)) / visible.sum((1, 2))
+    return by_rows(_attention_mse, student, teacher, _visible(mask, causal))
+
+
+def _attention_mse(student: Tensor, teacher: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    difference = (wide(student) - wide(teacher)).masked_fill_(~visible, 0)
+    pairs = student.shape[1] * visible.sum((1, 2, 3))
+    return difference.square().sum((1, 2, 3)) / pairs, difference.mul_(2 / _per_sequence(pairs))
 
 
 def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool = False) -> Tensor:
@@ -116,10 +119,22 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor, causal: bool = 
     Returns:
         (S,), in nats.
     """
-    visible = _visible(mask, causal).unsqueeze(1)  # (S, 1, L, L)
-    log_s, log_t = (_log_softmax(scores, visible) for scores in (student, teacher))
-    divergence = (log_t.exp() * (log_t - log_s)).sum(-1).mean(1)  # (S, L)
-    return _mean_over_real(divergence, mask)
+    return by_rows(_attention_kl, student, teacher, _visible(mask, causal))
+
+
+def _attention_kl(student: Tensor, teacher: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    hidden, lowest = ~visible, torch.finfo(torch.float32).min  # not -inf: a row without visible keys would turn to NaN
+    log_s, log_t = (torch.log_softmax(wide(x).masked_fill(hidden, lowest), -1) for x in (student, teacher))
+    # what is hidden is the same in both and adds nothing; and the exponential of 0 is fast, unlike one that underflows
+    p = log_t.masked_fill_(hidden, 0).exp()
+    difference = log_t.sub_(log_s.masked_fill_(hidden, 0))
+    queries = student.shape[1] * visible.any(-1).sum((1, 2))
+    return (p * difference).sum((1, 2, 3)) / queries, log_s.exp_().sub_(p).div_(_per_sequence(queries))
+
+
+def _per_sequence(values: Tensor) -> Tensor:
+    """(S,) as (S, 1, 1, 1)."""
+    return values.reshape(-1, 1, 1, 1)
 
 
 def pooled_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -168,37 +183,17 @@ def logit_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tens
     Returns:
         (...), in nats.
     """
-    divergence: Tensor = _LogitKL.apply(student, teacher, temperature)
-    return divergence
+    rows = (logits.reshape(-1, logits.shape[-1]) for logits in (student, teacher))
+    return by_rows(partial(_logit_kl, temperature), *rows).reshape(student.shape[:-1])
 
 
-class _LogitKL(torch.autograd.Function):
-    """`logit_kl`, some rows at a time: over a vocabulary, float32 copies of all logits would be most of the memory.
-
-    The gradient, T (softmax(s / T) - softmax(t / T)), is found with the value, and kept in the dtype of the logits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        classes = student.shape[-1]
-        rows = max(1, _ENTRIES.get(student.device.type, _ENTRIES["cuda"]) // classes)
-        values, gradients = [], []
-        for s, t in zip(*(x.reshape(-1, classes).split(rows) for x in (student, teacher)), strict=True):
-            log_s, log_t = (torch.log_softmax(wide(logits) / temperature, -1) for logits in (s, t))
-            impossible, p_t = log_t.isneginf(), log_t.exp()
-            difference = log_t.sub_(log_s).masked_fill_(impossible, 0)
-            values.append(temperature**2 * (p_t * difference).sum(-1))
-            if ctx.needs_input_grad[0]:
-                gradients.append((temperature * log_s.exp_().sub_(p_t)).to(student.dtype))
-        if gradients:
-            ctx.save_for_backward(torch.cat(gradients).reshape(student.shape))
-        return torch.cat(values).reshape(student.shape[:-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * gradient.unsqueeze(-1).to(slope.dtype), None, None
+def _logit_kl(temperature: float, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    if temperature != 1:
+        student, teacher = wide(student) / temperature, wide(teacher) / temperature
+    log_s, log_t = (torch.log_softmax(wide(logits), -1) for logits in (student, teacher))
+    impossible, p = log_t.isneginf(), log_t.exp()
+    difference = log_t.sub_(log_s).masked_fill_(impossible, 0)
+    return temperature**2 * (p * difference).sum(-1), log_s.exp_().sub_(p).mul_(temperature)
 
 
 def logit_binary_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -272,9 +267,21 @@ def supervised_classes(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -
     Returns:
         A scalar, in nats.
     """
-    return F.cross_entropy(
-        wide(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
+    return by_rows(partial(_cross_entropy, smoothing), logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)).sum()
+
+
+def _cross_entropy(smoothing: float, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    counted = labels != IGNORED
+    if not counted.all():
+        values, slopes = wide(torch.zeros_like(logits[:, 0])), torch.zeros_like(wide(logits))
+        values[counted], slopes[counted] = _cross_entropy(smoothing, logits[counted], labels[counted])
+        return values, slopes
+    log_p, targets = torch.log_softmax(wide(logits), -1), labels.unsqueeze(1)
+    values = -log_p.gather(1, targets).squeeze(1)
+    if smoothing:
+        values = (1 - smoothing) * values - smoothing * log_p.mean(-1)
+    chosen = torch.full_like(targets, smoothing - 1, dtype=log_p.dtype)
+    return values, log_p.exp_().sub_(smoothing / logits.shape[-1]).scatter_add_(1, targets, chosen)
 
 
 def supervised_binary(logits: Tensor, labels: Tensor) -> Tensor:
@@ -314,17 +321,10 @@ def _mean_over_real(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _visible(mask: Tensor, causal: bool) -> Tensor:
-    """Which real query i sees which real key j, (S, L, L)."""
+    """Which real query i sees which real key j, (S, 1, L, L)."""
     real = mask.bool()
-    pairs = real[:, :, None] & real[:, None, :]
+    pairs = (real[:, :, None] & real[:, None, :]).unsqueeze(1)
     return pairs.tril() if causal else pairs
-
-
-def _log_softmax(scores: Tensor, visible: Tensor) -> Tensor:
-    """Log-probabilities over the visible keys; 0 where nothing is visible, so that padding adds nothing."""
-    scores = wide(scores)
-    lowest = torch.finfo(scores.dtype).min  # not -inf: a row without visible keys would turn to NaN
-    return torch.log_softmax(scores.masked_fill(~visible, lowest), -1).masked_fill(~visible, 0)
 
 
 # ---- the registry ----

@@ -1,0 +1,91 @@
+"""Where the time of a forward pass goes, in the dense model and in factored ones.
+
+    python benchmarks/parts.py | tee benchmarks/logs/parts.txt
+
+BERT-base, weights drawn as for training from scratch, seed 0; factored by the presets, and with all layers of low rank
+and as many parameters. All models take turns in one process; milliseconds are the median of the rounds, with the spread
+(half the distance between the quartiles). Their parts are shares of the operators' own time in a profile of a further
+pass. If linear layers took no time at all, the ratio to the dense model would be the limit; what attention, activation,
+norm and residual take is the same in all models.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from common import low_rank_plan
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
+from transformers import BertConfig, BertModel
+
+from kronecker_transformers import compress
+from kronecker_transformers.display import results_table
+from kronecker_transformers.evaluation.timing import environment, in_turn, median_and_spread
+
+PLANS = ("7.7x", "21x")
+BATCHES, LENGTH, ROUNDS = (8, 32), 128, 9
+PARTS = {
+    "large products": ("addmm", "mm", "linear", "mkldnn_linear"),
+    "small factors": ("bmm", "baddbmm", "mul", "add_", "copy_"),
+    "attention": ("_scaled_dot_product_flash_attention_for_cpu",),
+    "GELU": ("gelu",),
+    "norm, residual": ("native_layer_norm", "add"),
+}
+"""Operators of each; `add_` adds the bias of a factored layer, `copy_` turns it, or the heads of attention."""
+
+
+def models(trial: bool) -> dict[str, Any]:
+    """The dense model and its factored ones."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_hidden_layers": 2} if trial else {}
+    dense = BertModel(BertConfig(**sizes)).eval()
+    found = {"dense": dense}
+    for plan in PLANS:
+        found[plan] = compress(dense, plan).model
+        found[f"low rank, as {plan}"] = compress(dense, low_rank_plan(dense, found[plan].num_parameters())).model
+    return found
+
+
+@torch.no_grad()
+def parts_of(run: partial[Any]) -> list[float]:
+    """Shares of the parts in a pass, and of the rest."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in seen.key_averages()}
+    shares = [sum(times.get(name, 0.0) for name in names) / sum(times.values()) for names in PARTS.values()]
+    return [*shares, 1 - sum(shares)]
+
+
+@torch.no_grad()
+def main() -> None:
+    """A table for each dtype and batch."""
+    parser = argparse.ArgumentParser(description="Where the time of a forward pass goes.")
+    parser.add_argument("--trial", action="store_true", help="two layers, one batch")
+    options = parser.parse_args()
+    console = Console(width=150)
+    console.print(environment(), highlight=False)
+    dense_and_factored = models(options.trial)
+    headings = ["ms", "spread", "ratio", "limit", *PARTS, "rest"]
+    for dtype in (torch.bfloat16, torch.float32):
+        sides = {name: model.to(dtype) for name, model in dense_and_factored.items()}
+        for batch in BATCHES[:1] if options.trial else BATCHES:
+            ids = torch.randint(1000, 30_000, (batch, LENGTH))
+            runs = {name: partial(model, ids) for name, model in sides.items()}
+            found = {name: median_and_spread(seconds) for name, seconds in in_turn(runs, ROUNDS).items()}
+            rows = {}
+            for name, (whole, spread) in found.items():
+                parts = [whole * share for share in parts_of(runs[name])]
+                dense, linear = found["dense"][0], sum(parts[:2])
+                rows[name] = [
+                    f"{whole:.0f}", f"{spread:.0%}", f"{dense / whole:.2f}", f"{dense / (whole - linear):.2f}",
+                    *(f"{part:.0f}" for part in parts),
+                ]  # fmt: skip
+            title = f"{batch} x {LENGTH} tokens, {str(dtype).removeprefix('torch.')}"
+            console.print(results_table(title, headings, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -34,9 +34,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cpu", action="store_true", help="workers have CPU cores, not GPUs")
     parser.add_argument("--max_failures", type=int, default=3, help="starts after an accident (default: %(default)s)")
     parser.add_argument("--storage", help="folder or address of Ray's own records (default: ~/ray_results)")
-    parser.add_argument("script", help="its name, such as run_mlm_kd")
+    scripts = sorted(path.stem for path in Path(__file__).parent.glob("run_*_kd.py"))
+    parser.add_argument("script", choices=scripts, help="its name: %(choices)s", metavar="script")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of the script")
     given = parser.parse_args(argv)
+    if given.workers < 1 or given.max_failures < 0:
+        parser.error(f"--workers {given.workers} must be at least 1, --max_failures {given.max_failures} at least 0")
     options = [*given.options, *(["--use_cpu"] if given.cpu else [])]
     TorchTrainer(
         work,

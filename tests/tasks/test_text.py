@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 from kronecker_transformers.tasks.text import WHOLE, Share, TextSource, TextStream, length_group, training_steps
 
 WORDS = tiny.TEXT.split()
+# on a machine with one core, PyTorch warns of two workers
+on_one_core = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning")
 
 
 def write(path, text):
@@ -197,6 +199,7 @@ def test_groups_of_a_stream_have_similar_length_and_nothing_is_lost():
     assert found == again != other
 
 
+@on_one_core
 def test_processes_and_workers_divide_every_pass_without_overlap():
     """Three processes with two workers each; a worker makes its own examples alone."""
     made = []
@@ -242,6 +245,7 @@ def test_streams_follow_the_sampling_strategy(tmp_path, strategy, group):
     assert length_group(arguments) == group
 
 
+@on_one_core
 def test_workers_divide_a_stream():
     loader = DataLoader(TextStream(partial(numbered, count=10)), batch_size=None, num_workers=2)
     found = [example["number"] for example in itertools.islice(loader, 10)]

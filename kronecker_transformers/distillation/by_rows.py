@@ -34,14 +34,18 @@ def by_rows(function: Callable[..., tuple[Tensor, Tensor]], student: Tensor, *ot
 
 
 class _ByRows(torch.autograd.Function):
-    """Keeps nothing but the slopes, in the dtype of the student."""
+    """Keeps nothing but the slopes: in the dtype of the student, but float16, in which small ones would become 0.
+
+    They come before the scale of the loss, which is there to prevent that.
+    """
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., tuple[Tensor, Tensor]], student: Tensor, *others: Tensor) -> Tensor:
         entries = ENTRIES.get(student.device.type, ENTRIES["cuda"])
         rows = max(1, entries // max(1, student.shape[1:].numel()))
         values = student.new_empty(len(student), dtype=torch.promote_types(student.dtype, torch.float32))
-        slopes = torch.empty_like(student) if ctx.needs_input_grad[1] else None
+        kept = torch.float32 if student.dtype == torch.float16 else student.dtype
+        slopes = torch.empty_like(student, dtype=kept) if ctx.needs_input_grad[1] else None
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)
             values[part], found = function(*(tensor[part] for tensor in (student, *others)))
@@ -49,6 +53,7 @@ class _ByRows(torch.autograd.Function):
                 slopes[part] = found
         if slopes is not None:
             ctx.save_for_backward(slopes)
+        ctx.dtype = student.dtype
         return values
 
     @staticmethod
@@ -56,4 +61,4 @@ class _ByRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         shaped = gradient.to(slopes.dtype).reshape(-1, *[1] * (slopes.ndim - 1))
-        return None, slopes * shaped, *[None] * (len(ctx.needs_input_grad) - 2)
+        return None, (slopes * shaped).to(ctx.dtype), *[None] * (len(ctx.needs_input_grad) - 2)

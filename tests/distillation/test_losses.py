@@ -7,7 +7,7 @@ import torch
 from scipy.spatial.distance import cosine
 
 from kronecker_transformers.distillation import losses
-from kronecker_transformers.distillation.by_rows import ENTRIES
+from kronecker_transformers.distillation.by_rows import ENTRIES, by_rows
 
 LENGTHS = (7, 4, 1)
 SEQUENCES, LENGTH, HEADS, HEAD_SIZE, CLASSES = len(LENGTHS), 7, 3, 5, 6
@@ -148,6 +148,15 @@ def test_gradients_that_are_found_by_rows(name, rows, monkeypatch):
     (found,) = torch.autograd.grad(loss(s, t).sum(), s)
     (half,) = torch.autograd.grad(loss(lower := s.detach().bfloat16().requires_grad_(), t).sum(), lower)
     torch.testing.assert_close(half.double(), found, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_small_gradients_are_kept_by_the_scale_of_the_loss(dtype):
+    """In float16, 1e-9 is 0."""
+    x = torch.ones(4, 3, dtype=dtype, requires_grad=True)
+    loss = by_rows(lambda rows: (1e-9 * losses.wide(rows).sum(-1), torch.full_like(losses.wide(rows), 1e-9)), x)
+    (found,) = torch.autograd.grad(2.0**20 * loss.sum(), x)
+    torch.testing.assert_close(found, torch.full((4, 3), 2.0**20 * 1e-9, dtype=dtype))
 
 
 def test_logit_binary_kl():

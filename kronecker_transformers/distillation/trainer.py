@@ -64,10 +64,23 @@ def unchanged_forward(model: nn.Module) -> Iterator[None]:
         vars(model).update(before)
 
 
-def attention_kernel(arguments: DistillationArguments, length: int) -> AbstractContextManager[Any]:
-    """For short sequences in bf16 on a CPU the plain form: flash attention is slower there."""
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """PyTorch's attention as two products and a softmax, in the precision of its inputs."""
+    backends = torch.backends.cuda  # the setting counts on CPUs too
+    reduced = backends.fp16_bf16_reduction_math_sdp_allowed()
+    backends.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        backends.allow_fp16_bf16_reduction_math_sdp(reduced)
+
+
+def training_attention(arguments: DistillationArguments, length: int) -> AbstractContextManager[None]:
+    """For short sequences in bf16 on a CPU the plain form: flash attention has a slow backward pass there."""
     if arguments.bf16 and arguments.device.type == "cpu" and length <= _SHORT:
-        return sdpa_kernel(SDPBackend.MATH)
+        return plain_attention()
     return nullcontext()
 
 
@@ -129,7 +142,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             args.temperature,
             args.layer_map,
             args.label_smoothing_factor,
-            autocast=lambda: self.accelerator.autocast(),
+            autocast=self._teacher_context,
             pooling=pooling or teacher_pooling(teacher, args.weights()),
             memory=memory,
         )
@@ -303,7 +316,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         size = sum(parameter.numel() for parameter in trained)
         sums = {name: torch.zeros(size, device=self.args.device) for name in weights}
         for inputs in map(self._prepare_inputs, samples):
-            with attention_kernel(self.args, inputs["input_ids"].shape[-1]):
+            with training_attention(self.args, inputs["input_ids"].shape[-1]):
                 values = self.objective.values(self.model, inputs, counts)
                 self._check_finite(values)
                 for name, value in values.items():
@@ -315,8 +328,16 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the base class, with the attention that is the faster one, in the backward pass too."""
-        with attention_kernel(self.args, inputs["input_ids"].shape[-1]):
+        with training_attention(self.args, inputs["input_ids"].shape[-1]):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    @contextmanager
+    def _teacher_context(self) -> Iterator[None]:
+        """The precision of the training; and in bf16 on a CPU flash attention, which is faster without gradients."""
+        flash = self.args.bf16 and self.args.device.type == "cpu"
+        attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if flash else nullcontext()
+        with self.accelerator.autocast(), attention:
+            yield
 
     def _check_finite(self, values: dict[str, Tensor]) -> None:
         if torch.stack([value.detach() for value in values.values()]).isfinite().all():

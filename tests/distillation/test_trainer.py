@@ -218,16 +218,17 @@ def test_autocast_of_the_training_does_not_outlast_it(tmp_path):
 
 
 @pytest.mark.parametrize(("bf16", "short", "flash"), [(True, 12, False), (True, 11, True), (False, 12, True)])
-def test_flash_attention_is_left_out_for_short_sequences_in_bf16_on_a_cpu(tmp_path, monkeypatch, bf16, short, flash):
-    """The batch has 12 tokens; `short` is the longest sequence that counts as short."""
+def test_short_sequences_in_bf16_on_a_cpu_train_without_flash_attention(tmp_path, monkeypatch, bf16, short, flash):
+    """The batch has 12 tokens; `short` is the longest sequence that counts as short. The teacher is not trained."""
     monkeypatch.setattr(trainer_module, "_SHORT", short)
     teacher, student = pair(BertForSequenceClassification)
     seen = []
     for model in (teacher, student):
         model.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
     make_trainer(student, teacher, tmp_path, max_steps=1, bf16=bf16).train()
-    assert seen == [flash, flash]
+    assert seen == [True, flash]
     assert torch.backends.cuda.flash_sdp_enabled()
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
 
 def test_a_copy_of_the_teacher_has_no_distance_from_it_in_bf16(tmp_path):

@@ -31,19 +31,26 @@ def multiplications(m1: int, n1: int, m2: int, n2: int, terms: int) -> tuple[int
     return terms * n1 * n2 * m2 + terms * m2 * n1 * m1, terms * n2 * n1 * m1 + terms * m1 * n2 * m2
 
 
-def _left_multiply(M: Tensor, X: Tensor) -> Tensor:
-    """M X[t] for every t: M (p, k) shared, X (T, k, q), result (T, p, q)."""
+def _left_multiply(M: Tensor, X: Tensor, bias: Tensor | None = None) -> Tensor:
+    """M X[t] + bias for every t: M (p, k) and bias (p, q) shared, X (T, k, q), result (T, p, q)."""
     p, k = M.shape
     tokens, _, q = X.shape
     if q == 1:
-        return F.linear(X.squeeze(-1), M).unsqueeze(-1)
+        return _plus(F.linear(X.squeeze(-1), M).unsqueeze(-1), bias)
     # the exporter that traces would write down this number of tokens in `expand`
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-        return torch.matmul(M, X)
-    if min(p, k) <= q:  # else the gradient of M, (T, p, k) before the sum over T, would be larger than the activations
-        # bmm, not matmul: matmul folds this into one very thin GEMM when M needs a gradient, ten times slower on a CPU
-        return torch.bmm(M.expand(tokens, p, k), X)
-    return F.linear(X.transpose(1, 2), M).transpose(1, 2)
+        return _plus(torch.matmul(M, X), bias)
+    if min(p, k) > q:  # the gradient of M, (T, p, k) before the sum over T, would be larger than the activations
+        return _plus(F.linear(X.transpose(1, 2), M).transpose(1, 2), bias)
+    # not matmul, which folds this into one very thin GEMM when M needs a gradient, ten times slower on a CPU
+    if bias is None or _is_traced():
+        return _plus(torch.bmm(M.expand(tokens, p, k), X), bias)
+    return torch.baddbmm(bias, M.expand(tokens, p, k), X)
+
+
+def _plus(Y: Tensor, bias: Tensor | None) -> Tensor:
+    """Y + bias, in place: Y is fresh, and saved for no gradient."""
+    return Y if bias is None else Y.add_(bias)
 
 
 def _sum_of_outer(G: Tensor, X: Tensor) -> Tensor:
@@ -84,18 +91,13 @@ class _Contraction:
     def output(self, bias: Tensor | None) -> Tensor:
         """Y + bias, (T, m1, m2), perhaps a view of (T, m2, m1)."""
         Z, Q = self.intermediate(), self.Q
+        if bias is not None:  # before the copy that the transpose below may need
+            bias = bias.reshape(self.m1, self.m2)
+            bias = bias.t().contiguous() if self.swapped else bias  # a strided one is slow in half precision
         if not self.large_last:
-            Y = _left_multiply(Q, Z)  # (T, q2, p2)
-        elif Q.shape[1] == 1 and len(Q) <= 8 and Z.device.type == "cpu":  # slow as a product over so short an axis
-            Y = torch.stack([Z.squeeze(-1) * q for q in Q.unbind()], -1)
-        elif Q.shape[1] == 1:
-            Y = Z * Q.t()
+            Y = _left_multiply(Q, Z, bias)  # (T, q2, p2)
         else:
-            Y = F.linear(Z, Q)  # (T, p2, q2)
-        if bias is not None:
-            # in place and before the copy that the transpose below may need: Y is fresh, and saved for no gradient
-            shaped = bias.reshape(self.m1, self.m2)
-            Y.add_(shaped.t().contiguous() if self.swapped else shaped)  # a strided one is slow in half precision
+            Y = _plus(Z * Q.t() if Q.shape[1] == 1 and not Z.is_cpu else F.linear(Z, Q), bias)  # (T, p2, q2)
         return Y.transpose(1, 2) if self.swapped else Y
 
     def gradients(self, dy: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:

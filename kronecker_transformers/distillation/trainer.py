@@ -32,7 +32,7 @@ from .sampling import SamplingTrainer
 logger = logging.getLogger(__name__)
 
 _SHORT = 128
-"""Tokens; with twice as many flash attention is the faster one (benchmarks/attention.py)."""
+"""Tokens; with twice as many the plain form gains little, and keeps large matrices (benchmarks/attention.py)."""
 
 
 @contextmanager

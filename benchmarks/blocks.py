@@ -5,7 +5,7 @@
 First through one layer (`kronecker_contraction.TOKENS_AT_A_TIME`), then through a whole BERT
 (`kronecker_blocks.BLOCK`): BERT-base with weights as drawn for training from scratch, seed 0, one forward pass in
 fp32; the dense model gets the whole batch, and in one column blocks of 512 tokens too. All take turns in one process;
-milliseconds, median of the rounds.
+milliseconds, median of the rounds. The log has one run on each of two processors.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ rounds, and ratios to the better of the dense model's two ways, eager and under 
 1 the factored model is faster. The limit is the ratio that linear layers at the rate of a large GEMM (or their bytes at
 that of a large copy, if that takes longer) would give, with all else as measured in the factored model. --only SECTION
 runs one section, --trial all of them with tiny models; --picture draws speed against size, fp32, without torch.compile.
+At the end of the log are two sections of a later run, on another processor.
 """
 
 from __future__ import annotations

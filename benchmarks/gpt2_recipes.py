@@ -5,9 +5,9 @@
 The teacher, of 16.35 M parameters, is that of kngpt2.py, whose WORK may be used again. Students of 11.04 M learn from
 it on the same text in the same steps, each in several ways: factored by the papers' plan or by a searched one,
 calibrated on the training text; or dense, with the layers of DistilGPT2's rule or with those three of six that lose
-least, found by the loss of all twenty choices on that text. Muon is for factors, and trains no layer of a dense
-student, which has AdamW. --students and --ways choose among them. Finished runs are
-lines of logs/gpt2_recipes.jsonl, and are not made again. --table shows them without a run.
+least, found by the loss of all twenty choices on that text. Muon is for factors; a dense student has AdamW alone.
+--students and --ways choose among them. Finished runs are lines of logs/gpt2_recipes.jsonl, and are not made again.
+--table shows them without a run.
 """
 
 from __future__ import annotations

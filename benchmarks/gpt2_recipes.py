@@ -124,7 +124,8 @@ def main() -> None:
                 rows["teacher"] = [f"{number:,}", f"{value:.0f}", None]
             else:
                 cut = model.endswith("undistilled")
-                name = f"{title}, " + ("as it starts" if cut else f"{line['way']}, rate {line['rate']:g}")
+                way = line["way"].removesuffix(", Muon") if line["layers"] else line["way"]
+                name = f"{title}, " + ("as it starts" if cut else f"{way}, rate {line['rate']:g}")
                 found[title]["sizes"] = [number]
                 found[title][name].append(value)
     for values in found.values():

@@ -43,7 +43,7 @@ def _left_multiply(M: Tensor, X: Tensor, bias: Tensor | None = None) -> Tensor:
     if min(p, k) > q:  # the gradient of M, (T, p, k) before the sum over T, would be larger than the activations
         return _plus(F.linear(X.transpose(1, 2), M).transpose(1, 2), bias)
     # not matmul, which folds this into one very thin GEMM when M needs a gradient, ten times slower on a CPU
-    if bias is None or _is_traced():
+    if bias is None or _is_traced():  # a compiler adds the bias as it likes
         return _plus(torch.bmm(M.expand(tokens, p, k), X), bias)
     return torch.baddbmm(bias, M.expand(tokens, p, k), X)
 
@@ -96,8 +96,10 @@ class _Contraction:
             bias = bias.t().contiguous() if self.swapped else bias  # a strided one is slow in half precision
         if not self.large_last:
             Y = _left_multiply(Q, Z, bias)  # (T, q2, p2)
+        elif Q.shape[1] == 1 and not Z.is_cpu:  # on CPUs a matrix product is the faster one, of a column too
+            Y = _plus(Z * Q.t(), bias)
         else:
-            Y = _plus(Z * Q.t() if Q.shape[1] == 1 and not Z.is_cpu else F.linear(Z, Q), bias)  # (T, p2, q2)
+            Y = _plus(F.linear(Z, Q), bias)  # (T, p2, q2)
         return Y.transpose(1, 2) if self.swapped else Y
 
     def gradients(self, dy: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:

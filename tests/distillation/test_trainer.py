@@ -222,13 +222,14 @@ def test_short_sequences_in_bf16_on_a_cpu_train_without_flash_attention(tmp_path
     """The batch has 12 tokens; `short` is the longest sequence that counts as short. The teacher is not trained."""
     monkeypatch.setattr(trainer_module, "_SHORT", short)
     teacher, student = pair(BertForSequenceClassification)
-    seen = []
-    for model in (teacher, student):
-        model.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+    backends, seen = torch.backends.cuda, []
+    teacher.register_forward_hook(lambda *_: seen.append(backends.flash_sdp_enabled()))
+    student.register_forward_hook(
+        lambda *_: seen.append((backends.flash_sdp_enabled(), backends.fp16_bf16_reduction_math_sdp_allowed()))
+    )
     make_trainer(student, teacher, tmp_path, max_steps=1, bf16=bf16).train()
-    assert seen == [True, flash]
-    assert torch.backends.cuda.flash_sdp_enabled()
-    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    assert seen == [True, (flash, not flash)]
+    assert (backends.flash_sdp_enabled(), backends.fp16_bf16_reduction_math_sdp_allowed()) == (True, False)
 
 
 def test_a_copy_of_the_teacher_has_no_distance_from_it_in_bf16(tmp_path):

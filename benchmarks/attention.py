@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from kronecker_transformers.distillation.trainer import plain_attention
+from kronecker_transformers.distillation.contexts import plain_attention
 from kronecker_transformers.evaluation.timing import environment, in_turn, median_and_spread
 
 SHAPES = (

@@ -110,7 +110,7 @@ class DistillationArguments(_Weights, TrainingArguments):
         if self.muon and self.deepspeed_plugin is not None:
             raise ValueError(
                 "muon=True needs whole factors, and DeepSpeed gives the optimizer flat pieces of all parameters; use "
-                "FSDP2 in its place, or leave muon out"
+                "FSDP2 in its place, or set muon to False"
             )
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(

@@ -6,7 +6,7 @@ import atexit
 import gc
 import logging
 from collections.abc import Iterator, Mapping, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..checkpoint.sentence_modules import modules_of
 from ..hub.trainer import STATE_FILE, PublishingTrainer
 from .arguments import DistillationArguments
 from .checkpoints import is_complete, newest_checkpoint
+from .contexts import training_attention, unchanged_cache, unchanged_forward
 from .memory import TeacherMemory
 from .objective import Objective, balanced_weights, check_tokenizers
 from .optimizer import MuonAdamW, scale_learning_rates
@@ -30,58 +31,6 @@ from .progress import Progress, follow_time
 from .sampling import SamplingTrainer
 
 logger = logging.getLogger(__name__)
-
-_SHORT = 128
-"""Tokens; with twice as many the plain form gains little, and keeps large matrices (benchmarks/attention.py)."""
-
-
-@contextmanager
-def unchanged_cache(config: Any) -> Iterator[None]:
-    """Take back what a trainer of transformers writes into a config: that the model uses no cache for generation."""
-    before = getattr(config, "use_cache", None)
-    try:
-        yield
-    finally:
-        if before is None:
-            vars(config).pop("use_cache", None)
-        else:
-            config.use_cache = before
-
-
-@contextmanager
-def unchanged_forward(model: nn.Module) -> Iterator[None]:
-    """Take back the autocast that a training in half precision leaves on its model, which is judged in full.
-
-    Accelerate's own way back, `unwrap_model`, takes the decorators of the forward pass away too.
-    """
-    names = "forward", "_original_forward", "_is_accelerate_prepared"
-    before = {name: vars(model)[name] for name in names if name in vars(model)}
-    try:
-        yield
-    finally:
-        for name in names:
-            vars(model).pop(name, None)
-        vars(model).update(before)
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """PyTorch's attention as two products and a softmax, in the precision of its inputs."""
-    backends = torch.backends.cuda  # the setting counts on CPUs too
-    reduced = backends.fp16_bf16_reduction_math_sdp_allowed()
-    backends.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        backends.allow_fp16_bf16_reduction_math_sdp(reduced)
-
-
-def training_attention(arguments: DistillationArguments, length: int) -> AbstractContextManager[None]:
-    """For short sequences in bf16 on a CPU the plain form: flash attention has a slow backward pass there."""
-    if arguments.bf16 and arguments.device.type == "cpu" and length <= _SHORT:
-        return plain_attention()
-    return nullcontext()
 
 
 def teacher_pooling(teacher: PreTrainedModel, weights: Mapping[str, float]) -> Pooling:
@@ -154,7 +103,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             )
         if args.balanced and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                "balanced=True needs the gradients of whole parameters, which FSDP and DeepSpeed divide; leave it out"
+                "balanced=True needs the gradients of whole parameters, which FSDP and DeepSpeed divide; set balanced "
+                "to False"
             )
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             atexit.unregister(_leave_process_group)

@@ -22,8 +22,9 @@ from ..checkpoint.files import check_new_folder, to_json, write_text
 from ..checkpoint.load import load_teacher, save_folder
 from ..distillation.arguments import DistillationArguments
 from ..distillation.checkpoints import is_complete
+from ..distillation.contexts import unchanged_cache, unchanged_forward
 from ..distillation.sampling import SamplingTrainer
-from ..distillation.trainer import DistillationTrainer, unchanged_cache, unchanged_forward
+from ..distillation.trainer import DistillationTrainer
 from ..evaluation.timing import environment
 from ..models.kronecker_family import longest_sequence
 

@@ -26,8 +26,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel, TrainerCallback
 
-from kronecker_transformers.distillation import DistillationArguments
-from kronecker_transformers.distillation import trainer as trainer_module
+from kronecker_transformers.distillation import DistillationArguments, contexts
 from kronecker_transformers.distillation.checkpoints import is_complete, newest_checkpoint
 
 _NAME = next(
@@ -220,7 +219,7 @@ def test_autocast_of_the_training_does_not_outlast_it(tmp_path):
 @pytest.mark.parametrize(("bf16", "short", "flash"), [(True, 12, False), (True, 11, True), (False, 12, True)])
 def test_short_sequences_in_bf16_on_a_cpu_train_without_flash_attention(tmp_path, monkeypatch, bf16, short, flash):
     """The batch has 12 tokens; `short` is the longest sequence that counts as short. The teacher is not trained."""
-    monkeypatch.setattr(trainer_module, "_SHORT", short)
+    monkeypatch.setattr(contexts, "_SHORT", short)
     teacher, student = pair(BertForSequenceClassification)
     backends, seen = torch.backends.cuda, []
     teacher.register_forward_hook(lambda *_: seen.append(backends.flash_sdp_enabled()))

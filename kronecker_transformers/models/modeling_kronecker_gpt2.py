@@ -15,6 +15,7 @@ from transformers import (
     GPT2PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_kronecker_gpt2 import KroneckerGPT2Config
@@ -28,6 +29,12 @@ class KroneckerGPT2PreTrainedModel(KroneckerPreTrainedModel, GPT2PreTrainedModel
 
     config: KroneckerGPT2Config
     config_class = KroneckerGPT2Config
+
+    def _factor_layers(self) -> None:
+        super()._factor_layers()
+        for name, module in list(self.named_modules()):
+            if type(module) is NewGELUActivation:  # eight passes over memory, and as many tensors for the gradient
+                self.set_submodule(name, ACT2FN["gelu_pytorch_tanh"])  # the same function in one
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

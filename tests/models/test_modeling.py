@@ -47,6 +47,17 @@ def test_shapes_of_kngpt2():
     assert model.lm_head.A is model.transformer.wte.A
 
 
+@pytest.mark.parametrize(
+    ("activation", "found"), [("gelu_new", "GELUTanh"), ("gelu", "GELUActivation"), ("relu", "ReLU")]
+)
+def test_gelu_of_gpt2_is_one_kernel_and_other_activations_are_theirs(activation, found):
+    model = student(kt.KroneckerGPT2LMHeadModel, activation_function=activation)
+    assert {type(block.mlp.act).__name__ for block in model.transformer.h} == {found}
+    assert model.config.activation_function == activation
+    batch, twin = inputs(model), to_dense(model)
+    torch.testing.assert_close(model(**batch).logits, twin(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
 @ALL_MODELS
 def test_equals_its_dense_twin(model_class):
     model = student(model_class, dtype=torch.float64)

@@ -109,7 +109,7 @@ _UNFOLDINGS = (((0, 1, 2), 1), ((0, 1, 2), 2), ((1, 0, 2), 1))
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW, but Muon for the factors of linear layers. Those of embeddings, with their sparse gradients, are AdamW's.
+    """AdamW, but Muon for the factors of linear layers. Those of embeddings, and of heads tied to them, are AdamW's.
 
     Args:
         groups: of parameters, as for AdamW; a factor (m1, R, n1) of a linear layer has a group of its own, as
@@ -119,7 +119,8 @@ class MuonAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], model: nn.Module, **options: Any) -> None:
-        factors = {X for module in model.modules() if isinstance(module, KroneckerLinear) for X in (module.A, module.B)}
+        layers = [module for module in model.modules() if isinstance(module, KroneckerLinear) and not module.tied]
+        factors = {X for layer in layers for X in (layer.A, layer.B)}
         super().__init__(
             [{**group, "fused": None, "muon": not factors.isdisjoint(group["params"])} for group in groups], **options
         )

@@ -218,8 +218,9 @@ def test_muon_leaves_all_but_linear_factors_to_adam():
 
     def stepped(make):
         torch.manual_seed(0)
-        linear = layer(8, 10, 8, 1, 2)
-        model = nn.Sequential(KroneckerEmbedding(12, 10, 12, 1, 3), linear, nn.Linear(8, 8), nn.LayerNorm(8))
+        linear, embedding = layer(8, 10, 8, 1, 2), KroneckerEmbedding(12, 10, 12, 1, 3)
+        head = KroneckerLinear.tied_to(embedding)
+        model = nn.Sequential(embedding, linear, nn.Linear(8, 10), nn.LayerNorm(10), head)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         optimizer = make(model, 1e-2, weight_decay=0.1)
         (model(torch.arange(12)) ** 3).sum().backward()

@@ -162,7 +162,7 @@ def main() -> None:
         console.print(results_table(title, metrics, dict(rows(teacher))))
     for line in LOG.lines():
         for what, part in (("dense", "dense_training"), ("factored", "training")):
-            title = f"{line['teacher']}, {line['task']}, {run_of(line).name}, {what}"
+            title = f"{line['teacher']}, {line['task']}, {run_of(line).name}, seed {line['seed']}, {what}"
             show_curve(console, title, {"training": line[part] or {}})
 
 

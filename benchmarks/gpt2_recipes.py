@@ -39,11 +39,13 @@ STUDENTS = ("papers' plan", "searched plan", "layers 1, 3, 5", BEST)
 BLOCKS = 64
 """Of text, on which choices of layers are compared."""
 LOGITS = {**METHODS["labels only"], "logits_weight": 1}
+ALL, RATE = "ILKD, logits, balanced, Muon", 1e-3
+"""The way and the learning rate of what gpt2_tasks.py goes on with."""
 WAYS: dict[str, dict[str, Any]] = {
     "ILKD": {},
     "ILKD, logits": {"logits_weight": 1},
     "ILKD, logits, balanced": {"logits_weight": 1, "balanced": True},
-    "ILKD, logits, balanced, Muon": {"logits_weight": 1, "balanced": True, "muon": True},
+    ALL: {"logits_weight": 1, "balanced": True, "muon": True},
     "ILKD, logits, Muon": {"logits_weight": 1, "muon": True},
     "logits, labels": LOGITS,
     "logits, labels, Muon": {**LOGITS, "muon": True},
@@ -59,6 +61,10 @@ class Run:
     way: str
     rate: float
     seed: int
+
+    def folder(self, work: Path) -> Path:
+        """For its student."""
+        return work / "-".join(map(str, asdict(self).values()))
 
 
 def best_layers(work: Path, text: Path) -> str:
@@ -88,13 +94,14 @@ def options_of(student: str, options: Any, text: Path) -> dict[str, Any]:
 def perform(run: Run, options: Any) -> None:
     """Train and judge one student."""
     train_teacher(options.data, options.work / "teacher")
-    text, output = shuffled_text(options.data, options.work), options.work / "-".join(map(str, asdict(run).values()))
+    text, output = shuffled_text(options.data, options.work), run.folder(options.work)
     shutil.rmtree(output, ignore_errors=True)
     results = example(
-        "run_clm_kd", teacher=options.work / "teacher", train_text=text, output_dir=output, max_length=LENGTH,
-        validation_text=options.data / "text" / "wikitext2_valid.txt", window=LENGTH, stride=LENGTH * 3 // 4,
-        normalisation="wikitext", max_steps=STUDENT_STEPS, per_device_train_batch_size=16, learning_rate=run.rate,
-        dropout=0, seed=run.seed, **options_of(run.student, options, text), **WAYS[run.way], **QUIET,
+        "run_clm_kd", recipe="kngpt2", teacher=options.work / "teacher", train_text=text, output_dir=output,
+        max_length=LENGTH, validation_text=options.data / "text" / "wikitext2_valid.txt", window=LENGTH,
+        stride=LENGTH * 3 // 4, normalisation="wikitext", max_steps=STUDENT_STEPS, per_device_train_batch_size=16,
+        learning_rate=run.rate, dropout=0, seed=run.seed, **options_of(run.student, options, text), **WAYS[run.way],
+        **QUIET,
     )  # fmt: skip
     layers = results.pop("options")["layers"]  # the others name folders of the machine that ran it
     LOG.add(asdict(run), {"layers": layers, **results})
@@ -106,7 +113,7 @@ def main() -> None:
     parser = runs_parser("Students of a small GPT-2, each at its best.", "the models")
     parser.add_argument("--students", nargs="*", default=STUDENTS, choices=STUDENTS, help="(default: all)")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="(default: all)")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of learning (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=RATE, help="of learning (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="(default: %(default)s)")
     options = parser.parse_args()
     if not options.table:

@@ -105,10 +105,10 @@ def distil(name: str, data: Path, work: Path) -> None:
         return
     shutil.rmtree(work / name, ignore_errors=True)
     results = example(
-        "run_clm_kd", teacher=work / "teacher", train_text=shuffled_text(data, work), output_dir=work / name,
-        max_length=LENGTH, validation_text=data / "text" / "wikitext2_valid.txt", window=LENGTH, stride=LENGTH * 3 // 4,
-        normalisation="wikitext", max_steps=STUDENT_STEPS, per_device_train_batch_size=16, learning_rate=1e-3,
-        dropout=0, **STUDENTS[name], **QUIET,
+        "run_clm_kd", recipe="kngpt2", teacher=work / "teacher", train_text=shuffled_text(data, work),
+        output_dir=work / name, max_length=LENGTH, validation_text=data / "text" / "wikitext2_valid.txt",
+        window=LENGTH, stride=LENGTH * 3 // 4, normalisation="wikitext", max_steps=STUDENT_STEPS,
+        per_device_train_batch_size=16, learning_rate=1e-3, dropout=0, **STUDENTS[name], **QUIET,
     )  # fmt: skip
     if not LOG.find(key):
         del results["options"]  # they name folders of the machine that ran it

@@ -6,7 +6,7 @@ BERT-base, weights drawn as for training from scratch, seed 0; factored by the p
 and as many parameters. All models take turns in one process, eager and under `torch.compile` (dynamic shapes);
 milliseconds are the median of the rounds, with the spread (half the distance between the quartiles) of the eager ones;
 the ratio is that of the better ways of both sides. Their parts are shares of the operators' own time in a profile of a
-further pass, eager. If linear layers took no time at all, the ratio to the dense model would be the limit; what
+further pass, eager. If linear layers took no time at all, the ratio of both eager models would be the limit; what
 attention, activation, norm and residual take is the same in all models.
 """
 

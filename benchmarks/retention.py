@@ -3,10 +3,10 @@
     python benchmarks/retention.py > benchmarks/logs/retention.txt
 
 Reads the logs of glue.py (the papers' shapes, nearest factors and two stages, on a CPU) and of distilled_tasks.py (the
-command as it is), and draws logs/retention.png. Students of all-MiniLM-L6-v2 on five tasks of GLUE; minutes are of
-training, of one thread: of both stages, though one stage 1 serves all tasks, or of the dense and the factored student.
-Fine-tuning of the teacher, search and calibration are not counted. Means over the seeds; the machines are those of both
-logs.
+command with its defaults), and draws logs/retention.png. Students of all-MiniLM-L6-v2 on five tasks of GLUE; minutes
+are of training, of one thread: of both stages, though one stage 1 serves all tasks, or of the dense and the factored
+student. Fine-tuning of the teacher, search and calibration are not counted. Means over the seeds; the machines are
+those of both logs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def main() -> None:
         for recipe in (PAPERS, DISTILL)
     }
     console = Console(width=110)
-    console.print("\n".join(sorted({point.environment for point in points})), highlight=False)
+    for name, own in ((PAPERS, by_stages()), (DISTILL, by_command())):
+        for environment in sorted({point.environment for point in own}):
+            console.print(f"{name}: {environment}", highlight=False)
     console.print(results_table("Kept of the teacher's score, per cent, in minutes", GLUE_TASKS, rows))
 
 

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from kronecker_transformers.distillation import keep_layers
-from kronecker_transformers.distillation.optimizer import FACTORED_RATE
+from kronecker_transformers.distillation.optimizer import DENSE_RATE, FACTORED_RATE
 from kronecker_transformers.experiments import lessons
-from kronecker_transformers.experiments.training import DENSE_RATE, Schedule, kept_layers, train
+from kronecker_transformers.experiments.training import Schedule, kept_layers, train
 from kronecker_transformers.experiments.watch import multiplies_bfloat16
 from kronecker_transformers.models.kronecker_layers import KroneckerLinear
 

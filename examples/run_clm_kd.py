@@ -1,15 +1,18 @@
-"""Distil a GPT-2 into a factored one on plain text: the pre-training and the fine-tuning of KnGPT2 (sections 3 and 4).
+"""Distil a GPT-2 into a factored one on plain text, as `distill` does, or as KnGPT2 does (sections 3 and 4).
 
     python examples/run_clm_kd.py --teacher path/to/gpt2 --train_text text.txt --validation_text held_out.txt \
-        --max_steps 1000 --output_dir out/kngpt2
+        --max_steps 1000 --output_dir out/gpt2
+    python examples/run_clm_kd.py ... --recipe kngpt2
     python examples/run_clm_kd.py ... --layers 0,2,4,7,9,11
 
-The student learns the teacher's embedding layer, attention and hidden states, and to predict the next word. It is
-factored from the teacher, or goes on from an earlier student (--start); with --layers it is a dense model that has some
-of the teacher's layers, as DistilGPT2 has, to compare with. Text has a blank line between documents, or is one running
-text; a table (.json, .csv, .parquet) or a dataset of the Hub has one document in each row of its column `text`. It is
-read as a stream. Perplexity, before and after, stands beside the protocol by which it was measured, for it depends on
-it. --resume_from_checkpoint true goes on with a run that stopped, after it has read again what that run had read.
+The student learns the teacher's embedding layer, attention, hidden states and logits, and to predict the next word;
+with --recipe kngpt2, as in the paper, it does not learn the logits. It is factored from the teacher, by a plan that is
+searched and calibrated on the text or by that of the paper, or goes on from an earlier student (--start); with --layers
+it is a dense model that has some of the teacher's layers, as DistilGPT2 has, to compare with. Text has a blank line
+between documents, or is one running text; a table (.json, .csv, .parquet) or a dataset of the Hub has one document in
+each row of its column `text`. It is read as a stream. Perplexity, before and after, stands beside the protocol by which
+it was measured, for it depends on it. --resume_from_checkpoint true goes on with a run that stopped, after it has read
+again what that run had read.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, default_data_collator
 
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer, keep_layers
+from kronecker_transformers.experiments.lessons import calibration_lines
 from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
@@ -55,7 +59,7 @@ class Options(StudentOptions):
     normalisation: str = field(
         default="none", metadata={"help": "What is done to that text first.", "choices": list(NORMALISATIONS)}
     )
-    recipe: str = field(default="kngpt2", metadata={"help": "Defaults of plan and training."})
+    recipe: str = field(default="language-model", metadata={"help": "Defaults of plan and training."})
     layers: str | None = field(
         default=None, metadata={"help": "The teacher's layers, from 0, of a dense student: 0,2,4; no plan then."}
     )
@@ -84,11 +88,14 @@ def main(argv: list[str] | None = None) -> None:
     longest = checked_maximum(teacher, options)
     check_special_tokens(tokenizer, "eos")
     options.max_length = length = options.max_length or min(recipe.length, longest)
+    options.choose_rate(arguments, teacher, dense=options.layers is not None)
     if options.layers:
+        arguments.muon = False  # there are no factors
         arguments.layer_map = [int(layer) for layer in options.layers.split(",")]
         student = keep_layers(teacher, arguments.layer_map)
     else:
-        student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
+        texts = calibration_lines(text)
+        student = options.student(teacher, tokenizer, recipe, texts, progress=not arguments.disable_tqdm)
     models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student), "student": student}
 
     def examples(seed: int, share: Share = WHOLE) -> Iterable[Example]:

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import tiny
-from transformers import BertModel
+from transformers import BertModel, GPT2LMHeadModel
 
 from kronecker_transformers import compress, recipes
 from kronecker_transformers.compression.plan_file import read_plan
 from kronecker_transformers.distillation import DistillationArguments
-from kronecker_transformers.experiments.lessons import ALTERED, SHARES
+from kronecker_transformers.experiments.lessons import ALTERED, CAUSAL, SHARES, text_lesson
 from kronecker_transformers.experiments.training import WARMUP
 from kronecker_transformers.models.kronecker_family import FAMILIES
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
+from kronecker_transformers.tasks.text import TextSource
 
 
 @dataclass
@@ -81,14 +82,22 @@ def test_our_recipes_are_what_distill_does(tmp_path):
     for stage, name, weights, objective, batch in (
         ("glue", "classifier", SHARES, "kronecker_bert", 32),
         ("embedding", "sentence-encoder", {}, "sentence_encoder", 64),
+        ("clm", "language-model", CAUSAL, "kngpt2", 16),
     ):
         _, arguments = parse_script(Options, stage, ["--output_dir", str(tmp_path), "--recipe", name, "--use_cpu"])
         expected = DistillationArguments(str(tmp_path), objective=objective, **weights).weights()
         assert arguments.weights() == expected
         assert (arguments.muon, arguments.dropout, arguments.warmup_steps) == (True, 0, WARMUP)
         assert arguments.per_device_train_batch_size == batch
-        assert arguments.balanced == (name == "classifier")
+        assert arguments.balanced == (name != "sentence-encoder")
     assert RECIPES["classifier"]["glue"].altered == ALTERED
+
+
+def test_our_recipe_for_a_language_model_reads_blocks_as_distill_does(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(f"{tiny.TEXT} {line}" for line in range(600)))
+    teacher, tokenizer = tiny.teacher(GPT2LMHeadModel, n_positions=512), tiny.gpt2_tokenizer(tmp_path)
+    lesson = text_lesson(teacher, tokenizer, TextSource((str(tmp_path / "text.txt"),)), 0)
+    assert (lesson.length, lesson.batch) == (RECIPES["language-model"]["clm"].length, 16)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ class DistillationArguments(_Weights, TrainingArguments):
                 "muon=True needs whole factors, and DeepSpeed gives the optimizer flat pieces of all parameters; use "
                 "FSDP2 in its place, or set muon to False"
             )
+        self.check_whole(self.deepspeed_plugin is None and not self.fsdp)
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(
                 f"dropout={self.dropout} must be at least 0 and below 1; leave it out to keep the config's"
@@ -120,6 +121,18 @@ class DistillationArguments(_Weights, TrainingArguments):
     def __getstate__(self) -> dict[str, Any]:
         """Without the token for the Hub: the Trainer pickles its arguments into each checkpoint."""
         return {**self.__dict__, "hub_token": None}
+
+    def check_whole(self, whole: bool) -> None:
+        """Refuse `balanced` where the parameters are not whole.
+
+        Raises:
+            ValueError: it is set, and they are divided.
+        """
+        if self.balanced and not whole:
+            raise ValueError(
+                "balanced=True needs the gradients of whole parameters, which FSDP and DeepSpeed divide; set balanced "
+                "to False"
+            )
 
     def weights(self) -> dict[str, float]:
         """Weight of every loss that has one above 0, by the loss's name."""

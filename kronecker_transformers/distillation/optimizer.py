@@ -89,8 +89,8 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
             optimizer.add_param_group({**options, **own, "params": [factor]})
 
 
-FACTORED_RATE, HIDDEN_SIZE = 1e-3, 384
-"""Learning rate of a factored student of this hidden size, or of a smaller one."""
+FACTORED_RATE, DENSE_RATE, HIDDEN_SIZE = 1e-3, 3e-4, 384
+"""Learning rates of a factored and of a dense student of this hidden size, or of a smaller one."""
 
 
 def rate_for_size(rate: float, hidden_size: int) -> float:
@@ -108,6 +108,12 @@ _UNFOLDINGS = (((0, 1, 2), 1), ((0, 1, 2), 2), ((1, 0, 2), 1))
 """Of a factor (m1, R, n1), as an order of its axes and how many of them are for rows."""
 
 
+def muon_factors(model: nn.Module) -> set[nn.Parameter]:
+    """What Muon is for: the factors of linear layers, but not of a head that is tied to an embedding."""
+    layers = [module for module in model.modules() if isinstance(module, KroneckerLinear) and not module.tied]
+    return {X for layer in layers for X in (layer.A, layer.B)}
+
+
 class MuonAdamW(torch.optim.AdamW):
     """AdamW, but Muon for the factors of linear layers. Those of embeddings, and of heads tied to them, are AdamW's.
 
@@ -119,8 +125,7 @@ class MuonAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], model: nn.Module, **options: Any) -> None:
-        layers = [module for module in model.modules() if isinstance(module, KroneckerLinear) and not module.tied]
-        factors = {X for layer in layers for X in (layer.A, layer.B)}
+        factors = muon_factors(model)
         super().__init__(
             [{**group, "fused": None, "muon": not factors.isdisjoint(group["params"])} for group in groups], **options
         )

@@ -26,7 +26,7 @@ from .checkpoints import is_complete, newest_checkpoint
 from .contexts import training_attention, unchanged_cache, unchanged_forward
 from .memory import TeacherMemory
 from .objective import Objective, balanced_weights, check_tokenizers
-from .optimizer import MuonAdamW, scale_learning_rates
+from .optimizer import MuonAdamW, muon_factors, scale_learning_rates
 from .progress import Progress, follow_time
 from .sampling import SamplingTrainer
 
@@ -101,11 +101,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
             raise ValueError(
                 f"n_gpu={args.n_gpu} in one process is not supported; start one process per GPU with torchrun"
             )
-        if args.balanced and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "balanced=True needs the gradients of whole parameters, which FSDP and DeepSpeed divide; set balanced "
-                "to False"
-            )
+        args.check_whole(not (self.is_fsdp_enabled or self.is_deepspeed_enabled))  # accelerate's own config may say so
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             atexit.unregister(_leave_process_group)
             atexit.register(_leave_process_group)
@@ -283,7 +279,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
 
     @contextmanager
     def _teacher_context(self) -> Iterator[None]:
-        """The precision of the training; and in bf16 on a CPU flash attention, which is faster without gradients."""
+        """The precision of the training; in bf16 on a CPU flash attention, which without gradients is mostly faster."""
         flash = self.args.bf16 and self.args.device.type == "cpu"
         attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if flash else nullcontext()
         with self.accelerator.autocast(), attention:
@@ -340,7 +336,9 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
     def _optimizer_name(self) -> str:
         if self._own_optimizer is not None:
             return type(self._own_optimizer).__name__
-        return "Muon and AdamW" if self.args.muon else str(getattr(self.args.optim, "value", self.args.optim))
+        if self.args.muon and muon_factors(self.model):
+            return "Muon and AdamW"
+        return str(getattr(self.args.optim, "value", self.args.optim))
 
     def record(self) -> dict[str, Any]:
         """As the base class: the teacher, the training, and the evaluation of the model as it is, if there was one."""

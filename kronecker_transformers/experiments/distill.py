@@ -104,8 +104,8 @@ def distill(
 ) -> Distilled:
     """Compress a teacher and distil its student on plain text, or a classifier on the texts of a GLUE task.
 
-    A classifier is distilled from its hidden states, attention and logits, a language model from its text too (a causal
-    one without its logits), and a model without a head as a sentence encoder.
+    A classifier is distilled from its hidden states, attention and logits, a language model from its text too, and a
+    model without a head as a sentence encoder.
 
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that is supported.

@@ -44,7 +44,9 @@ _ENCODED = 256
 WEIGHTS = {"attention_mse_weight": 0.05, "logits_weight": 0.05, "supervised_weight": 0.0}
 """Of a teacher with a head; chosen on the dev sets of STS-B and MRPC (benchmarks/glue.py)."""
 SHARES = {"supervised_weight": 0.0, "balanced": True}
-"""Equal shares of the gradient for all losses of the paper that need no labels."""
+"""Equal shares of the gradient for all losses of the paper that need no labels, but for one that is almost 0."""
+CAUSAL = {"logits_weight": 1.0, "balanced": True}
+"""The same for all losses of KnGPT2, and for the logits."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
         make = partial(_sentences, tokenizer, length, settings.prompt)
     elif kind == "next_token":
         length, batch = min(longest, 256), 16
-        objective, weights, collate = "kngpt2", {}, default_data_collator
+        objective, weights, collate = "kngpt2", dict(CAUSAL), default_data_collator
         make = partial(_blocks, tokenizer, length)
     elif kind == "words":
         weights["supervised_weight"] = 0.05
@@ -122,7 +124,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     return Lesson(
         batch, length, objective, partial(make, train), collate, kept, sentences, calibration_lines(train),
         train.lines(COUNTED) if kind is None else [], weights, factored_weights=SHARES if kind == "sequence" else None,
-        muon=kind in (None, "sequence"), pooling=pooling,
+        muon=kind in (None, "sequence", "next_token"), pooling=pooling,
     )  # fmt: skip
 
 

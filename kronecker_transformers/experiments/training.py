@@ -11,14 +11,12 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback
 
 from ..distillation import DistillationArguments, DistillationTrainer, keep_layers
-from ..distillation.optimizer import FACTORED_RATE, rate_for_size
+from ..distillation.optimizer import DENSE_RATE, FACTORED_RATE, rate_for_size
 from ..models import FACTORED_CLASSES
 from ..tasks.text import TextStream
 from .lessons import Lesson
 from .watch import Watch
 
-DENSE_RATE = 3e-4
-"""Learning rate of dense students of hidden size 384, and of smaller ones."""
 DENSE_ENCODER_RATE, DENSE_ENCODER_BATCH = 6e-4, 32
 """Of dense sentence encoders: smaller batches, so more steps, help them; to factored ones they make no difference."""
 WARMUP = 0.1

@@ -18,7 +18,7 @@ from ..compression.activations import Text, calibration_batches
 from ..compression.compress import is_searched, planned
 from ..compression.plan_file import read_plan
 from ..distillation import DistillationArguments, start_student
-from ..distillation.optimizer import FACTORED_RATE, rate_for_size
+from ..distillation.optimizer import DENSE_RATE, FACTORED_RATE, rate_for_size
 from ..tasks.text import TextSource
 
 
@@ -124,10 +124,13 @@ class StudentOptions:
         if chosen is not None:
             calibration_batches(chosen, tokenizer, teacher)
 
-    def choose_rate(self, arguments: DistillationArguments, teacher: PreTrainedModel) -> None:
-        """Set the learning rate for the teacher's hidden size, where nobody has chosen another."""
+    def choose_rate(self, arguments: DistillationArguments, teacher: PreTrainedModel, dense: bool = False) -> None:
+        """Set the learning rate for the teacher's hidden size, of a factored student or a dense one, where nobody has
+        chosen another.
+        """
         if self.rate_by_size:
-            arguments.learning_rate = rate_for_size(FACTORED_RATE, teacher.config.hidden_size)
+            rate = DENSE_RATE if dense else FACTORED_RATE
+            arguments.learning_rate = rate_for_size(rate, teacher.config.hidden_size)
 
     def _texts(self, recipe: Recipe, texts: Sequence[Text] | None) -> Sequence[Text] | None:
         if self.calibration is None:

@@ -7,6 +7,7 @@ import torch
 from distilling import ALL_TERMS, make_trainer, one_step, pair
 from transformers import BertForSequenceClassification, Trainer
 
+from kronecker_transformers.distillation import DistillationArguments
 from kronecker_transformers.distillation.objective import balanced_weights
 
 
@@ -81,8 +82,11 @@ def test_parameters_that_are_divided_are_refused(flag, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "__init__", divided)
     teacher, student = pair(BertForSequenceClassification)
-    with pytest.raises(ValueError, match="balanced=True needs the gradients of whole parameters, which FSDP"):
+    refused = "balanced=True needs the gradients of whole parameters, which FSDP"
+    with pytest.raises(ValueError, match=refused):
         make_trainer(student, teacher, tmp_path, balanced=True)
+    with pytest.raises(ValueError, match=refused):  # without a model, before a search
+        DistillationArguments(str(tmp_path), balanced=True, fsdp="full_shard")
 
 
 def test_a_loss_that_is_almost_0_gets_no_weight_without_limit():

@@ -42,7 +42,7 @@ def run(workplace, out="out", **options):
 
 
 def test_end_to_end(workplace, capsys):
-    results = run(workplace, max_steps=40, learning_rate=0.01, normalisation="wikitext")
+    results = run(workplace, recipe="kngpt2", max_steps=40, learning_rate=0.01, normalisation="wikitext")
     assert results["models"] == ["teacher", "student, undistilled", "student"]
     assert results["training"] == {**results["training"], "steps": 40, "samples": 160, "tokens": 160 * 24}
     rows = results["rows"]
@@ -66,6 +66,23 @@ def test_end_to_end(workplace, capsys):
     assert found.per_word == pytest.approx(rows["perplexity per word"][2], rel=1e-5)
 
 
+def test_our_recipe_searches_a_plan_on_the_text_and_the_papers_does_not(workplace):
+    options = {"teacher": workplace / "teacher", "train_text": [workplace / "train.txt"], "disable_tqdm": True,
+               "max_length": 24, "max_steps": 2}  # fmt: skip
+    ours = run_example("run_clm_kd", workplace / "ours", ratio=2.0, **options)
+    papers = run_example("run_clm_kd", workplace / "papers", recipe="kngpt2", **options)
+    assert (ours["options"]["plan"], papers["options"]["plan"]) == ("search", "kngpt2")
+    parameters = ours["rows"]["parameters"]
+    assert 1.9 < parameters[0] / parameters[2] < 2.2
+    terms = {"embedding_mse", "attention_kl", "hidden_mse", "supervised"}
+    assert papers["training"]["objective"] == dict.fromkeys(terms, 1.0)
+    assert (papers["training"]["optimizer"], papers["training"]["learning_rate"]) == ("adamw_torch_fused", 0.00025)
+    balanced = ours["training"]["objective"]
+    assert set(balanced) == {*terms, "logits"}
+    assert min(balanced.values()) < max(balanced.values())
+    assert (ours["training"]["optimizer"], ours["training"]["learning_rate"]) == ("Muon and AdamW", 0.001)
+
+
 def test_layers_of_the_teacher(workplace):
     results = run(workplace, layers="0,2", max_steps=2)
     rows = results["rows"]
@@ -78,6 +95,8 @@ def test_layers_of_the_teacher(workplace):
     assert student.lm_head.weight is student.transformer.wte.weight
     last = (student.transformer.h[1].mlp.c_fc.weight, teacher.transformer.h[2].mlp.c_fc.weight)
     torch.testing.assert_close(*last, rtol=0, atol=0.01)
+    training = results["training"]
+    assert (training["optimizer"], training["learning_rate"]) == ("adamw_torch_fused", 3e-4)  # of dense students
 
 
 def test_an_earlier_student_goes_on(workplace):

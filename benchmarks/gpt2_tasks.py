@@ -1,0 +1,111 @@
+"""SST-2 and CoLA by students of a small GPT-2, factored or with fewer layers, each at its best.
+
+    python benchmarks/gpt2_tasks.py --data DIR --work WORK > benchmarks/logs/gpt2_tasks.txt
+
+The students are those of gpt2_recipes.py, distilled on text in 400 steps with all losses, balanced; WORK is its folder.
+The teacher is fine-tuned on a task; then each student learns it in 500 steps of 32 texts: in three ways, each at two
+learning rates, with one seed. The best of these six on the dev set gets two more seeds. Muon is for factors; a dense
+student has AdamW alone. Finished runs are lines of logs/gpt2_tasks.jsonl, and are not made again. --table shows them
+without a run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import gpt2_recipes
+from common import RunLog, example, runs_parser, shuffled_text, spread
+from gpt2_recipes import BEST, best_layers
+from kngpt2 import RATES, TASK_STEPS, TASKS, fine_tune_teacher, options_of
+from rich.console import Console
+
+from kronecker_transformers.display import results_table
+from kronecker_transformers.tasks.glue_metric import headline
+
+LOG = RunLog("gpt2_tasks")
+STUDENTS = ("papers' plan", BEST)
+WAYS: dict[str, dict[str, Any]] = {
+    "ILKD, labels": {},
+    "ILKD, labels, logits, balanced, Muon": gpt2_recipes.WAYS[gpt2_recipes.ALL],
+    "without labels, as distill --task": {"recipe": "classifier"},
+}
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student of a task, and how it learns."""
+
+    task: str
+    student: str
+    way: str
+    rate: float
+    seed: int = SEEDS[0]
+
+
+def perform(run: Run, options: Any) -> None:
+    """Fine-tune and judge one student."""
+    fine_tune_teacher(run.task, options.data, options.work)
+    earlier = gpt2_recipes.Run(run.student, gpt2_recipes.ALL, gpt2_recipes.RATE, 0).folder(options.work)
+    text = shuffled_text(options.data, options.work)
+    layers = best_layers(options.work, text).split(",") if run.student == BEST else None
+    output = options.work / "-".join(map(str, asdict(run).values()))
+    shutil.rmtree(output, ignore_errors=True)
+    results = example(
+        "run_glue_kd", teacher=options.work / f"teacher-{run.task}", start=earlier / "student", output_dir=output,
+        max_steps=TASK_STEPS, learning_rate=run.rate, seed=run.seed, dropout=0,
+        **({"layer_map": layers} if layers else {}), **{**options_of(run.task, options.data), **WAYS[run.way]},
+    )  # fmt: skip
+    LOG.add(asdict(run), {name: results[name] for name in ("metrics", "training", "parameters")})
+    shutil.rmtree(output)
+
+
+def score(run: Run, model: str = "student") -> float | None:
+    """What a finished run ended with, in per cent."""
+    line = LOG.find(asdict(run))
+    return 100 * headline(run.task, line["metrics"][model])[1] if line else None
+
+
+def first_runs(task: str, student: str) -> list[Run]:
+    """Every way at every rate."""
+    return [Run(task, student, way, rate) for way in WAYS for rate in RATES]
+
+
+def best_of(task: str, student: str) -> list[Run]:
+    """The best of those that are finished, with every seed; none if none is."""
+    scores = {run: found for run in first_runs(task, student) if (found := score(run)) is not None}
+    return [replace(max(scores, key=lambda run: scores[run]), seed=seed) for seed in SEEDS] if scores else []
+
+
+def main() -> None:
+    """Run what is missing, then show it."""
+    parser = runs_parser("Students of a small GPT-2 on tasks.", "the models, that of gpt2_recipes.py")
+    parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS, help="(default: both)")
+    parser.add_argument("--students", nargs="*", default=STUDENTS, choices=STUDENTS, help="(default: both)")
+    options = parser.parse_args()
+    if not options.table:
+        for task in options.tasks:
+            for student in options.students:
+                LOG.finish(first_runs(task, student), perform, options)
+                LOG.finish(best_of(task, student), perform, options)
+    rows: dict[str, list[Any]] = {"teacher": [None for _ in TASKS]}
+    for student in STUDENTS:
+        chosen = [best_of(task, student) for task in TASKS]
+        for column, runs in enumerate(chosen):
+            rows["teacher"][column] = score(runs[0], "teacher") if runs else None
+        scores = [[score(run) for run in runs] for runs in chosen]
+        rows[f"{student}, the best of these, all seeds"] = [
+            spread([found for found in some if found is not None]) for some in scores
+        ]
+        for run in first_runs(TASKS[0], student):
+            way = run.way.removesuffix(", Muon") if student == BEST else run.way
+            rows[f"  {student}, {way}, rate {run.rate:g}"] = [score(replace(run, task=task)) for task in TASKS]
+    console = Console(width=110)
+    console.print(LOG.environments(), highlight=False)
+    console.print(results_table("GLUE dev, per cent", ["SST-2, accuracy", "CoLA, Matthews"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -174,8 +174,8 @@ def probe(encoded: Callable[[list[str]], Any], sst2: Mapping[str, Any]) -> float
     return 100 * float(model.score(encoded(judged["sentence"][:]), judged["label"][:]))
 
 
-def spread(values: list[float]) -> str | None:
-    """Mean and standard deviation, or the only value; None for none."""
+def spread(values: list[float], digits: int = 1) -> str | None:
+    """Mean and standard deviation, or the only value, with so many digits after the point; None for none."""
     if len(values) < 2:
-        return f"{values[0]:.1f}" if values else None
-    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values):.1f}"
+        return f"{values[0]:.{digits}f}" if values else None
+    return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"

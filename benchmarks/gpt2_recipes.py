@@ -12,6 +12,7 @@ least, found by the loss of all twenty choices on that text. Muon is for factors
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable
@@ -71,6 +72,7 @@ class Run:
         return work / "-".join(map(str, asdict(self).values()))
 
 
+@functools.cache
 def best_layers(work: Path, text: Path) -> str:
     """Those whose student, as it is cut, loses least."""
     teacher, tokenizer = teacher_and_tokenizer(str(work / "teacher"))

@@ -2,17 +2,19 @@
 
     python benchmarks/gpt2_tasks.py --data DIR --work WORK > benchmarks/logs/gpt2_tasks.txt
 
-The students are those of gpt2_recipes.py, distilled on text in 400 steps with all losses, balanced; WORK is its folder.
-The teacher is fine-tuned on a task; then each student learns it in 500 steps of 32 texts: in three ways, each at two
-learning rates, with one seed. The best of these six on the dev set gets two more seeds. Muon is for factors; a dense
-student has AdamW alone. Finished runs are lines of logs/gpt2_tasks.jsonl, and are not made again. --table shows them
-without a run.
+WORK is the folder of gpt2_recipes.py, whose teacher is fine-tuned on a task. A student learns the task in 500 steps of
+32 texts, in two ways: one of that script's, distilled on text in 400 steps, goes on with its losses and the labels; or
+the student comes from the task's teacher, by a plan that is searched on the task's texts or with those three of six
+layers that were best on text, and learns without labels, as by `distill --task`. Each way has two learning rates and
+one seed; the best of the four on the dev set gets two more seeds. Muon is for factors; a dense student has AdamW alone.
+Finished runs are lines of logs/gpt2_tasks.jsonl, and are not made again. --table shows them without a run.
 """
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import gpt2_recipes
@@ -21,15 +23,18 @@ from gpt2_recipes import BEST, best_layers
 from kngpt2 import RATES, TASK_STEPS, TASKS, fine_tune_teacher, options_of
 from rich.console import Console
 
+from kronecker_transformers.checkpoint.load import save_folder
 from kronecker_transformers.display import results_table
+from kronecker_transformers.distillation import keep_layers
+from kronecker_transformers.experiments.run import teacher_and_tokenizer
 from kronecker_transformers.tasks.glue_metric import headline
 
 LOG = RunLog("gpt2_tasks")
-STUDENTS = ("papers' plan", BEST)
+STUDENTS = ("searched plan", BEST)
+DIRECT = "from the task's teacher; without labels"
 WAYS: dict[str, dict[str, Any]] = {
-    "ILKD, labels": {},
-    "ILKD, labels, logits, balanced, Muon": gpt2_recipes.WAYS[gpt2_recipes.ALL],
-    "without labels, as distill --task": {"recipe": "classifier"},
+    "from text; ILKD, labels, logits, balanced, Muon": gpt2_recipes.WAYS[gpt2_recipes.ALL],
+    DIRECT: {"recipe": "classifier"},
 }
 SEEDS = (0, 1, 2)
 
@@ -45,17 +50,32 @@ class Run:
     seed: int = SEEDS[0]
 
 
+def start(run: Run, layers: list[str], work: Path) -> dict[str, Any]:
+    """Where the student comes from."""
+    teacher, tokenizer = teacher_and_tokenizer(str(work / f"teacher-{run.task}"))
+    if run.way != DIRECT:
+        earlier = gpt2_recipes.Run(run.student, gpt2_recipes.ALL, gpt2_recipes.RATE, 0).folder(work)
+        return {"start": earlier / "student"}
+    if run.student != BEST:
+        whole = sum(parameter.numel() for parameter in teacher.base_model.parameters())
+        return {"plan": "search", "ratio": whole / gpt2_recipes.PARAMETERS}
+    folder = work / f"cut-{run.task}"
+    if not folder.exists():
+        save_folder(folder, keep_layers(teacher, [int(layer) for layer in layers]), tokenizer)
+    return {"start": folder}
+
+
 def perform(run: Run, options: Any) -> None:
     """Fine-tune and judge one student."""
     fine_tune_teacher(run.task, options.data, options.work)
-    earlier = gpt2_recipes.Run(run.student, gpt2_recipes.ALL, gpt2_recipes.RATE, 0).folder(options.work)
-    text = shuffled_text(options.data, options.work)
-    layers = best_layers(options.work, text).split(",") if run.student == BEST else None
+    layers: list[str] = []
+    if run.student == BEST:
+        layers = best_layers(options.work, shuffled_text(options.data, options.work)).split(",")
     output = options.work / "-".join(map(str, asdict(run).values()))
     shutil.rmtree(output, ignore_errors=True)
     results = example(
-        "run_glue_kd", teacher=options.work / f"teacher-{run.task}", start=earlier / "student", output_dir=output,
-        max_steps=TASK_STEPS, learning_rate=run.rate, seed=run.seed, dropout=0,
+        "run_glue_kd", teacher=options.work / f"teacher-{run.task}", output_dir=output, max_steps=TASK_STEPS,
+        learning_rate=run.rate, seed=run.seed, dropout=0, **start(run, layers, options.work),
         **({"layer_map": layers} if layers else {}), **{**options_of(run.task, options.data), **WAYS[run.way]},
     )  # fmt: skip
     LOG.add(asdict(run), {name: results[name] for name in ("metrics", "training", "parameters")})

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import low_rank_plan
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -152,16 +153,23 @@ def training_step(model: Any, ids: torch.Tensor, optimizer: torch.optim.Optimize
 
 
 def training(trial: bool) -> list[Point]:
-    """Forward and backward of 8 x 128 tokens, fp32; memory: the peak of a process that makes one step with AdamW."""
+    """Forward and backward of 8 x 128 tokens, fp32; memory: the peak of a process that makes one step with AdamW.
+
+    Beside the presets: all layers of low rank, with as many parameters.
+    """
     batch, length = (2, 16) if trial else (8, 128)
     torch.manual_seed(0)
     sizes: dict[str, Any] = TINY if trial else {}
     dense: Any = BertModel(BertConfig(**sizes))
-    models: dict[str, Any] = {"dense": dense, **{plan: compress(dense.eval(), plan).model for plan in PLANS}}
+    models: dict[str, Any] = {"dense": dense}
+    for plan in PLANS:
+        models[plan] = compress(dense.eval(), plan).model
+        low_rank = low_rank_plan(dense, models[plan].num_parameters())
+        models[f"low rank, as {plan}"] = compress(dense, low_rank).model
     ids = torch.randint(100, dense.config.vocab_size, (batch, length))
     works = {name: partial(training_step, model.train(), ids) for name, model in models.items()}
     seconds = in_turn(works, rounds(batch * length))
-    print(f"{'model':10s} {'step ms':>9s} {'spread':>7s} {'share':>7s} {'peak MB':>8s} {'of 4 x as many':>15s}")
+    print(f"{'model':20s} {'step ms':>9s} {'spread':>7s} {'share':>7s} {'peak MB':>8s} {'of 4 x as many':>15s}")
     for name, model in models.items():
         peaks = []
         with tempfile.TemporaryDirectory() as scratch:
@@ -171,7 +179,7 @@ def training(trial: bool) -> list[Point]:
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 peaks.append(int(done.stdout.split()[-1]) / 1e6)
         (middle, spread), (reference, _) = median_and_spread(seconds[name]), median_and_spread(seconds["dense"])
-        row = f"{name:10s} {middle:9.1f} {spread:7.0%} {middle / reference:7.2f} {peaks[0]:8.0f} {peaks[1]:15.0f}"
+        row = f"{name:20s} {middle:9.1f} {spread:7.0%} {middle / reference:7.2f} {peaks[0]:8.0f} {peaks[1]:15.0f}"
         print(row, flush=True)
     return []
 
@@ -246,7 +254,7 @@ def main() -> None:
     points = []
     for name, section in SECTIONS.items():
         if options.only in (None, name):
-            print(f"\n{name}: {(section.__doc__ or '').strip()}", flush=True)
+            print(f"\n{name}: {' '.join((section.__doc__ or '').split())}", flush=True)
             start = time.perf_counter()
             with torch.set_grad_enabled(name == "training"):
                 points += section(options.trial)

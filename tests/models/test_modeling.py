@@ -421,6 +421,20 @@ def test_blocks_take_the_arguments_of_the_stock_model(blocks, monkeypatch):
                     assert mine == other
 
 
+def test_a_compiled_encoder_is_called_once_for_each_block(blocks, monkeypatch):
+    model = student(kt.KroneckerBertModel, dtype=torch.float64)
+    batch = inputs(model, batch=5, length=12)
+    with torch.no_grad():
+        monkeypatch.setattr(kronecker_blocks, "BLOCK", 10**9)
+        whole = model(**batch).last_hidden_state
+        monkeypatch.setattr(kronecker_blocks, "BLOCK", 30 * 32)
+        blocks.clear()
+        model.encoder.compile(backend="eager")
+        found = model(**batch).last_hidden_state
+    assert blocks == [2, 2, 1]
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+
+
 def test_the_batch_stays_whole_for_gradients_hooks_caches_and_decoders(blocks):
     model = student(kt.KroneckerBertModel)
     batch = inputs(model, batch=4, length=12)

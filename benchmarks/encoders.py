@@ -15,9 +15,9 @@ its training sentences are a small part of the text (6 per cent of its lines).
 Students are trained beside each other on one GPU, which they share: it is bound by the launches of each. With --layers
 there is one student instead, of 7.7x, made by `distill` as it is, which searches its plan after it has trained a dense
 student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B alone, text
-of the kind that it is judged on. WORK keeps text, plans and students; finished runs are lines of logs/encoders.jsonl,
-and are not made again. --table shows them without a run. The runs on a GPU have a teacher of which the weights were
-rounded to float16; plans were searched on a CPU.
+of the kind that it is judged on; its steps in the table are those after factoring. WORK keeps text, plans and students;
+finished runs are lines of logs/encoders.jsonl, and are not made again. --table shows them without a run. The runs on a
+GPU have a teacher of which the weights were rounded to float16; plans were searched on a CPU.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def table(console: Console) -> None:
         if line["kind"] == "teacher":
             continue
         training = line["training"]
-        _, start, end = next(values for name, values in line["rows"].items() if "fidelity" in name)
+        *_, start, end = next(values for name, values in line["rows"].items() if "fidelity" in name)
         *_, neighbours = next(values for name, values in line["rows"].items() if "neighbours" in name)
         name = f"{line['ratio']:g}x, {line['kind']}, rate {line['rate']:g}, seed {line['seed']}"
         rows[f"{name}, {line['minutes']:g} minutes"] = [

@@ -83,9 +83,14 @@ def perform(run: Run, options: Any) -> None:
 
 
 def score(run: Run, model: str = "student") -> float | None:
-    """What a finished run ended with, in per cent."""
+    """Of a finished run, in per cent."""
     line = LOG.find(asdict(run))
     return 100 * headline(run.task, line["metrics"][model])[1] if line else None
+
+
+def shown(value: float | None) -> str | None:
+    """With one digit after the point."""
+    return None if value is None else f"{value:.1f}"
 
 
 def first_runs(task: str, student: str) -> list[Run]:
@@ -114,15 +119,17 @@ def main() -> None:
     for student in STUDENTS:
         chosen = [best_of(task, student) for task in TASKS]
         for column, runs in enumerate(chosen):
-            rows["teacher"][column] = score(runs[0], "teacher") if runs else None
+            rows["teacher"][column] = shown(score(runs[0], "teacher")) if runs else None
         scores = [[score(run) for run in runs] for runs in chosen]
         rows[f"{student}, the best of these, all seeds"] = [
             spread([found for found in some if found is not None]) for some in scores
         ]
         for run in first_runs(TASKS[0], student):
             way = run.way.removesuffix(", Muon") if student == BEST else run.way
-            rows[f"  {student}, {way}, rate {run.rate:g}"] = [score(replace(run, task=task)) for task in TASKS]
-    console = Console(width=110)
+            name, both = f"  {student}, {way}", [replace(run, task=task) for task in TASKS]
+            rows[f"{name}, as it starts"] = [shown(score(run, "student, undistilled")) for run in both]
+            rows[f"{name}, rate {run.rate:g}"] = [shown(score(run)) for run in both]
+    console = Console(width=130)
     console.print(LOG.environments(), highlight=False)
     console.print(results_table("GLUE dev, per cent", ["SST-2, accuracy", "CoLA, Matthews"], rows))
 

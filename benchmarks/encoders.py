@@ -6,9 +6,9 @@
 DIR holds the folders glue (the official files) and text. The teacher is all-MiniLM-L6-v2 without its pooler; its
 students have 7.7 and 21 times fewer parameters, by a plan that is searched or by low rank everywhere, and calibrated
 factors. They learn from all running text and the training sentences of five GLUE tasks, in random order, by
-`kronecker_transformers.distill`: text without labels, the objective `sentence_encoder`, float32, batches of 64
-sentences, a learning rate that rises for a tenth of the time and then falls to zero (in the runs of the log it rises
-for half, and the objective has hidden states and outputs of the embedding beside it, weight 1; AdamW). First some rates
+`kronecker_transformers.distill`: text without labels, the objective `sentence_encoder`, batches of 64 sentences, a
+learning rate that rises for a tenth of the time and then falls to zero (in the runs on a GPU it rises for half, in
+float32, and the objective has hidden states and outputs of the embedding beside it, weight 1; AdamW). First some rates
 are tried for a minute each. Judged by the cosines of their embeddings on STS-B's dev set, which none of this has seen;
 its training sentences are a small part of the text (6 per cent of its lines).
 

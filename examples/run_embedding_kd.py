@@ -14,7 +14,7 @@ with a run that stopped.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -25,9 +25,12 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of, share_modules
-from kronecker_transformers.compression.activations import COUNTED
+from kronecker_transformers.compression.activations import COUNTED, Text
+from kronecker_transformers.compression.compress import is_searched
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
+from kronecker_transformers.distillation.agreement import judge_for
+from kronecker_transformers.distillation.start import better_start
 from kronecker_transformers.experiments.lessons import calibration_lines
 from kronecker_transformers.experiments.run import (
     check_evaluation,
@@ -52,6 +55,9 @@ from kronecker_transformers.tasks.text import (
     length_group,
     training_steps,
 )
+
+JUDGED = 400
+"""Sentences by which a start is chosen, held out where there are such."""
 
 
 @dataclass
@@ -99,7 +105,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     options.choose_rate(arguments, teacher)
     texts, counted = calibration_lines(text), text.lines(COUNTED)
-    student = options.student(teacher, tokenizer, recipe, texts, counted, progress=not arguments.disable_tqdm)
+
+    def factored(words: Sequence[Text] | None) -> PreTrainedModel:
+        return options.student(teacher, tokenizer, recipe, texts, words, progress=not arguments.disable_tqdm)
+
+    if options.start is None and is_searched(options.plan or recipe.plan):
+        judge = judge_for(teacher, tokenizer, (held_out or counted)[-JUDGED:], [], length)
+        show = print if arguments.process_index == 0 else None
+        student = better_start(factored, counted, lambda start: start, judge, show)
+    else:
+        student = factored(counted)
     judges = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).eval().to(arguments.device),

@@ -68,7 +68,8 @@ class Options(StudentOptions):
     train_text: list[str] = field(metadata={"help": "Text files, tables, or one dataset of the Hub."})
     output_dir: str = field(metadata={"help": "New folder for checkpoints, the student and results.json."})
     validation_text: list[str] | None = field(
-        default=None, metadata={"help": "Held-out text to judge fidelity on; of a dataset, its split validation."}
+        default=None,
+        metadata={"help": "Held-out text to judge start and student on; of a dataset, its split validation."},
     )
     sts_file: str | None = field(
         default=None, metadata={"help": "Table with the columns sentence1, sentence2 and label (a similarity)."}
@@ -109,8 +110,10 @@ def main(argv: list[str] | None = None) -> None:
     def factored(words: Sequence[Text] | None) -> PreTrainedModel:
         return options.student(teacher, tokenizer, recipe, texts, words, progress=not arguments.disable_tqdm)
 
+    def judge(model: PreTrainedModel) -> dict[str, float]:
+        return judge_for(teacher, tokenizer, (held_out or counted)[-JUDGED:], [], length)(model)
+
     if options.start is None and is_searched(options.plan or recipe.plan):
-        judge = judge_for(teacher, tokenizer, (held_out or counted)[-JUDGED:], [], length)
         show = print if arguments.process_index == 0 else None
         student = better_start(factored, counted, lambda start: start, judge, show)
     else:

@@ -103,3 +103,9 @@ def test_what_it_judges_on_is_missed_before_the_training(teacher, tmp_path, opti
             "run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[tmp_path / "train.txt"], **options
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_search_on_too_little_text_is_refused(teacher, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="calibration text of 0 texts"):
+        run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[tmp_path / "empty.txt"])

@@ -17,8 +17,7 @@ there is one student instead, of 7.7x, made by `distill` as it is, which searche
 student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B alone, text
 of the kind that it is judged on; its steps in the table are those after factoring. WORK keeps text, plans and students;
 finished runs are lines of logs/encoders.jsonl, and are not made again. --table shows them without a run. The runs on a
-GPU have a teacher of which the weights were rounded to float16; plans were searched on a CPU. Those with --layers in
-the log are from before `distill` compared a start without frequent words of their own.
+GPU have a teacher of which the weights were rounded to float16; plans were searched on a CPU.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Where the time of a forward pass goes.")
     parser.add_argument("--trial", action="store_true", help="two layers, one batch")
     options = parser.parse_args()
-    console = Console(width=150)
+    console = Console(width=170)
     console.print(environment(), highlight=False)
     dense_and_factored = models(options.trial)
     headings = ["ms", "spread", *WAYS, "ratio", "limit", *PARTS, "rest"]

@@ -14,7 +14,7 @@ with a run that stopped.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -25,12 +25,9 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from kronecker_transformers.checkpoint.sentence_modules import encoder_settings, modules_of, share_modules
-from kronecker_transformers.compression.activations import COUNTED, Text
-from kronecker_transformers.compression.compress import is_searched
+from kronecker_transformers.compression.activations import COUNTED
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
-from kronecker_transformers.distillation.agreement import judge_for
-from kronecker_transformers.distillation.start import better_start
 from kronecker_transformers.experiments.lessons import calibration_lines
 from kronecker_transformers.experiments.run import (
     check_evaluation,
@@ -56,9 +53,6 @@ from kronecker_transformers.tasks.text import (
     training_steps,
 )
 
-JUDGED = 400
-"""Sentences by which a start is chosen, held out where there are such."""
-
 
 @dataclass
 class Options(StudentOptions):
@@ -68,8 +62,7 @@ class Options(StudentOptions):
     train_text: list[str] = field(metadata={"help": "Text files, tables, or one dataset of the Hub."})
     output_dir: str = field(metadata={"help": "New folder for checkpoints, the student and results.json."})
     validation_text: list[str] | None = field(
-        default=None,
-        metadata={"help": "Held-out text to judge start and student on; of a dataset, its split validation."},
+        default=None, metadata={"help": "Held-out text to judge fidelity on; of a dataset, its split validation."}
     )
     sts_file: str | None = field(
         default=None, metadata={"help": "Table with the columns sentence1, sentence2 and label (a similarity)."}
@@ -106,18 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     options.choose_rate(arguments, teacher)
     texts, counted = calibration_lines(text), text.lines(COUNTED)
-
-    def factored(words: Sequence[Text] | None) -> PreTrainedModel:
-        return options.student(teacher, tokenizer, recipe, texts, words, progress=not arguments.disable_tqdm)
-
-    def judge(model: PreTrainedModel) -> dict[str, float]:
-        return judge_for(teacher, tokenizer, (held_out or counted)[-JUDGED:], [], length)(model)
-
-    if options.start is None and is_searched(options.plan or recipe.plan):
-        show = print if arguments.process_index == 0 else None
-        student = better_start(factored, counted, lambda start: start, judge, show)
-    else:
-        student = factored(counted)
+    student = options.student(teacher, tokenizer, recipe, texts, counted, progress=not arguments.disable_tqdm)
     judges = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).eval().to(arguments.device),

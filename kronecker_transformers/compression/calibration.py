@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 UNSEEN = 1.0
 """Occurrences that every row of an embedding is taken to have beside those in the text (Laplace smoothing)."""
+EVENED = 2 / 3
+"""Power of these numbers by which words count that were counted in more text: rare ones say more than common ones."""
 
 
 class LayerErrors(NamedTuple):
@@ -282,7 +284,7 @@ def row_weights(
     """How much each row of the embeddings among these modules counts: to fit, and to judge on held-out text; (m,) each.
 
     Words count as often as the text has them, positions and distances all the same, for later text may be longer. To
-    fit, `more` (vocabulary,) may say how often words occur in more text.
+    fit, `more` (vocabulary,) may say how often words occur in more text; they count by a power of that then.
     """
     family = family_of(dense)
     modules = {name: dense.get_submodule(name) for name in names}
@@ -303,7 +305,7 @@ def row_weights(
     weights = {}
     for name, module in modules.items():
         fit, held_out = counts[False][name], counts[True][name]
-        fit = (fit if more is None or name != family.words else more) + UNSEEN
+        fit = fit + UNSEEN if more is None or name != family.words else (more + UNSEEN) ** EVENED
         if name not in counted:
             fit = held_out = torch.ones_like(fit)
         weights[name] = fit.to(module.weight.device), held_out.to(module.weight.device)

@@ -42,8 +42,6 @@ SIZES_SHARED = SIZES[::4]
 """Of what all words of an embedding share, where frequent words have a product of their own."""
 FREQUENT = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16)
 """Shares of the words that may be frequent ones."""
-EVENED = 1 / 3
-"""Power of the weights of words by which the candidates compete where words were counted in more text."""
 TRIED = 2
 """Shapes that are tried in the middle layer for each size; the best one of each is kept."""
 PROBE = 1 / 8
@@ -270,15 +268,16 @@ def _kept(name: str, W: Tensor, tokens: int) -> MeasuredLayer:
 def _embedding(
     name: str, W: Tensor, fit: Tensor, held_out: Tensor, presets: list[FactorEntry], low_rank: bool, counted: bool
 ) -> MeasuredLayer:
-    """An embedding with its candidates; frequent words have a product of their own where they were `counted`.
+    """An embedding with its candidates; frequent words may have a product of their own where they were `counted`.
 
-    Then all compete by evened weights: in the training that follows, rare words count for more than their share.
+    All compete by relative errors of the rows then, since the states that follow are normalised, and rare words count
+    for more than where factors are fitted: of several ways this chose best, on text of few subjects and of many.
     """
     m, n = W.shape
-    evened = fit**EVENED if counted else fit
+    weights = fit.sqrt() / W.double().square().sum(1).clamp_min(torch.finfo(torch.float32).tiny) if counted else fit
     candidates = [_candidate(W, 0, None, 0.0)]
     for n1 in [d for d in range(1, 2 if low_rank else n) if n % d == 0]:
-        curve = weighted_error_curve(W, evened, n1)
+        curve = weighted_error_curve(W, weights, n1)
         terms = {_terms(W, m, n1, share) for share in SIZES}
         terms |= {entry.terms for entry in presets if (entry.m1, entry.n1) == (m, n1)}
         for count in sorted(terms):
@@ -286,7 +285,7 @@ def _embedding(
                 candidates.append(_candidate(W, 0, FactorEntry(m, n1, count), float(curve[count - 1])))
     A, B = weighted_kronecker(W, fit, m, 1, max(1, _terms(W, m, 1, PROBE)))
     if counted:
-        candidates += _with_frequent_words(W, evened)
+        candidates += _with_frequent_words(W, weights)
     return MeasuredLayer(name, W, candidates, (A, B, None), row_error(W, kronecker_product(A, B), held_out))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,10 +14,6 @@ from ..checkpoint.load import load_model
 from ..compression.activations import Text
 from ..compression.compress import compress
 from ..models.kronecker_family import FACTORED_CLASSES, FAMILIES, family_of
-from ..models.kronecker_layers import FrequentWords
-from .agreement import Judge
-
-Start = TypeVar("Start")
 
 
 def start_student(
@@ -90,34 +86,6 @@ def start_student(
             )
     student.base_model.load_state_dict(found, strict=False)
     return student.requires_grad_(True).train()
-
-
-def better_start(
-    factored: Callable[[Sequence[Text] | None], Start],
-    counted: Sequence[Text],
-    student: Callable[[Start], PreTrainedModel],
-    judge: Judge,
-    show: Callable[[str], object] | None = None,
-) -> Start:
-    """The better one of two starts on held-out text, by searches that may set frequent words apart or may not.
-
-    Their own product pays on text of few subjects. On text of many it costs more than it gives, since rare words lose.
-
-    Args:
-        factored: makes a start with a searched plan; words are counted in its argument.
-        counted: texts for it; the other start gets None.
-        student: the model of a start.
-        judge: of held-out text; its first value decides.
-        show: called with a line where there was a choice.
-    """
-    apart = factored(counted)
-    if not any(isinstance(module, FrequentWords) for module in student(apart).modules()):
-        return apart
-    shared = factored(None)
-    (name, first), (_, second) = (next(iter(judge(student(start).eval()).items())) for start in (apart, shared))
-    if show is not None:
-        show(f"Frequent words, {name}: {first:.3f} with a product of their own, {second:.3f} without")
-    return apart if first > second else shared
 
 
 def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:

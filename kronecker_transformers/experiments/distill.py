@@ -27,15 +27,14 @@ from ..checkpoint.files import check_new_folder, new_folder, to_json, write_text
 from ..checkpoint.load import source_name, write_checkpoint
 from ..checkpoint.sentence_modules import encoder_settings
 from ..checkpoint.teachers import check_teacher
-from ..compression.activations import Text, calibration_batches, modules_named
+from ..compression.activations import calibration_batches, modules_named
 from ..compression.calibration import check_text
-from ..compression.compress import CompressionResult, compress, is_searched, planned
+from ..compression.compress import compress, is_searched, planned
 from ..compression.plan_file import write_plan
 from ..compression.search import PlanSearch
 from ..display import has_pictures, plan_picture, training_picture
 from ..distillation import keep_layers
 from ..distillation.agreement import Judge, judge_for
-from ..distillation.start import better_start
 from ..evaluation.cost import Report
 from ..evaluation.timing import environment, in_turn
 from ..hub.card import folder_metadata, model_card
@@ -197,17 +196,10 @@ def distill(
         models[f"{len(kept)} layers, dense"] = unfactored
     how = f"plan searched for a ratio of {asked:g}" if searched else "plan as given"
     say(f"Compression: {how}, factors calibrated on {len(lesson.calibration):,} texts")
-
-    def factored(counted: Sequence[Text] | None) -> CompressionResult:
-        return compress(
-            unfactored, plan, ratio=factor_ratio, only=only, calibration=lesson.calibration, counted=counted,
-            tokenizer=tokenizer, progress=progress,
-        )  # fmt: skip
-
-    if searched and lesson.counted:
-        result = better_start(factored, lesson.counted, lambda start: start.model, watched, say)
-    else:
-        result = factored(lesson.counted or None)
+    result = compress(
+        unfactored, plan, ratio=factor_ratio, only=only, calibration=lesson.calibration,
+        counted=lesson.counted or None, tokenizer=tokenizer, progress=progress,
+    )  # fmt: skip
     student = result.model.requires_grad_(True)
     models["not distilled" if kept is None else "factored"] = copy.deepcopy(student).eval()
     watch = Watch(watched, say)

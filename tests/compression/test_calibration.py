@@ -178,6 +178,21 @@ def test_the_words_that_more_text_has_get_the_product_of_their_own():
     assert lost["not counted"] > 0.5
 
 
+def test_words_count_by_a_power_of_their_number_in_more_text(monkeypatch):
+    judge_outputs(monkeypatch, [0.2], [0.1])
+    dense = teacher(BertModel)
+    W = dense.get_input_embeddings().weight.detach().double()
+    counts = torch.arange(64, dtype=torch.float64) ** 2
+    ids = torch.arange(44, 64).repeat(12, 2)  # the words that counts have most often
+    batches = [CalibrationBatch(ids, torch.ones_like(ids), held_out) for held_out in (False, True)]
+    student = compress(dense, {"embeddings.word_embeddings": (64, 1, 4)}).model
+    (error,) = calibrate(dense, student, batches, counts=counts).values()
+    assert error.calibrated < error.nearest
+    _, _, V = torch.linalg.svd((counts + 1).pow(1 / 3).unsqueeze(1) * W)  # squared: a power of 2/3
+    expected = W @ V[:4].T @ V[:4]
+    torch.testing.assert_close(student.embeddings.word_embeddings.to_dense().double(), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_words_are_counted_in_texts_and_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "_COUNTED_AT_ONCE", 3)
     tokenizer = bert_tokenizer(tmp_path)

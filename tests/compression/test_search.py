@@ -301,6 +301,13 @@ def test_frequent_words_compete_where_they_are_counted(family, request):
         assert candidate.parameters == entry.parameters(*words.weight)
         shared = [c.error for c in words.candidates if c.entry == FactorEntry(entry.m1, 1, entry.terms)]
         assert all(candidate.error < error for error in shared)
+    W = dense.get_input_embeddings().weight.detach().double()
+    relative = W / W.norm(dim=1, keepdim=True) * (word_counts(counted, tokenizer, dense) + 1).pow(1 / 6).unsqueeze(1)
+    lost = torch.linalg.svdvals(relative).square().flip(0).cumsum(0).flip(0)
+    shared = [c for c in words.candidates if c.entry and c.entry.n1 == 1 and not c.entry.frequent]
+    assert shared
+    for candidate in shared:  # the errors of the rows relative to these, weighted with the third root of their numbers
+        assert candidate.error == pytest.approx((lost[candidate.entry.terms] / lost[0]).sqrt().item(), rel=1e-4)
     less = words.weight[0] * words.weight[1] * 3 // 4
     small = search_plan(
         dense, texts(), parameters=size(dense) - less, only="embedding", counted=counted, tokenizer=tokenizer

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from kronecker_transformers import compress
-from kronecker_transformers.distillation.start import better_start, keep_layers, start_student
+from kronecker_transformers.distillation.start import keep_layers, start_student
 
 
 def saved_student(folder, dense_class, seed=5, plan=None, **changes):
@@ -173,34 +173,3 @@ def test_layers_that_compute_by_their_number_keep_it(tmp_path):
     first.save_pretrained(tmp_path)
     ids = torch.arange(8)[None]
     torch.testing.assert_close(GPT2LMHeadModel.from_pretrained(tmp_path)(ids).logits, first(ids).logits)
-
-
-@pytest.mark.parametrize("fidelity", [0.9, 0.1, float("nan")])
-def test_frequent_words_are_set_apart_where_that_is_better_on_held_out_text(fidelity):
-    teacher = tiny.teacher(BertModel)
-    shared = {"m1": teacher.config.vocab_size, "n1": 1, "terms": 2}
-    lines = []
-
-    def factored(counted):
-        own = {"frequent": 4, "frequent_terms": 2} if counted else {}
-        return compress(teacher, {"embeddings.word_embeddings": shared | own})
-
-    def judge(model):
-        assert not model.training
-        return {"fidelity": 0.5 if model.embeddings.word_embeddings.frequent is None else fidelity, "neighbours": 0.0}
-
-    found = better_start(factored, ["a text"], lambda start: start.model, judge, lines.append)
-    assert (found.model.embeddings.word_embeddings.frequent is not None) == (fidelity == 0.9)
-    assert lines == [f"Frequent words, fidelity: {fidelity:.3f} with a product of their own, 0.500 without"]
-
-
-def test_without_frequent_words_there_is_one_start():
-    made = []
-
-    def factored(counted):
-        made.append(counted)
-        return compress(tiny.teacher(BertModel), distilling.BERT_PLAN).model
-
-    found = better_start(factored, ["a text"], lambda model: model, lambda model: pytest.fail("nothing to choose"))
-    assert type(found).__name__ == "KroneckerBertModel"
-    assert made == [["a text"]]

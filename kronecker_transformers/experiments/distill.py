@@ -197,8 +197,8 @@ def distill(
     how = f"plan searched for a ratio of {asked:g}" if searched else "plan as given"
     say(f"Compression: {how}, factors calibrated on {len(lesson.calibration):,} texts")
     result = compress(
-        unfactored, plan, ratio=factor_ratio, only=only, calibration=lesson.calibration,
-        counted=lesson.counted or None, tokenizer=tokenizer, progress=progress,
+        unfactored, plan, ratio=factor_ratio, only=only, calibration=lesson.calibration, counted=lesson.counted or None,
+        tokenizer=tokenizer, progress=progress,
     )  # fmt: skip
     student = result.model.requires_grad_(True)
     models["not distilled" if kept is None else "factored"] = copy.deepcopy(student).eval()

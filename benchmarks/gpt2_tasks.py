@@ -13,6 +13,7 @@ Finished runs are lines of logs/gpt2_tasks.jsonl, and are not made again. --tabl
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,9 @@ def shown(value: float | None) -> str | None:
     return None if value is None else f"{value:.1f}"
 
 
-def first_runs(task: str, student: str) -> list[Run]:
+def first_runs(task: str, student: str, ways: Iterable[str] = WAYS) -> list[Run]:
     """Every way at every rate."""
-    return [Run(task, student, way, rate) for way in WAYS for rate in RATES]
+    return [Run(task, student, way, rate) for way in ways for rate in RATES]
 
 
 def best_of(task: str, student: str) -> list[Run]:
@@ -109,11 +110,12 @@ def main() -> None:
     parser = runs_parser("Students of a small GPT-2 on tasks.", "the models, that of gpt2_recipes.py")
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS, help="(default: both)")
     parser.add_argument("--students", nargs="*", default=STUDENTS, choices=STUDENTS, help="(default: both)")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="(default: both)")
     options = parser.parse_args()
     if not options.table:
         for task in options.tasks:
             for student in options.students:
-                LOG.finish(first_runs(task, student), perform, options)
+                LOG.finish(first_runs(task, student, options.ways), perform, options)
                 LOG.finish(best_of(task, student), perform, options)
     rows: dict[str, list[Any]] = {"teacher": [None for _ in TASKS]}
     for student in STUDENTS:

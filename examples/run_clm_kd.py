@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.layer_map = [int(layer) for layer in options.layers.split(",")]
         student = keep_layers(teacher, arguments.layer_map)
     else:
-        texts = calibration_lines(text)
+        texts = calibration_lines(text, teacher, tokenizer)
         student = options.student(teacher, tokenizer, recipe, texts, progress=not arguments.disable_tqdm)
     models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student), "student": student}
 

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher, options.max_length, min(recipe.length, settings.max_length or recipe.length)
     )
     options.choose_rate(arguments, teacher)
-    texts, counted = calibration_lines(text), text.lines(COUNTED)
+    texts, counted = calibration_lines(text, teacher, tokenizer), text.lines(COUNTED)
     student = options.student(teacher, tokenizer, recipe, texts, counted, progress=not arguments.disable_tqdm)
     judges = {
         "teacher": teacher,

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.max_train_samples:
         data["train"] = data["train"].select(range(min(options.max_train_samples, len(data["train"]))))
     train_rows = task.rows(options.max_train_samples)
-    texts = calibration_rows(train_rows)
+    texts = calibration_rows(train_rows, teacher, tokenizer)
     if certain is False:
         check_unnamed_labels(teacher.to(arguments.device), task, data, collator)
     if certain is None:

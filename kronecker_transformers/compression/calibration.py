@@ -162,12 +162,17 @@ def check_amount(batches: Sequence[CalibrationBatch], modules: Iterable[nn.Modul
         ValueError: with how much is needed.
     """
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    needed = max(map(_inputs, modules), default=1)
+    needed = largest_inputs(modules)
     if tokens < needed:
         raise ValueError(
             f"calibration text of {tokens:,} tokens is too little: the largest layer has {needed:,} inputs, and at "
             f"least as many tokens are needed; give at least {-(-needed // tokens)} times as much, better more"
         )
+
+
+def largest_inputs(modules: Iterable[nn.Module]) -> int:
+    """Inputs of the largest linear layer among them, dense or factored."""
+    return max(map(_inputs, modules), default=1)
 
 
 def _inputs(module: Any) -> int:

@@ -197,6 +197,12 @@ def _terms(W: Tensor, m1: int, n1: int, share: float) -> int:
     return int(share * W.numel() / _unit(W, m1, n1))
 
 
+def least_parameters(m: int, n: int, m1: int, n1: int) -> int:
+    """Of the smallest candidate of a shape for a weight (m, n), but for those of the presets."""
+    unit = m1 * n1 + m * n // (m1 * n1)
+    return unit * max(1, int(SIZES[-1] * m * n / unit))
+
+
 def _low_rank(W: Tensor) -> list[Shape]:
     return [(len(W), 1)]
 

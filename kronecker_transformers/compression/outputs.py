@@ -16,8 +16,8 @@ from .activations import CalibrationBatch, layers_of, recording
 
 FEWEST_ROWS = 3
 """Outputs of which something is left when their mean is taken away, and more than a sign."""
-PROBE_TOKENS = 4096
-"""Held-out tokens on which outputs are compared, at most."""
+PROBE_TOKENS, PROBE_VALUES = 4096, 2**27
+"""Held-out tokens on which outputs are compared, at most; of a language model so many that they have these values."""
 
 
 def check_held_out(model: Any, batches: Sequence[CalibrationBatch]) -> None:
@@ -57,7 +57,7 @@ class HeldOutOutputs:
     Args:
         teacher: dense, with any head that is supported.
         batches: from `calibration_batches`; of what is held out, all, or of every length the share that gives
-            `PROBE_TOKENS`.
+            `PROBE_TOKENS`, or `PROBE_VALUES`.
         keep_layers: keep what each layer puts out, so that `lost` can leave layers out.
         states: compare the last hidden states where there are few outputs.
 
@@ -69,7 +69,10 @@ class HeldOutOutputs:
         self, teacher: Any, batches: Sequence[CalibrationBatch], keep_layers: bool = False, states: bool = False
     ) -> None:
         held_out = [batch for batch in batches if batch.held_out]
-        every = -(-sum(int(batch.attention_mask.sum()) for batch in held_out) // PROBE_TOKENS)
+        most = PROBE_TOKENS
+        if {head.kind for head in heads_of(teacher)} & {"words", "next_token"}:
+            most = max(1, min(most, PROBE_VALUES // teacher.config.vocab_size))
+        every = -(-sum(int(batch.attention_mask.sum()) for batch in held_out) // most)
         self._batches = [_thinned(batch, every) for batch in held_out]
         check_held_out(teacher, batches)
         self._of = _states if states and has_few_outputs(teacher) else _outputs_that_count

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,7 +33,7 @@ from ..models.kronecker_family import longest_sequence
 from ..models.kronecker_matching import matched_plan, selected_modules
 from .activations import CalibrationBatch, Text, calibration_batches, modules_named, weight_of, word_counts
 from .calibration import check_text
-from .candidates import Candidate, influences, measured_layers, noise_to_signal
+from .candidates import Candidate, influences, least_parameters, measured_layers, noise_to_signal
 from .estimates import UNITS, best_choice, factor_shapes
 from .latency import LatencyTable, Runtime, latency_table
 from .plan_file import write_plan
@@ -188,7 +188,8 @@ def check_reach(base: Any, names: AbstractSet[str], budgets: Mapping[str, float]
     for module in modules_named(base, names):
         m, n = weight_of(module).shape
         left -= m * n
-        least += min((m1 * n1 + m * n // (m1 * n1) for m1, n1 in factor_shapes(m, n)), default=m * n)
+        shapes = [shape for shape in factor_shapes(m, n) if shape[0] == m or not isinstance(module, nn.Embedding)]
+        least += min((least_parameters(m, n, *shape) for shape in shapes), default=m * n)
     wanted = {"ratio": lambda v: dense / v, "parameters": float, "size_bytes": lambda v: v / base.dtype.itemsize}
     for name, value in budgets.items():
         if name in wanted and wanted[name](value) < left + least:

@@ -39,7 +39,7 @@ class Output(Head):
             found = mask.gather(-1, inside.unsqueeze(-1)).squeeze(-1) & (labels == inside)
             return labels.masked_fill(~found, losses.IGNORED)
         if self.kind == "replaced":
-            return labels.masked_fill(~real_positions(inputs), losses.IGNORED)
+            return labels.long().masked_fill(~real_positions(inputs), losses.IGNORED)  # they may be truth values
         return labels
 
     def count(self, inputs: Mapping[str, Tensor]) -> int:

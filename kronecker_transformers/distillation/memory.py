@@ -38,6 +38,8 @@ class TeacherMemory:
     ) -> Tensor:
         """Embeddings of the sentences of a batch; those that are new are read together.
 
+        A batch with padding on the left is read each time: many models count their positions with it.
+
         Args:
             features: inputs of the teacher, (S, L) each.
             mask: (S, L), 1 at real positions.
@@ -46,6 +48,8 @@ class TeacherMemory:
         Returns:
             (S, width).
         """
+        if not bool(mask[:, 0].all()):
+            return read(features, mask)
         keys = _keys(features, mask)
         new = [row for row, key in enumerate(keys) if key not in self._kept]
         found: dict[bytes, Tensor] = {}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 
 class Progress(TrainerCallback, ExportableState):
@@ -20,11 +22,13 @@ class Progress(TrainerCallback, ExportableState):
         elapsed: seconds at the beginning of the step, the same number in all processes: what is decided by time is
             decided by this one.
         weights: of the losses, where the first step has balanced them.
+        asked: what they were made of.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.samples, self.elapsed, self.max_minutes = 0, 0.0, max_minutes
         self.weights: dict[str, float] | None = None
+        self.asked: dict[str, float] | None = None
         self._before = 0.0
         self._started: float | None = None  # while a training runs
 
@@ -32,10 +36,13 @@ class Progress(TrainerCallback, ExportableState):
         """Of training so far, earlier runs included."""
         return self._before + (0.0 if self._started is None else time.monotonic() - self._started)
 
-    def skip(self, seconds: float) -> None:
-        """Do not count seconds that were not training, such as those of an evaluation on the way."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count what is no training, such as an evaluation on the way."""
+        begin = time.monotonic()
+        yield
         if self._started is not None:
-            self._started += seconds
+            self._started += time.monotonic() - begin
 
     def share_of_time(self) -> float:
         """Of `max_minutes`, from 0; 0 without a limit."""
@@ -54,13 +61,14 @@ class Progress(TrainerCallback, ExportableState):
         self._before, self._started = self.seconds(), None
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """End a training whose time is over."""
+        """End a training whose time is over, with a last checkpoint, as one whose steps are done has it."""
         if self.share_of_time() >= 1:
             control.should_training_stop = True
+            control.should_save |= args.save_strategy == SaveStrategy.STEPS
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
-        counted = {"samples": self.samples, "_before": self.seconds(), "weights": self.weights}
+        counted = {"samples": self.samples, "_before": self.seconds(), "weights": self.weights, "asked": self.asked}
         return {"args": {"max_minutes": self.max_minutes}, "attributes": counted}
 
     def restore(self, state: TrainerState) -> None:
@@ -68,7 +76,7 @@ class Progress(TrainerCallback, ExportableState):
         kept: Any = state.stateful_callbacks or {}
         found = kept.get(type(self).__name__, {}).get("attributes", {})
         self.samples, self._before, self.elapsed = found.get("samples", 0), found.get("_before", 0.0), 0.0
-        self.weights = found.get("weights")
+        self.weights, self.asked = found.get("weights"), found.get("asked")
         self._started = None
 
 

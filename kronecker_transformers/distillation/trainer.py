@@ -109,7 +109,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         # so that the loss comes back as it is: it is divided by the counts of the whole step already
         self.model_accepts_loss_kwargs = True
         self._own_optimizer: Any = self.optimizer
-        self._has_best = False
+        self._has_best = self._skips = False
         self._window: dict[str, Tensor] = {}
         self._window_start = 0
         self.add_callback(Progress(args.max_minutes))
@@ -139,6 +139,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
         self.progress.restore(state)
+        self._skips = bool(resume_from_checkpoint)
         dropouts = {module: module.p for module in self.model.modules() if isinstance(module, nn.Dropout)}
         idle = [parameter for parameter in self.objective.idle_parameters(self.model) if parameter.requires_grad]
         try:
@@ -198,8 +199,11 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list, Any]:
         """The micro-batches of one step, and what its losses are averaged over, summed over all processes."""
+        clock = self.progress.paused() if self._skips else nullcontext()  # while what was seen before goes by
+        self._skips = False
         try:
-            samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+            with clock:
+                samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         except ValueError as error:
             raise self._out_of_data(f" ({error})") from error
         if len(samples) < num_batches and not isinstance(self.train_dataset, Sized):
@@ -217,7 +221,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         self.progress.elapsed = float(elapsed) / self.accelerator.num_processes
         self.progress.samples += int(totals[names.index("examples")])
         step = dict(zip(names, totals, strict=True))
-        if self.args.balanced and self.progress.weights is None:
+        changed = self.progress.asked not in (None, self.args.weights())  # since the checkpoint
+        if self.args.balanced and (self.progress.weights is None or changed):
             self._balance(samples, step)
         return samples, step
 
@@ -257,6 +262,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
 
     def _balance(self, samples: list[dict[str, Any]], counts: Mapping[str, Any]) -> None:
         """Divide the weights by the norms of the gradients in this step, that of all processes."""
+        self.model.train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         weights = self.args.weights()
         size = sum(parameter.numel() for parameter in trained)
@@ -270,7 +276,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
                         found = torch.autograd.grad(value, trained, retain_graph=True, materialize_grads=True)
                         sums[name] += torch.cat([gradient.flatten().float() for gradient in found])
         norms = {name: float(self.accelerator.reduce(gradient, "sum").norm()) for name, gradient in sums.items()}
-        self.progress.weights = balanced_weights(weights, norms)
+        self.progress.weights, self.progress.asked = balanced_weights(weights, norms), weights
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the base class, with the attention that is the faster one, in the backward pass too."""

@@ -122,7 +122,8 @@ def tokenized(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, 
         encoded = encode_texts(tokenizer, first, second[0] if second else None, length)
         return {**encoded, "labels": task.to_teacher(batch["label"])}
 
-    return dataset.map(convert, batched=True, remove_columns=dataset.column_names)
+    # a cache would be found by the names of these functions, and be of an earlier version of them
+    return dataset.map(convert, batched=True, remove_columns=dataset.column_names, load_from_cache_file=False)
 
 
 def check_unnamed_labels(teacher: PreTrainedModel, task: Task, data: DatasetDict, collator: Any) -> None:

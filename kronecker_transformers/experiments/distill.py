@@ -271,7 +271,12 @@ def _ratio_of_rest(
                 f"layers={kept} alone makes the model {1 / share:.2f} times smaller, and ratio={asked:g} is no more; "
                 "give more layers or a larger ratio"
             )
-    planned(small, plan, found, only, has_text=True)
+    try:
+        planned(small, plan, found, only, has_text=True)
+    except ValueError as error:
+        if found == ratio:
+            raise
+        raise ValueError(f"with layers={kept} a ratio of {found:.4g} is left to the factors: {error}") from error
     return found
 
 
@@ -285,8 +290,7 @@ def _own(
     """
     if tokenizer is None:
         raise ValueError("the teacher comes without a tokenizer; save its tokenizer in the same folder")
-    if is_loaded:
-        teacher, tokenizer = copy.deepcopy(teacher), copy.deepcopy(tokenizer)
+    teacher, tokenizer = copy.deepcopy(teacher) if is_loaded else teacher, copy.deepcopy(tokenizer)
     if tokenizer.pad_token is None:
         known = teacher.config.pad_token_id
         tokenizer.pad_token = tokenizer.eos_token if known is None else tokenizer.convert_ids_to_tokens(known)

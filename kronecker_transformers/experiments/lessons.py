@@ -21,6 +21,7 @@ from transformers import (
 from ..checkpoint.pooling import Pooling
 from ..checkpoint.sentence_modules import encoder_settings
 from ..compression.activations import COUNTED, Text
+from ..compression.calibration import largest_inputs
 from ..distillation import TeacherMemory
 from ..models.kronecker_family import heads_of, longest_sequence
 from ..tasks.augmentation import Augmentation, Row
@@ -35,8 +36,10 @@ HELD_OUT_SHARE, HELD_OUT, WATCHED = 0.1, 2000, 500
 """Share of the documents that is held out; examples of it for the end, and to watch meanwhile."""
 FEWEST = 50
 """Documents, of which a tenth is held out; of a text that has fewer, lines are."""
-CALIBRATION = 512
-"""Sentences on which the plan is searched and the factors are fitted."""
+CALIBRATION, CALIBRATION_TOKENS, TOKENS_PER_INPUT = 512, 4096, 2
+"""Texts on which the plan is searched and the factors are fitted; of short ones more, for so many tokens at least, and
+so many for each input of the largest layer.
+"""
 ALTERED = 0.5
 """Share of a task's rows whose texts are altered."""
 _ENCODED = 256
@@ -122,8 +125,9 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
             "examples; give at least a few hundred lines, better some thousand"
         )
     return Lesson(
-        batch, length, objective, partial(make, train), collate, kept, sentences, calibration_lines(train),
-        train.lines(COUNTED) if kind is None else [], weights, factored_weights=SHARES if kind == "sequence" else None,
+        batch, length, objective, partial(make, train), collate, kept, sentences,
+        calibration_lines(train, teacher, tokenizer), train.lines(COUNTED) if kind is None else [], weights,
+        factored_weights=SHARES if kind == "sequence" else None,
         muon=kind in (None, "sequence", "next_token"), pooling=pooling,
     )  # fmt: skip
 
@@ -152,21 +156,30 @@ def task_lesson(
     rows = task.rows()
     examples = altered_examples(rows, ALTERED, dense, tokenizer, length)
     return dense, tokenizer, Lesson(
-        32, length, "kronecker_bert", examples, collate, held_out, [], calibration_rows(rows),
+        32, length, "kronecker_bert", examples, collate, held_out, [], calibration_rows(rows, dense, tokenizer),
         weights=WEIGHTS, factored_weights=SHARES,
         scores=partial(judged, task=task, data=data, collator=collate), muon=True,
     )  # fmt: skip
 
 
-def calibration_lines(source: TextSource) -> list[Text]:
+def calibration_lines(source: TextSource, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     """Lines of a text on which a plan is searched and factors are fitted; from all over its beginning."""
     lines = source.lines(20 * CALIBRATION)
-    return [*lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION]]
+    number = _enough(lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION], teacher, tokenizer)
+    return [*lines[:: max(1, len(lines) // number)][:number]]
 
 
-def calibration_rows(rows: Sequence[Row]) -> list[Text]:
+def calibration_rows(rows: Sequence[Row], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     """Texts, or pairs of them, of a task, on which a plan is searched and factors are fitted."""
-    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in rows[:CALIBRATION]]
+    number = _enough([" ".join(row) for row in rows[:CALIBRATION]], teacher, tokenizer)
+    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in rows[:number]]
+
+
+def _enough(texts: Sequence[str], teacher: PreTrainedModel, tokenizer: Any) -> int:
+    """How many texts like these to calibrate on."""
+    tokens = sum(map(len, tokenizer(list(texts), truncation=True, max_length=longest_sequence(teacher)).input_ids))
+    needed = max(CALIBRATION_TOKENS, TOKENS_PER_INPUT * largest_inputs(teacher.base_model.modules()))
+    return max(CALIBRATION, -(-needed * len(texts) // max(1, tokens)))
 
 
 def altered_examples(

@@ -65,7 +65,10 @@ def load_answerer(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 def windows(make: Callable[..., Any], questions: Dataset, tokenizer: Any, length: int, stride: int) -> Dataset:
     """What `training_features` or `evaluation_features` makes of the questions."""
     settings = {"tokenizer": tokenizer, "max_length": length, "stride": stride}
-    return questions.map(make, batched=True, remove_columns=questions.column_names, fn_kwargs=settings)
+    return questions.map(
+        make, batched=True, remove_columns=questions.column_names, fn_kwargs=settings,
+        load_from_cache_file=False,  # it would be found by the name of `make`, and be of an earlier version of it
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

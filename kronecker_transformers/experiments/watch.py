@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +40,10 @@ class Watch(TrainerCallback):
 
     def look(self, model: PreTrainedModel, step: int, steps: int) -> None:
         """Add a point to the curve; `steps` are all of a training that is not limited in time."""
-        start, training = time.monotonic(), model.training
-        values = self._judge(model.eval())
+        training = model.training
+        with self.progress.paused():
+            values = self._judge(model.eval())
         model.train(training)
-        self.progress.skip(time.monotonic() - start)
         self.name, value = next(iter(values.items()))
         self.steps.append(step)
         self.minutes.append(self.progress.seconds() / 60)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import TEXT, as_family, bert_tokenizer, gpt2_tokenizer, teacher, texts, tokenizer_for
 from transformers import (
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertJapaneseTokenizer,
     BertModel,
@@ -414,6 +415,16 @@ def test_of_much_held_out_text_every_length_is_compared(tmp_path, monkeypatch):
     assert 75 < sum(lengths) <= 150 < sum(held_out)
     assert min(lengths) < 10 < 25 < max(lengths)
     assert abs(np.mean(lengths) - np.mean(held_out)) < 2
+
+
+@pytest.mark.parametrize(("dense_class", "bounded"), [(BertForMaskedLM, True), (BertModel, False)])
+def test_the_logits_of_a_vocabulary_that_are_kept_are_bounded(dense_class, bounded, tmp_path, monkeypatch):
+    dense = teacher(dense_class)
+    monkeypatch.setattr(outputs_module, "PROBE_VALUES", 100 * dense.config.vocab_size)
+    batches = calibration_batches(texts(400), bert_tokenizer(tmp_path), dense)
+    held_out = sum(int(batch.attention_mask.sum()) for batch in batches if batch.held_out)
+    rows = len(HeldOutOutputs(dense, batches)._wanted[0])
+    assert rows <= 100 < held_out if bounded else rows == held_out > 100
 
 
 def test_distances_of_positions_count_all_the_same(tmp_path):

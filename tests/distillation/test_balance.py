@@ -46,6 +46,23 @@ def test_a_second_training_is_balanced_anew(tmp_path):
     assert found[0] != pytest.approx(first, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "changed", [{"logits_weight": 80.0}, {"relation_kl_weight": 0.0}, {"similarity_kl_weight": 1.0}]
+)
+def test_a_resume_with_other_weights_is_balanced_anew(tmp_path, changed):
+    arguments = {"balanced": True, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.0}
+    teacher, student = pair(BertForSequenceClassification)
+    make_trainer(student, teacher, tmp_path / "kept", **ALL_TERMS, **arguments, max_steps=2).train()
+    found = []
+    for folder, resume in (("kept", True), ("new", None)):
+        teacher, student = pair(BertForSequenceClassification)
+        arguments |= {"max_steps": 4, **ALL_TERMS, **changed}
+        trainer = make_trainer(student, teacher, tmp_path / folder, **arguments)
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(trainer.training_summary()["objective"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)  # nothing was learned: all see the same gradients
+
+
 def test_a_resume_keeps_the_weights_and_so_does_its_record(tmp_path):
     """Of a training that had come to its end, too."""
     arguments = {"balanced": True, "max_steps": 3, "save_strategy": "steps", "save_steps": 3}

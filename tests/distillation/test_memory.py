@@ -52,6 +52,23 @@ def test_a_sentence_is_read_once_whatever_its_batch(tmp_path):
     torch.testing.assert_close(found, plain.values(student, batch, plain.count(batch)))
 
 
+def test_padding_on_the_left_is_not_kept():
+    """BERT counts positions from the first column, padding included."""
+    teacher, student = pair(BertModel)
+    memory = TeacherMemory()
+    objective, plain = Objective(student, teacher, WEIGHTS, memory=memory), Objective(student, teacher, WEIGHTS)
+    tokens = torch.tensor([[5, 6, 7, 8, 9], [9, 5, 4, 7, 3]])
+    for padding in (0, 3, 6):
+        ids = torch.nn.functional.pad(tokens, (padding, 0))
+        batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+        found = []
+        for each in (objective, plain):
+            each.attach(student.eval())
+            found.append(each.values(student, batch, each.count(batch)))
+            each.detach()
+        torch.testing.assert_close(*found)
+
+
 def test_token_types_tell_sentences_apart():
     teacher, student = pair(BertModel)
     memory = TeacherMemory()

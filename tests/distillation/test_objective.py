@@ -7,10 +7,11 @@ import tiny
 import torch
 import transformers
 from distilling import ALL_TERMS, assert_same_step, collate, examples, make_trainer, one_step, pair
-from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadModel
+from transformers import BertForSequenceClassification, BertModel, ElectraForPreTraining, GPT2LMHeadModel
 
 from kronecker_transformers import compress
 from kronecker_transformers.distillation import LOSSES, OBJECTIVES
+from kronecker_transformers.distillation.heads import outputs_of
 from kronecker_transformers.distillation.recorder import Recorder
 from kronecker_transformers.models import DENSE_CLASSES
 
@@ -294,3 +295,16 @@ def test_multiple_choice_without_its_logits(tmp_path):
     assert "logits" not in less
     for term in ("hidden_mse", "attention_kl", "supervised"):
         assert less[term] == pytest.approx(log[term], rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_labels_of_replaced_words_may_be_truth_values(dtype):
+    """As the stock model takes them: `ids != original`."""
+    model = tiny.teacher(ElectraForPreTraining)
+    inputs = tiny.inputs(model)
+    labels = (inputs["input_ids"] % 2).to(dtype)
+    output, head = model(**inputs, labels=labels), outputs_of(model)[0]
+    inputs = {**inputs, "labels": labels}
+    assert head.count(inputs) == int(inputs["attention_mask"].sum()) < labels.numel()
+    assert float(head.supervised(output.logits, inputs)) / head.count(inputs) == pytest.approx(float(output.loss))

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from distilling import make_trainer, pair
+from distilling import examples, make_trainer, pair
+from safetensors.torch import load_file
 from transformers import BertModel, TrainerCallback
 
 from kronecker_transformers.distillation import progress
+from kronecker_transformers.tasks.text import TextStream
 
 
 class Clock(TrainerCallback):
@@ -85,6 +87,37 @@ def test_a_training_whose_time_was_over_is_not_gone_on_with(tmp_path, monkeypatc
     assert resumed.train(resume_from_checkpoint=True).global_step == steps
     assert clock.now == 0
     assert all(torch.equal(student.state_dict()[name], value) for name, value in weights.items())
+
+
+def test_a_training_ends_by_time_with_a_checkpoint_of_its_last_step(tmp_path, monkeypatch):
+    arguments = {"max_steps": 50, "max_minutes": 1.0, "save_strategy": "steps", "save_steps": 3}
+    trainer, weights = train(tmp_path, Clock(monkeypatch, 20.0), **arguments)
+    assert trainer.state.global_step % 3, "no step at which a checkpoint is due"
+    kept = load_file(tmp_path / f"checkpoint-{trainer.state.global_step}" / "model.safetensors")
+    assert kept
+    assert all(torch.equal(weights[name], value) for name, value in kept.items())
+
+
+def test_examples_that_a_resumed_training_skips_take_none_of_its_time(tmp_path, monkeypatch):
+    arguments = {"max_steps": 40, "max_minutes": 1.0, "save_strategy": "steps", "save_steps": 3}
+    train(tmp_path, Clock(monkeypatch, 10.0), **{**arguments, "max_steps": 3})
+    teacher, student = pair(BertModel)
+    clock, rows = Clock(monkeypatch, 10.0), examples(student)
+
+    def slow(seed, share):
+        for row in rows:
+            clock.now += 5.0 if trainer.state.global_step == 3 and not clock.rates else 0.0  # while it is skipping
+            yield row
+
+    trainer = make_trainer(
+        student, teacher, tmp_path, rows=TextStream(slow, buffer=1), callbacks=[clock], warmup_steps=0,
+        per_device_train_batch_size=2, accelerator_config={"dispatch_batches": False}, **arguments,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=True)
+    steps = trainer.state.global_step
+    assert clock.now >= 3 * 2 * 5 + 10 * (steps - 3), "it has skipped"
+    assert trainer.training_summary()["seconds"] == pytest.approx(10 * steps)
+    assert steps >= 6
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("inf"), float("nan")])

@@ -1,6 +1,7 @@
 """The main job in one go, for every head, on tiny teachers."""
 
 import json
+import random
 import sys
 
 import pytest
@@ -14,12 +15,14 @@ from students import LONG_TESTS
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
+from kronecker_transformers.compression.activations import calibration_batches
+from kronecker_transformers.compression.calibration import check_text
 from kronecker_transformers.distillation import TeacherMemory
 from kronecker_transformers.experiments.distill import _command, distill
-from kronecker_transformers.experiments.lessons import task_lesson
+from kronecker_transformers.experiments.lessons import task_lesson, text_lesson
 from kronecker_transformers.experiments.training import kept_layers
 from kronecker_transformers.models import FACTORED_CLASSES
-from kronecker_transformers.tasks.text import WHOLE, Share
+from kronecker_transformers.tasks.text import WHOLE, Share, TextSource
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -250,6 +253,15 @@ def test_a_loaded_teacher_stays_as_it_is(tmp_path):
     assert found.model.dtype == torch.float32
 
 
+def test_a_tokenizer_that_was_given_stays_as_it_is(tmp_path):
+    teacher = saved_teacher(transformers.GPT2LMHeadModel, tmp_path / "teacher")
+    tokenizer = tiny.gpt2_tokenizer(tmp_path)
+    tokenizer.padding_side, tokenizer.pad_token = "left", None
+    found = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=1.4, steps=1, tokenizer=tokenizer)
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", None)
+    assert found.tokenizer.padding_side == "right"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -283,14 +295,41 @@ def test_bad_input_leaves_nothing_behind(changes, message, tmp_path, monkeypatch
     [
         ({"intermediate_size": 4096}, {"ratio": 3}, "too little: the largest layer has 4,096 inputs"),
         ({}, {"ratio": 500}, "cannot be met: "),
+        (
+            {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4},
+            {"ratio": 52, "layers": 2},
+            r"with layers=\[1, 3\] a ratio of [\d.]+ is left to the factors: .*cannot be met",
+        ),
     ],
 )
 def test_what_the_second_half_refuses_is_refused_before_the_first(changes, options, message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[distill.__module__], "shallow", lambda *a: pytest.fail("training began"))
     teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher", **changes)
     with pytest.raises(ValueError, match=message):
-        distill(teacher, text_file(tmp_path), tmp_path / "student", layers=1, steps=2, **options)
+        distill(teacher, text_file(tmp_path), tmp_path / "student", **{"layers": 1, "steps": 2, **options})
     assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("dense_class", "changes"),
+    [
+        (transformers.BertModel, {"intermediate_size": 4096, "num_hidden_layers": 1}),
+        (transformers.GPT2ForSequenceClassification, {"n_positions": 128}),
+    ],
+)
+def test_of_short_lines_more_are_calibrated_on(dense_class, changes, tmp_path):
+    """Of 512 lines the largest layer would have too few tokens, and a classifier that reads blocks too few blocks."""
+    teacher = saved_teacher(dense_class, tmp_path / "teacher", **changes)
+    model, tokenizer = load_model(teacher)
+    draw = random.Random(0)
+    words = sorted(set(tiny.TEXT.split()))
+    text = tmp_path / "short.txt"
+    text.write_text("\n".join(" ".join(draw.choices(words, k=2)) for _ in range(4000)))
+    lesson = text_lesson(model, tokenizer, TextSource((str(text),)), 0)
+    tokens = sum(map(len, tokenizer(list(lesson.calibration)).input_ids))
+    assert 4000 * 0.9 >= len(lesson.calibration) > 512
+    assert tokens >= max(4096, 2 * changes.get("intermediate_size", 0))
+    check_text(model, calibration_batches(lesson.calibration, tokenizer, model), model.base_model.modules())
 
 
 def test_both_trainings_read_a_sentence_once_with_the_teacher(tmp_path, monkeypatch):

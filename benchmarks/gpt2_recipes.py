@@ -6,8 +6,9 @@ The teacher, of 16.35 M parameters, is that of kngpt2.py, whose WORK may be used
 it on the same text in the same steps, each in several ways: factored by the papers' plan or by a searched one,
 calibrated on the training text; or dense, with the layers of DistilGPT2's rule or with those three of six that lose
 least, found by the loss of all twenty choices on that text. Muon is for factors; a dense student has AdamW alone.
---students and --ways choose among them. Finished runs are lines of logs/gpt2_recipes.jsonl, and are not made again.
---table shows them without a run.
+--students and --ways choose among them. The log has two teachers, trained alike on two machines: that of seed 0 and
+that of seed 1. Finished runs are lines of logs/gpt2_recipes.jsonl, and are not made again. --table shows them without a
+run.
 """
 
 from __future__ import annotations
@@ -139,14 +140,14 @@ def main() -> None:
             for seed in range(options.seeds) for student in options.students for way in options.ways
         ]  # fmt: skip
         LOG.finish(runs, perform, options)
-    rows: dict[str, list[Any]] = {}
+    teachers: dict[str, int] = {}
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     distances: dict[str, list[float]] = defaultdict(list)
     for line in LOG.lines():
         title = f"{line['student']}{': ' + line['layers'] if line['layers'] else ''}"
         for model, number, value in zip(line["models"], *list(line["rows"].values())[:2], strict=True):
             if model == "teacher":
-                rows["teacher"] = [f"{number:,}", f"{value:.0f}", None, None]
+                teachers[f"{value:.0f}"] = number
             else:
                 cut = model.endswith("undistilled")
                 way = line["way"].removesuffix(", Muon") if line["layers"] else line["way"]
@@ -155,6 +156,9 @@ def main() -> None:
                 found[title][name].append(value)
                 if not cut:
                     distances[name].append(line["divergence"])
+    rows: dict[str, list[Any]] = {}
+    if teachers:
+        rows["teacher"] = [f"{max(teachers.values()):,}", ", ".join(teachers), None, None]
     for values in found.values():
         size = f"{values.pop('sizes')[0]:,}"
         for name, perplexities in values.items():

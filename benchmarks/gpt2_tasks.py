@@ -7,6 +7,7 @@ WORK is the folder of gpt2_recipes.py, whose teacher is fine-tuned on a task. A 
 the student comes from the task's teacher, by a plan that is searched on the task's texts or with those three of six
 layers that were best on text, and learns without labels, as by `distill --task`. Each way has two learning rates and
 one seed; the best of the four on the dev set gets two more seeds. Muon is for factors; a dense student has AdamW alone.
+In the log SST-2 has the second way alone, and a teacher that was trained alike on another machine.
 Finished runs are lines of logs/gpt2_tasks.jsonl, and are not made again. --table shows them without a run.
 """
 

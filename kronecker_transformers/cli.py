@@ -74,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of the teacher's layers that the student has, or which, as 1,3,5 (default: all)",
     )
+    command.add_argument(
+        "--no-frequent-words",
+        action="store_false",
+        dest="frequent_words",
+        help="of a sentence encoder: one product for all words of the embedding; for later texts of other kinds",
+    )
     command.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     command.add_argument(
         "--bf16",

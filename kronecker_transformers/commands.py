@@ -44,6 +44,7 @@ def run_distill(arguments: argparse.Namespace, console: Console) -> None:
         column=arguments.text_column,
         learning_rate=arguments.learning_rate,
         bf16=arguments.bf16,
+        frequent_words=arguments.frequent_words,
         seed=arguments.seed,
         progress=True,
         show=lambda line: console.print(line, highlight=False),

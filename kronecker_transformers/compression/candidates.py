@@ -197,10 +197,9 @@ def _terms(W: Tensor, m1: int, n1: int, share: float) -> int:
     return int(share * W.numel() / _unit(W, m1, n1))
 
 
-def least_parameters(m: int, n: int, m1: int, n1: int) -> int:
+def least_parameters(W: Tensor, m1: int, n1: int) -> int:
     """Of the smallest candidate of a shape for a weight (m, n), but for those of the presets."""
-    unit = m1 * n1 + m * n // (m1 * n1)
-    return unit * max(1, int(SIZES[-1] * m * n / unit))
+    return _unit(W, m1, n1) * max(1, _terms(W, m1, n1, SIZES[-1]))
 
 
 def _low_rank(W: Tensor) -> list[Shape]:

@@ -186,10 +186,10 @@ def check_reach(base: Any, names: AbstractSet[str], budgets: Mapping[str, float]
     dense, least = sum(p.numel() for p in base.parameters()), 0
     left = dense
     for module in modules_named(base, names):
-        m, n = weight_of(module).shape
-        left -= m * n
-        shapes = [shape for shape in factor_shapes(m, n) if shape[0] == m or not isinstance(module, nn.Embedding)]
-        least += min((least_parameters(m, n, *shape) for shape in shapes), default=m * n)
+        W = weight_of(module)
+        left -= W.numel()
+        shapes = [s for s in factor_shapes(*W.shape) if s[0] == len(W) or not isinstance(module, nn.Embedding)]
+        least += min((least_parameters(W, *shape) for shape in shapes), default=W.numel())
     wanted = {"ratio": lambda v: dense / v, "parameters": float, "size_bytes": lambda v: v / base.dtype.itemsize}
     for name, value in budgets.items():
         if name in wanted and wanted[name](value) < left + least:

@@ -121,9 +121,8 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize("given", [True, False])
 def test_frequent_words_may_be_left_out(given, tmp_path, monkeypatch):
     asked = []
-    compress_module = sys.modules[distill.__module__]
-    original = compress_module.compress
-    monkeypatch.setattr(compress_module, "compress", lambda *a, **k: asked.append(k["counted"]) or original(*a, **k))
+    module = sys.modules[distill.__module__]
+    monkeypatch.setattr(module, "compress", lambda *a, **k: asked.append(k["counted"]) or compress(*a, **k))
     teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
     arguments = ["distill", teacher, "--text", text_file(tmp_path), "--output", tmp_path / "student", "--steps", "1"]
     arguments += ["--ratio", "3", *([] if given else ["--no-frequent-words"])]

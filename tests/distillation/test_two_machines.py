@@ -99,6 +99,20 @@ def test_a_machine_that_dies_in_a_step_comes_back_and_nothing_changes(launcher, 
     assert_same(found, whole)
 
 
+@pytest.mark.parametrize("launcher", [accelerate, torchrun])
+def test_after_the_death_of_rank_0_all_are_started_once_more_and_nothing_changes(launcher, machines, whole, tmp_path):
+    """Its address is where all meet, so the launcher that is left cannot go on by itself: it ends, with an error."""
+    folder = tmp_path / "killed"
+    first, second = machines
+    left = start(second, folder, launcher=launcher)
+    assert start(first, folder, "die=4", launcher=launcher).wait(ENOUGH) == -9
+    assert left.wait(ENOUGH) > 0
+    assert not (folder / "result.pt").exists()
+    found = ended([start(machine, folder, launcher=launcher) for machine in machines], folder)
+    assert len(found["gradients"]) == 4  # of the steps after the checkpoint of step 2
+    assert_same(found, whole)
+
+
 def test_stage_1_goes_on_after_a_machine_was_switched_off(machines, tmp_path):
     """The script itself, with the options of docs/scaling.md."""
     teacher, folder = saved_teacher(BertForPreTraining, tmp_path / "teacher"), tmp_path / "out"

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from itertools import islice, permutations
 
 import pytest
 import tiny
@@ -19,10 +20,9 @@ from kronecker_transformers.compression.activations import calibration_batches
 from kronecker_transformers.compression.calibration import check_text
 from kronecker_transformers.distillation import TeacherMemory
 from kronecker_transformers.experiments.distill import _command, distill
-from kronecker_transformers.experiments.lessons import task_lesson, text_lesson
-from kronecker_transformers.experiments.training import kept_layers
+from kronecker_transformers.experiments.lessons import text_lesson
 from kronecker_transformers.models import FACTORED_CLASSES
-from kronecker_transformers.tasks.text import WHOLE, Share, TextSource
+from kronecker_transformers.tasks.text import WHOLE, TextSource
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -97,13 +97,20 @@ def test_a_student_learns(tmp_path):
 
 
 def test_what_is_held_out_is_not_learnt_from(tmp_path):
-    from kronecker_transformers.tasks.text import TextSource
-
-    source = TextSource((str(text_file(tmp_path)),))
-    held_out, train = source.part(0, 0.1).lines(), source.part(0.1, 1).lines()
-    assert not set(held_out) & set(train)
-    assert sorted(held_out + train) == sorted(source.lines())
+    model, tokenizer = load_model(saved_teacher(transformers.BertModel, tmp_path / "teacher"))
+    path = tmp_path / "lines.txt"
+    lines = [" ".join(words) for words in islice(permutations(sorted(set(tiny.TEXT.split())), 3), 240)]
+    path.write_text("\n".join(lines))
+    lesson = text_lesson(model, tokenizer, TextSource((str(path),)), 0)
+    train, held_out = (
+        {tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples}
+        for examples in (lesson.examples(0, WHOLE), lesson.held_out)
+    )
     assert 5 < len(held_out) < 60
+    assert len(train) + len(held_out) == len(lines)
+    assert not train & held_out
+    assert not set(lesson.calibration) & set(lesson.sentences)
+    assert not set(lesson.counted) & set(lesson.sentences)
 
 
 def test_the_command(tmp_path, capsys):
@@ -130,81 +137,6 @@ def test_frequent_words_may_be_left_out(given, tmp_path, monkeypatch):
     assert bool(asked[0]) == given
     command = json.loads((tmp_path / "student" / "results.json").read_text())["options"]["command"]
     assert ("--no-frequent-words" in command) == (not given)
-
-
-@pytest.fixture
-def glue(tmp_path):
-    """A folder with a small SST-2."""
-    folder = tmp_path / "glue" / "SST-2"
-    folder.mkdir(parents=True)
-    lines = text_file(tmp_path).read_text().splitlines()
-    rows = [f"{line}\t{index % 2}" for index, line in enumerate(lines)]
-    (folder / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows[:200]]) + "\n")
-    (folder / "dev.tsv").write_text("\n".join(["sentence\tlabel", *rows[200:]]) + "\n")
-    return tmp_path / "glue"
-
-
-def classifier(folder, *names, dense_class=transformers.BertForSequenceClassification):
-    """A saved teacher with classes of these names."""
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    return saved_teacher(dense_class, folder, **labels)
-
-
-def test_a_classifier_learns_a_task(glue, tmp_path, capsys):
-    teacher = classifier(tmp_path / "teacher", "negative", "positive")
-    found = distill(teacher, output=tmp_path / "student", task="sst2", data_dir=str(glue), ratio=3, steps=12)
-    assert list(found.rows)[3:] == ["labels as the teacher's", "accuracy"]
-    weights = found.training["objective"]
-    assert set(weights) == {"embedding_mse", "attention_mse", "hidden_mse", "logits"}  # altered texts have no labels
-    assert len(set(weights.values())) > 1  # balanced
-    command = ["distill", teacher, "--task", "sst2", "--data", glue, "--steps", "12", "--ratio", "3"]
-    assert main([*map(str, command), "--output", str(tmp_path / "again")]) == 0
-    assert "accuracy" in capsys.readouterr().out
-    encoder = saved_teacher(transformers.BertModel, tmp_path / "encoder")
-    with pytest.raises(ValueError, match="is no classifier yet; fine-tune it first"):
-        distill(encoder, output=tmp_path / "third", task="sst2", data_dir=str(glue))
-
-
-def test_a_task_of_pairs_is_calibrated_on_pairs(tmp_path):
-    folder = tmp_path / "glue" / "RTE"
-    folder.mkdir(parents=True)
-    lines = text_file(tmp_path).read_text().splitlines()
-    pairs = list(zip(lines[::2], lines[1::2], strict=True))
-    rows = [f"{i}\t{one}\t{other}\t{('entailment', 'not_entailment')[i % 2]}" for i, (one, other) in enumerate(pairs)]
-    for split in ("train", "dev"):
-        (folder / f"{split}.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
-    teacher = classifier(tmp_path / "teacher", "entailment", "not_entailment")
-    _, _, lesson = task_lesson(str(teacher), "rte", str(tmp_path / "glue"))
-    assert lesson.calibration == pairs[:512]
-    found = distill(teacher, output=tmp_path / "student", task="rte", data_dir=str(tmp_path / "glue"), ratio=3, steps=2)
-    assert "accuracy" in found.rows
-
-
-def test_half_of_a_tasks_rows_are_altered_anew_in_each_pass(glue, tmp_path):
-    teacher = classifier(tmp_path / "teacher", "negative", "positive")
-    _, tokenizer, lesson = task_lesson(str(teacher), "sst2", str(glue))
-    lines = [line.split("\t")[0] for line in (glue / "SST-2" / "train.tsv").read_text().splitlines()[1:]]
-    own = {tuple(tokenizer(line).input_ids) for line in lines}
-    passes = [[tuple(example["input_ids"]) for example in lesson.examples(seed, WHOLE)] for seed in (0, 0, 1)]
-    assert passes[0] == passes[1]
-    altered = [set(rows) - own for rows in passes]
-    assert len(passes[2]) == len(lines) == 200
-    assert all(60 < len(rows) < 140 for rows in altered)
-    assert len(altered[0] & altered[2]) < 20
-    assert set(next(iter(lesson.examples(0, WHOLE)))) == {"input_ids", "token_type_ids", "attention_mask"}
-    shares = [list(lesson.examples(0, Share(index, 2))) for index in range(2)]
-    assert [len(share) for share in shares] == [100, 100]
-
-
-def test_a_text_without_tokens_is_refused_before_any_training(glue, tmp_path, monkeypatch):
-    names = "negative", "positive"
-    teacher = classifier(tmp_path / "teacher", *names, dense_class=transformers.GPT2ForSequenceClassification)
-    path = glue / "SST-2" / "train.tsv"
-    path.write_text(path.read_text() + "\t1\n")
-    monkeypatch.setattr("kronecker_transformers.experiments.distill.compress", lambda *_, **__: 1 / 0)
-    with pytest.raises(ValueError, match="text '' gives no token"):
-        distill(teacher, output=tmp_path / "student", task="sst2", data_dir=str(glue), steps=2)
-    assert not (tmp_path / "student").exists()
 
 
 def test_a_student_is_not_lost_because_it_cannot_be_drawn(tmp_path, monkeypatch, caplog):
@@ -459,102 +391,3 @@ def test_looks_are_spread_over_the_time_or_the_steps_whichever_ends_first(minute
     assert found == [step for step in range(1, end + 1) if 12 * step // end > 12 * (step - 1) // end]
     assert len(found) == min(12, steps)
     assert found[-1] == end
-
-
-@pytest.mark.parametrize(
-    "dense_class", [transformers.BertModel, transformers.GPT2LMHeadModel], ids=lambda c: c.__name__
-)
-def test_a_student_with_fewer_layers(dense_class, tmp_path):
-    teacher = saved_teacher(dense_class, tmp_path / "teacher")
-    lines = []
-    found = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, layers=2, steps=20, show=lines.append)
-    assert found.models == ("teacher", "2 layers, dense", "factored", "student")
-    whole, dense, factored, student = found.rows["parameters"]
-    assert whole > dense > factored == student
-    base, _ = load_model(teacher)
-    assert base.base_model.num_parameters() / found.model.base_model.num_parameters() == pytest.approx(3, rel=0.1)
-    assert found.model.config.num_hidden_layers == 2
-    assert found.model.config.model_type.startswith("kronecker_")
-    assert sum("Distillation of a dense student with 2 layers: 8 steps" in line for line in lines) == 1
-    record = json.loads((tmp_path / "student" / "results.json").read_text())
-    assert record["dense_training"]["layers"] == [0, 2]
-    assert (record["dense_training"]["steps"], record["training"]["steps"]) == (8, 12)
-    assert record["options"]["command"][-4:] == ["--layers", "2", "--steps", "20"]
-    assert record["options"]["command"][record["options"]["command"].index("--ratio") + 1] == "3"
-    card = (tmp_path / "student" / "README.md").read_text()
-    for words in (
-        "with 2 of its layers, and with the weights of",
-        f"it has {whole / student:.2f} times fewer parameters than its teacher",
-        "Before it was factored, trained as a dense model: layers 0, 2 of the teacher, counted from 0; 8 steps",
-    ):
-        assert words in card
-    saved = load_model(tmp_path / "student")[0]
-    torch.testing.assert_close(saved.state_dict(), found.model.state_dict(), rtol=0, atol=0)
-
-
-def test_a_dense_student_comes_nearer_before_it_is_factored(tmp_path):
-    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
-    found = distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=2, layers=[0, 2], steps=100)
-    record = json.loads((tmp_path / "student" / "results.json").read_text())
-    assert record["dense_training"]["layers"] == [0, 2]
-    _, dense, factored, student = found.rows["similarity fidelity (Spearman)"]
-    assert dense > factored
-    assert student > factored
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"layers": 0}, "layers=0 must be from 1 to 3, the number of the teacher's layers"),
-        ({"layers": 4}, "layers=4 must be from 1 to 3"),
-        ({"layers": [2, 1]}, r"layers=\[2, 1\] must be layers of the teacher, from 0 to 2, in ascending order"),
-        (
-            {"layers": 1, "ratio": 1.01},
-            r"layers=\[2\] alone makes the model .* times smaller, and ratio=1.01 is no more",
-        ),
-        ({"layers": 2, "only": "nothing"}, "only='nothing' needs a ratio"),
-        ({"layers": 2, "only": "nothing", "ratio": 3}, "nothing"),
-        ({"layers": 2, "plan": "9x"}, "9x"),
-    ],
-)
-def test_layers_that_cannot_be_are_refused_before_any_training(options, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("kronecker_transformers.experiments.distill.shallow", lambda *args: pytest.fail("trained"))
-    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
-    with pytest.raises(ValueError, match=message):
-        distill(teacher, text_file(tmp_path), tmp_path / "student", steps=10, **options)
-    assert not (tmp_path / "student").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "first", "second"),
-    [
-        ({}, {"minutes": 12.0}, {"minutes": 18.0}),
-        ({"minutes": 5}, {"minutes": 2.0}, {"minutes": 3.0}),
-        ({"steps": 7, "learning_rate": 1e-2}, {"steps": 3}, {"steps": 4, "learning_rate": 1e-2}),
-    ],
-)
-def test_both_trainings_share_what_is_asked_for(options, first, second, tmp_path, monkeypatch):
-    schedules = []
-
-    def first_training(student, teacher, lesson, schedule, *rest):
-        schedules.append(schedule)
-        return {}
-
-    def second_training(student, teacher, lesson, schedule, *rest):
-        schedules.append(schedule)
-        raise InterruptedError
-
-    monkeypatch.setattr("kronecker_transformers.experiments.training.train", first_training)
-    monkeypatch.setattr("kronecker_transformers.experiments.distill.train", second_training)
-    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
-    with pytest.raises(InterruptedError):
-        distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, layers=2, **options)
-    for schedule, wanted in zip(schedules, (first, second), strict=True):
-        found = {name: getattr(schedule, name) for name in ("minutes", "steps", "learning_rate")}
-        assert {name: value for name, value in found.items() if value is not None} == pytest.approx(wanted)
-
-
-def test_all_layers_by_number_or_by_name_are_the_default():
-    model = transformers.BertModel(transformers.BertConfig(**tiny.BERT_SIZES))
-    assert kept_layers(model, None) is kept_layers(model, 3) is kept_layers(model, [0, 1, 2]) is None
-    assert (kept_layers(model, 2), kept_layers(model, 1), kept_layers(model, [0, 1])) == ([0, 2], [2], [0, 1])

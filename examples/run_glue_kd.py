@@ -43,13 +43,13 @@ from kronecker_transformers.experiments.run import (
     results_kept,
     train_and_save,
 )
-from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
+from kronecker_transformers.recipes import RECIPES, AlteredOptions, parse_script
 from kronecker_transformers.tasks.glue import glue_task, write_predictions
 from kronecker_transformers.tasks.text import TextStream, training_steps
 
 
 @dataclass
-class Options(StudentOptions):
+class Options(AlteredOptions):
     """The script's own options."""
 
     teacher: str = field(metadata={"help": "Folder or Hub name of an encoder or GPT-2, fine-tuned on the task or not."})
@@ -64,9 +64,6 @@ class Options(StudentOptions):
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same, to judge on."})
     recipe: str = field(default="classifier", metadata={"help": "Defaults of plan and training."})
-    altered: float | None = field(
-        default=None, metadata={"help": "Share of the texts altered in each pass, 0 to 1; default: the recipe's."}
-    )
     max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training examples."})
     teacher_epochs: float = field(default=3.0, metadata={"help": "Epochs of a teacher that is fine-tuned here."})
@@ -76,17 +73,16 @@ class Options(StudentOptions):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.task_name is None) == (self.train_file is None or self.validation_file is None):
             raise ValueError("give either --task_name or both --train_file and --validation_file")
-        if self.altered is not None and not 0 <= self.altered <= 1:
-            raise ValueError(f"--altered {self.altered} must be from 0 to 1, a share of the texts; correct it")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune a teacher if need be, distil its student, and judge both."""
     options, arguments = parse_script(Options, "glue", argv)
     recipe = RECIPES[options.recipe]["glue"]
-    options.altered = altered = recipe.altered if options.altered is None else options.altered
+    altered = options.choose_altered(recipe)
     if altered and (weight := arguments.weights().get("supervised")):
         raise ValueError(
             f"--altered {altered} makes texts without labels, which supervised_weight={weight:g} needs; "

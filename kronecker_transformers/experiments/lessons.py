@@ -41,7 +41,7 @@ CALIBRATION, CALIBRATION_TOKENS, TOKENS_PER_INPUT = 512, 4096, 2
 so many for each input of the largest layer.
 """
 ALTERED = 0.5
-"""Share of a task's rows whose texts are altered."""
+"""Share of a task's rows whose texts are altered in each pass; of sentences, which are altered from the second on."""
 _ENCODED = 256
 """Rows that are encoded together."""
 WEIGHTS = {"attention_mse_weight": 0.05, "logits_weight": 0.05, "supervised_weight": 0.0}
@@ -92,15 +92,16 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     kind = heads[0].kind if heads else None
     collate: Callable[[list[Example]], Any] = DataCollatorWithPadding(tokenizer)
     make: Callable[[TextSource, int, Share], Iterable[Example]]
+    examples: Callable[[int, Share], Iterable[Example]]
     needs = {"words": ("pad", "mask", "cls", "sep"), "next_token": ("eos",)}.get(str(kind), ("pad",))
     check_special_tokens(tokenizer, *needs)
-    length, batch, objective = min(longest, 128), 32, "kronecker_bert"
+    length, batch, objective, prompt = min(longest, 128), 32, "kronecker_bert", ""
     weights, pooling = dict(WEIGHTS), None
     if kind is None:
         settings = encoder_settings(teacher, tokenizer)
-        length, batch = min(length, settings.max_length or length), 64
+        length, batch, prompt = min(length, settings.max_length or length), 64, settings.prompt
         objective, weights, pooling = "sentence_encoder", {}, settings.pooling
-        make = partial(_sentences, tokenizer, length, settings.prompt)
+        make = partial(_sentences, tokenizer, length, prompt)
     elif kind == "next_token":
         length, batch = min(longest, 256), 16
         objective, weights, collate = "kngpt2", dict(CAUSAL), default_data_collator
@@ -113,7 +114,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
         batch, collate = 16, DataCollatorForMultipleChoice(tokenizer)
         make = partial(_choices, tokenizer, length)
     else:
-        make = partial(_sentences, tokenizer, length, "")
+        make = partial(_sentences, tokenizer, length, prompt)
     if len(list(islice(source.documents(), FEWEST))) < FEWEST:  # a tenth of them would be nothing, or nearly all
         source = replace(source, by_line=True)
     held_out, train = source.part(0, HELD_OUT_SHARE), source.part(HELD_OUT_SHARE, 1)
@@ -124,9 +125,12 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
             f"text {', '.join(source.names)!r} is too little: {len(sentences)} held-out lines, {len(kept)} held-out "
             "examples; give at least a few hundred lines, better some thousand"
         )
+    counted, examples = train.lines(COUNTED), partial(make, train)
+    if kind in (None, "sequence"):
+        examples = altered_sentences(train, ALTERED, seed, counted, teacher, tokenizer, length, prompt)
     return Lesson(
-        batch, length, objective, partial(make, train), collate, kept, sentences,
-        calibration_lines(train, teacher, tokenizer), train.lines(COUNTED) if kind is None else [], weights,
+        batch, length, objective, examples, collate, kept, sentences,
+        calibration_lines(train, teacher, tokenizer), counted if kind is None else [], weights,
         factored_weights=SHARES if kind == "sequence" else None,
         muon=kind in (None, "sequence", "next_token"), pooling=pooling,
     )  # fmt: skip
@@ -211,6 +215,41 @@ def altered_examples(
         order = share.of(generator.sample(rows, len(rows)))
         found = (augmentation.row(row, generator) if generator.random() < altered else row for row in order)
         yield from _encoded(found, tokenizer, length)
+
+    return examples
+
+
+def altered_sentences(
+    source: TextSource,
+    altered: float,
+    first: int,
+    texts: Sequence[str],
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    prompt: str = "",
+) -> Callable[[int, Share], Iterator[Example]]:
+    """What makes the examples of a pass, for `TextStream`: the sentences of a text, in the first pass as they are.
+
+    Args:
+        source: the text.
+        altered: share of the sentences that are altered in each later pass, 0 to 1; others in each.
+        first: seed of the first pass.
+        texts: in whose words sentences are altered; of a long text some of its lines.
+        teacher: of the embedding in which near words are looked up.
+        tokenizer: of the teacher.
+        length: tokens at which a sentence is cut.
+        prompt: before each sentence.
+    """
+    augmentation = Augmentation([(text,) for text in texts], teacher, tokenizer)
+
+    def examples(seed: int, share: Share) -> Iterator[Example]:
+        generator, now = random.Random(seed), 0.0 if seed == first else altered
+
+        def alter(text: str) -> str:
+            return augmentation.text(text, generator) if generator.random() < now else text
+
+        return sentence_examples(source.share(share), tokenizer, length, prompt, alter)
 
     return examples
 

@@ -31,7 +31,7 @@ class Recipe:
         length: longest sequence, in tokens.
         arguments: what it sets of `DistillationArguments`; without a learning rate, it is that for the hidden size.
         by_task: the same for single tasks.
-        altered: share of a task's texts that are altered in each pass, 0 to 1.
+        altered: share of a task's texts that are altered in each pass, or of sentences in each but the first, 0 to 1.
     """
 
     plan: str
@@ -143,6 +143,24 @@ class StudentOptions:
         if self.calibration_texts < 1:
             raise ValueError(f"--calibration_texts {self.calibration_texts} must be at least 1; some hundred do well")
         return TextSource((self.calibration,)).lines(self.calibration_texts)
+
+
+@dataclass(kw_only=True)
+class AlteredOptions(StudentOptions):
+    """Options of the examples whose texts can be altered."""
+
+    altered: float | None = field(
+        default=None, metadata={"help": "Share of the texts altered in each pass, 0 to 1; default: the recipe's."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.altered is not None and not 0 <= self.altered <= 1:
+            raise ValueError(f"--altered {self.altered} must be from 0 to 1, a share of the texts; correct it")
+
+    def choose_altered(self, recipe: Recipe) -> float:
+        """The share that was asked for, or that of the recipe; it goes into the record."""
+        self.altered = recipe.altered if self.altered is None else self.altered
+        return self.altered
 
 
 CHECKPOINTS = "checkpoints"

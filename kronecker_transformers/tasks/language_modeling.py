@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain, islice, pairwise, takewhile
 
 from transformers import PreTrainedTokenizerBase
@@ -14,11 +14,15 @@ _ENCODED = 256  # sentences at a time: one by one they take a third longer
 
 
 def sentence_examples(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int, prompt: str = ""
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    prompt: str = "",
+    alter: Callable[[str], str] = str,
 ) -> Iterator[Example]:
-    """One example for each sentence or line, with the prompt before it, cut at `length` tokens."""
+    """One example for each sentence or line, altered, with the prompt before it, cut at `length` tokens."""
     sentences = chain.from_iterable(source.documents())
-    while some := [prompt + sentence for sentence in islice(sentences, _ENCODED)]:
+    while some := [prompt + alter(sentence) for sentence in islice(sentences, _ENCODED)]:
         encoded = tokenizer(some, truncation=True, max_length=length)
         for values in zip(*encoded.values(), strict=True):
             yield dict(zip(encoded, values, strict=True))

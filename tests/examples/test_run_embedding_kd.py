@@ -10,6 +10,7 @@ from transformers import AutoModel, BertForMaskedLM, BertModel
 
 from kronecker_transformers import compress
 from kronecker_transformers.distillation import DistillationTrainer
+from kronecker_transformers.tasks.augmentation import Augmentation
 from kronecker_transformers.tasks.sentences import encode
 
 SENTENCES = ["the quick brown fox", "a lazy dog jumps over a small model", "what a large model knows", "the dog"] * 5
@@ -35,7 +36,7 @@ def test_end_to_end(teacher, tmp_path, capsys):
     plan.write_text("embeddings.word_embeddings: {m1: 64, n1: 4}\nencoder.layer.*.attention.*: {m1: 8, n1: 8}\n")
     results = run_example(
         "run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[text], validation_text=[text], sts_file=sts,
-        plan=plan, per_device_train_batch_size=4, max_steps=60, learning_rate=1e-2,
+        plan=plan, per_device_train_batch_size=4, max_steps=60, learning_rate=1e-2, altered=0,
     )  # fmt: skip
     assert results["training"]["samples"] == 240
     exact, undistilled, distilled = results["rows"]["similarity fidelity (Spearman)"]
@@ -96,13 +97,38 @@ def test_a_teacher_with_a_head_teaches_without_it_for_an_epoch(tmp_path):
         ({"sts_file": "missing.csv"}, FileNotFoundError, r"'missing\.csv' does not exist"),
     ],
 )
-def test_what_it_judges_on_is_missed_before_the_training(teacher, tmp_path, options, error, message):
+def test_bad_input_is_refused_before_the_training(teacher, tmp_path, options, error, message):
     (tmp_path / "train.txt").write_text("\n".join(SENTENCES))
     with pytest.raises(error, match=message):
         run_example(
             "run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[tmp_path / "train.txt"], **options
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("altered", [None, 0])
+def test_sentences_are_altered_from_the_second_epoch_on(altered, teacher, tmp_path, monkeypatch):
+    made, text = [], Augmentation.text
+    monkeypatch.setattr(Augmentation, "text", lambda *given: made.append(text(*given)) or made[-1])
+    (tmp_path / "train.txt").write_text("\n".join(SENTENCES))
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("encoder.layer.*.attention.*: {m1: 8, n1: 8}\n")
+    found = []
+    for steps in (3, 16):  # of five sentences, of 20
+        results = run_example(
+            "run_embedding_kd", tmp_path / f"{steps}", teacher=teacher, train_text=[tmp_path / "train.txt"], plan=plan,
+            per_device_train_batch_size=5, max_steps=steps, **({} if altered is None else {"altered": altered}),
+        )  # fmt: skip
+        assert results["options"]["altered"] == (0.5 if altered is None else altered)
+        found.append(len(made))
+    assert found[0] == 0
+    assert (found[1] > 0) == (altered is None)
+
+
+def test_a_share_that_is_none_is_refused(teacher, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[teacher], altered=1.5)
+    assert "--altered 1.5 must be from 0 to 1" in capsys.readouterr().err
 
 
 def test_a_search_on_too_little_text_is_refused(teacher, tmp_path):

@@ -1,9 +1,7 @@
 """The main job in one go, for every head, on tiny teachers."""
 
 import json
-import random
 import sys
-from itertools import islice, permutations
 
 import pytest
 import tiny
@@ -16,13 +14,9 @@ from students import LONG_TESTS
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
-from kronecker_transformers.compression.activations import calibration_batches
-from kronecker_transformers.compression.calibration import check_text
 from kronecker_transformers.distillation import TeacherMemory
 from kronecker_transformers.experiments.distill import _command, distill
-from kronecker_transformers.experiments.lessons import text_lesson
 from kronecker_transformers.models import FACTORED_CLASSES
-from kronecker_transformers.tasks.text import WHOLE, TextSource
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -94,23 +88,6 @@ def test_a_student_learns(tmp_path):
     assert log["models"] == ["teacher", "not distilled", "student"]
     early, late = (distance(one.model, teacher, tokenizer, lines) for one in found)
     assert late < 0.75 * early
-
-
-def test_what_is_held_out_is_not_learnt_from(tmp_path):
-    model, tokenizer = load_model(saved_teacher(transformers.BertModel, tmp_path / "teacher"))
-    path = tmp_path / "lines.txt"
-    lines = [" ".join(words) for words in islice(permutations(sorted(set(tiny.TEXT.split())), 3), 240)]
-    path.write_text("\n".join(lines))
-    lesson = text_lesson(model, tokenizer, TextSource((str(path),)), 0)
-    train, held_out = (
-        {tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples}
-        for examples in (lesson.examples(0, WHOLE), lesson.held_out)
-    )
-    assert 5 < len(held_out) < 60
-    assert len(train) + len(held_out) == len(lines)
-    assert not train & held_out
-    assert not set(lesson.calibration) & set(lesson.sentences)
-    assert not set(lesson.counted) & set(lesson.sentences)
 
 
 def test_the_command(tmp_path, capsys):
@@ -256,28 +233,6 @@ def test_what_the_second_half_refuses_is_refused_before_the_first(changes, optio
     assert not (tmp_path / "student").exists()
 
 
-@pytest.mark.parametrize(
-    ("dense_class", "changes"),
-    [
-        (transformers.BertModel, {"intermediate_size": 4096, "num_hidden_layers": 1}),
-        (transformers.GPT2ForSequenceClassification, {"n_positions": 128}),
-    ],
-)
-def test_of_short_lines_more_are_calibrated_on(dense_class, changes, tmp_path):
-    """Of 512 lines the largest layer would have too few tokens, and a classifier that reads blocks too few blocks."""
-    teacher = saved_teacher(dense_class, tmp_path / "teacher", **changes)
-    model, tokenizer = load_model(teacher)
-    draw = random.Random(0)
-    words = sorted(set(tiny.TEXT.split()))
-    text = tmp_path / "short.txt"
-    text.write_text("\n".join(" ".join(draw.choices(words, k=2)) for _ in range(4000)))
-    lesson = text_lesson(model, tokenizer, TextSource((str(text),)), 0)
-    tokens = sum(map(len, tokenizer(list(lesson.calibration)).input_ids))
-    assert 4000 * 0.9 >= len(lesson.calibration) > 512
-    assert tokens >= max(4096, 2 * changes.get("intermediate_size", 0))
-    check_text(model, calibration_batches(lesson.calibration, tokenizer, model), model.base_model.modules())
-
-
 def test_both_trainings_read_a_sentence_once_with_the_teacher(tmp_path, monkeypatch):
     read, given = [], []
     embeddings = TeacherMemory.embeddings
@@ -291,6 +246,7 @@ def test_both_trainings_read_a_sentence_once_with_the_teacher(tmp_path, monkeypa
         return embeddings(self, features, mask, counting)
 
     monkeypatch.setattr(TeacherMemory, "embeddings", counted)
+    monkeypatch.setattr("kronecker_transformers.experiments.lessons.ALTERED", 0)
     teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
     text = text_file(tmp_path)
     found = distill(teacher, text, tmp_path / "student", ratio=3, layers=2, steps=20)

@@ -1,0 +1,75 @@
+"""What a student learns from text."""
+
+import random
+from itertools import islice, permutations
+
+import pytest
+import tiny
+import transformers
+from distilling_text import saved_teacher
+
+from kronecker_transformers.checkpoint.load import load_model
+from kronecker_transformers.compression.activations import calibration_batches
+from kronecker_transformers.compression.calibration import check_text
+from kronecker_transformers.experiments.lessons import text_lesson
+from kronecker_transformers.tasks.text import WHOLE, Share, TextSource
+
+LINES = [" ".join(words) for words in islice(permutations(sorted(set(tiny.TEXT.split())), 3), 240)]
+
+
+@pytest.fixture(params=[transformers.BertModel, transformers.BertForSequenceClassification], ids=lambda c: c.__name__)
+def taught(request, tmp_path):
+    """A lesson on these lines, all of them different, and the tokenizer."""
+    model, tokenizer = load_model(saved_teacher(request.param, tmp_path / "teacher"))
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(LINES))
+    return text_lesson(model, tokenizer, TextSource((str(path),)), 3), tokenizer
+
+
+def texts_of(examples, tokenizer):
+    return [tokenizer.decode(example["input_ids"], skip_special_tokens=True) for example in examples]
+
+
+def test_what_is_held_out_is_not_learnt_from(taught):
+    lesson, tokenizer = taught
+    train, held_out = (texts_of(examples, tokenizer) for examples in (lesson.examples(3, WHOLE), lesson.held_out))
+    assert 5 < len(held_out) < 60
+    assert sorted(train + held_out) == sorted(LINES)
+    assert not set(lesson.calibration) & set(lesson.sentences)
+    assert not set(lesson.counted) & set(lesson.sentences)
+
+
+def test_in_each_pass_but_the_first_half_of_the_sentences_are_altered(taught):
+    lesson, tokenizer = taught
+    first, *later = (texts_of(lesson.examples(seed, WHOLE), tokenizer) for seed in (3, 4, 4, 5))
+    assert set(first) < set(LINES)
+    assert later[0] == later[1]
+    kept = [[one == other for one, other in zip(first, found, strict=True)] for found in later]
+    assert all(0.3 < sum(same) / len(first) < 0.7 for same in kept)
+    assert kept[0] != kept[2]
+    words = set(tiny.TEXT.split())
+    assert all(set(text.split()) <= words for text in later[0])
+    shares = [texts_of(lesson.examples(4, Share(index, 2)), tokenizer) for index in range(2)]
+    assert sum(map(len, shares)) == len(first)
+
+
+@pytest.mark.parametrize(
+    ("dense_class", "changes"),
+    [
+        (transformers.BertModel, {"intermediate_size": 4096, "num_hidden_layers": 1}),
+        (transformers.GPT2ForSequenceClassification, {"n_positions": 128}),
+    ],
+)
+def test_of_short_lines_more_are_calibrated_on(dense_class, changes, tmp_path):
+    """Of 512 lines the largest layer would have too few tokens, and a classifier that reads blocks too few blocks."""
+    teacher = saved_teacher(dense_class, tmp_path / "teacher", **changes)
+    model, tokenizer = load_model(teacher)
+    draw = random.Random(0)
+    words = sorted(set(tiny.TEXT.split()))
+    text = tmp_path / "short.txt"
+    text.write_text("\n".join(" ".join(draw.choices(words, k=2)) for _ in range(4000)))
+    lesson = text_lesson(model, tokenizer, TextSource((str(text),)), 0)
+    tokens = sum(map(len, tokenizer(list(lesson.calibration)).input_ids))
+    assert 4000 * 0.9 >= len(lesson.calibration) > 512
+    assert tokens >= max(4096, 2 * changes.get("intermediate_size", 0))
+    check_text(model, calibration_batches(lesson.calibration, tokenizer, model), model.base_model.modules())

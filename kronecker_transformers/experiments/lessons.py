@@ -125,8 +125,10 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
             f"text {', '.join(source.names)!r} is too little: {len(sentences)} held-out lines, {len(kept)} held-out "
             "examples; give at least a few hundred lines, better some thousand"
         )
-    counted, examples = train.lines(COUNTED), partial(make, train)
+    counted: list[str] = []
+    examples = partial(make, train)
     if kind in (None, "sequence"):
+        counted = train.lines(COUNTED)
         examples = altered_sentences(train, ALTERED, seed, counted, teacher, tokenizer, length, prompt)
     return Lesson(
         batch, length, objective, examples, collate, kept, sentences,

@@ -23,9 +23,13 @@ class TeacherMemory:
 
     Args:
         limit: bytes of embeddings; when they are full, new sentences are read each time.
+
+    Attributes:
+        keeps: whether new sentences are kept; False while they will not come again.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
+        self.keeps = True
         self._limit, self._bytes = limit, 0
         self._kept: dict[bytes, Tensor] = {}
 
@@ -58,7 +62,7 @@ class TeacherMemory:
             some = {n: value[rows] if isinstance(value, Tensor) else value for n, value in features.items()}
             values = read(some, mask[rows])
             found = dict(zip((keys[row] for row in new), values, strict=True))
-            if self._bytes < self._limit:
+            if self.keeps and self._bytes < self._limit:
                 self._kept |= found
                 self._bytes += values.nbytes
         return torch.stack([found[key] if key in found else self._kept[key] for key in keys])

@@ -125,16 +125,15 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
             f"text {', '.join(source.names)!r} is too little: {len(sentences)} held-out lines, {len(kept)} held-out "
             "examples; give at least a few hundred lines, better some thousand"
         )
-    counted: list[str] = []
-    examples = partial(make, train)
+    memory, counted, examples = TeacherMemory(), list[str](), partial(make, train)
     if kind in (None, "sequence"):
         counted = train.lines(COUNTED)
-        examples = altered_sentences(train, ALTERED, seed, counted, teacher, tokenizer, length, prompt)
+        examples = altered_sentences(train, ALTERED, seed, counted, teacher, tokenizer, length, prompt, memory)
     return Lesson(
         batch, length, objective, examples, collate, kept, sentences,
         calibration_lines(train, teacher, tokenizer), counted if kind is None else [], weights,
         factored_weights=SHARES if kind == "sequence" else None,
-        muon=kind in (None, "sequence", "next_token"), pooling=pooling,
+        memory=memory, muon=kind in (None, "sequence", "next_token"), pooling=pooling,
     )  # fmt: skip
 
 
@@ -230,6 +229,7 @@ def altered_sentences(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     prompt: str = "",
+    memory: TeacherMemory | None = None,
 ) -> Callable[[int, Share], Iterator[Example]]:
     """What makes the examples of a pass, for `TextStream`: the sentences of a text, in the first pass as they are.
 
@@ -242,11 +242,14 @@ def altered_sentences(
         tokenizer: of the teacher.
         length: tokens at which a sentence is cut.
         prompt: before each sentence.
+        memory: that of the teacher, which keeps nothing new in a pass with altered sentences.
     """
     augmentation = Augmentation([(text,) for text in texts], teacher, tokenizer)
 
     def examples(seed: int, share: Share) -> Iterator[Example]:
         generator, now = random.Random(seed), 0.0 if seed == first else altered
+        if memory is not None:
+            memory.keeps = not now
 
         def alter(text: str) -> str:
             return augmentation.text(text, generator) if generator.random() < now else text

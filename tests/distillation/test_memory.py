@@ -40,12 +40,14 @@ def test_a_sentence_is_read_once_whatever_its_batch(tmp_path):
     assert read == [8]  # all of the first epoch; five follow
     objective = Objective(student, teacher, WEIGHTS, memory=memory)
     objective.attach(student)
+    memory.keeps = False
     rows = examples(student)
     new = {"input_ids": [5, 6, 7, 8], "attention_mask": [1, 1, 1, 1]}
     prefix = {name: values[:4] for name, values in rows[1].items()}  # of a known one, so another sentence
     batch = collate([rows[6], new, rows[0], prefix])
     found = objective.values(student.eval(), batch, objective.count(batch))
     assert read == [8, 2]
+    assert len(memory) == 8
     plain = Objective(student, teacher, WEIGHTS)
     objective.detach()
     plain.attach(student)

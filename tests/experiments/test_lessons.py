@@ -32,9 +32,11 @@ def texts_of(examples, tokenizer):
 
 def test_what_is_held_out_is_not_learnt_from(taught):
     lesson, tokenizer = taught
+    lesson.memory.keeps = False  # as after an earlier training
     train, held_out = (texts_of(examples, tokenizer) for examples in (lesson.examples(3, WHOLE), lesson.held_out))
     assert 5 < len(held_out) < 60
     assert sorted(train + held_out) == sorted(LINES)
+    assert lesson.memory.keeps
     assert not set(lesson.calibration) & set(lesson.sentences)
     assert not set(lesson.counted) & set(lesson.sentences)
 
@@ -42,6 +44,7 @@ def test_what_is_held_out_is_not_learnt_from(taught):
 def test_in_each_pass_but_the_first_half_of_the_sentences_are_altered(taught):
     lesson, tokenizer = taught
     first, *later = (texts_of(lesson.examples(seed, WHOLE), tokenizer) for seed in (3, 4, 4, 5))
+    assert not lesson.memory.keeps  # they do not come again
     assert set(first) < set(LINES)
     assert later[0] == later[1]
     kept = [[one == other for one, other in zip(first, found, strict=True)] for found in later]

@@ -6,8 +6,8 @@ The teacher, of 16.35 M parameters, is that of kngpt2.py, whose WORK may be used
 it on the same text in the same steps, each in several ways: factored by the papers' plan or by a searched one,
 calibrated on the training text; or dense, with the layers of DistilGPT2's rule or with those three of six that lose
 least, found by the loss of all twenty choices on that text. Muon is for factors; a dense student has AdamW alone.
---students and --ways choose among them. The log has two teachers, trained alike on two machines: that of seed 0 and
-that of seed 1. Finished runs are lines of logs/gpt2_recipes.jsonl, and are not made again. --table shows them without a
+--students and --ways choose among them. The log has two teachers, trained alike on two machines: that of seed 0, and
+that of the others. Finished runs are lines of logs/gpt2_recipes.jsonl, and are not made again. --table shows them without a
 run.
 """
 

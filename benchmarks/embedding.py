@@ -4,12 +4,12 @@
 
 DIR holds the folders glue (the official files) and text. Sizes are counted on models without weights. all-MiniLM-L6-v2,
 without its pooler, is compressed with calibrated factors for its embedding, at three ranks, and by the search with as
-many parameters, where frequent words get a product of their own; one is distilled for --minutes on running text and
-the sentences of five GLUE tasks, without labels (`kronecker_transformers.distill`, all parameters train, one seed).
-STS-B: Spearman correlation on the dev set. SST-2: dev accuracy of a logistic regression on embeddings of 4,000
-sentences. (In the run of the log the objective had hidden states and outputs of the embedding beside the sentence
-embeddings, weight 1, and AdamW alone.) Finished runs are lines of logs/embedding.jsonl, and are not made again. --table
-shows them without a run.
+many parameters, where frequent words get a product of their own; one is distilled for --minutes on running text and the
+sentences of five GLUE tasks, without labels (`kronecker_transformers.distill`, all parameters train, one seed). STS-B:
+Spearman correlation on the dev set. SST-2: dev accuracy of a logistic regression on embeddings of 4,000 sentences. (In
+the run of the log the objective had hidden states and outputs of the embedding beside the sentence embeddings, weight
+1, AdamW alone, and no sentence was altered.) Finished runs are lines of logs/embedding.jsonl, and are not made again.
+--table shows them without a run.
 """
 
 from __future__ import annotations

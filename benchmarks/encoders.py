@@ -18,7 +18,8 @@ there is one student instead, of 7.7x, made by `distill` as it is, which searche
 student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B, text of
 the kind that it is judged on, and so many lines of the other text; its steps in the table are those after factoring.
 With --one-rank all words have one rank (`frequent_words=False`); with --as-they-are no sentence is altered when it
-comes again, as in all runs on a GPU.
+comes again, as in all runs without --layers. (In two lines of the log, with one rank, other text and sentences as they
+are, that rank took the place of frequent words in the plan of the run with them.)
 WORK keeps text, plans and students; finished runs are lines of logs/encoders.jsonl, and are not made again. --table
 shows them without a run. The runs on a GPU have a teacher of which the weights were rounded to float16; plans were
 searched on a CPU.

@@ -7,8 +7,8 @@ it on the same text in the same steps, each in several ways: factored by the pap
 calibrated on the training text; or dense, with the layers of DistilGPT2's rule or with those three of six that lose
 least, found by the loss of all twenty choices on that text. Muon is for factors; a dense student has AdamW alone.
 --students and --ways choose among them. The log has two teachers, trained alike on two machines: that of seed 0, and
-that of the others. Finished runs are lines of logs/gpt2_recipes.jsonl, and are not made again. --table shows them without a
-run.
+that of the others. Finished runs are lines of logs/gpt2_recipes.jsonl, and are not made again. --table shows them
+without a run.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def test_our_recipes_are_what_distill_does(tmp_path):
         assert (arguments.muon, arguments.dropout, arguments.warmup_steps) == (True, 0, WARMUP)
         assert arguments.per_device_train_batch_size == batch
         assert arguments.balanced == (name != "sentence-encoder")
-    assert RECIPES["classifier"]["glue"].altered == ALTERED
+    assert RECIPES["classifier"]["glue"].altered == RECIPES["sentence-encoder"]["embedding"].altered == ALTERED
 
 
 def test_our_recipe_for_a_language_model_reads_blocks_as_distill_does(tmp_path):

@@ -111,8 +111,8 @@ def distill(
     Args:
         teacher: a name on the Hub, a folder, or a loaded model, with any head that is supported.
         text: a file with one sentence or document per line, a table (.csv, .tsv, .json, .jsonl, .parquet), or a dataset
-            of the Hub, of which the split train is read; a tenth of it is held out. A sentence encoder, or a classifier
-            of sequences, that comes to its end begins anew, with half of the sentences altered (`tasks.augmentation`).
+            of the Hub, of which the split train is read; a tenth of it is held out. Sentence encoders and classifiers
+            of sequences see half of the sentences altered in each pass but the first (`tasks.augmentation`).
         output: new folder for the student.
         task: a GLUE task, in place of text: the texts of its training set, half of them altered in each pass
             (`tasks.augmentation`), and without their labels; its validation set to compare on. The teacher is a folder

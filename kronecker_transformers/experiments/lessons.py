@@ -237,14 +237,14 @@ def altered_sentences(
         source: the text.
         altered: share of the sentences that are altered in each later pass, 0 to 1; others in each.
         first: seed of the first pass.
-        texts: in whose words sentences are altered; of a long text some of its lines.
+        texts: their words are those that may be replaced; of a long text some of its lines.
         teacher: of the embedding in which near words are looked up.
         tokenizer: of the teacher.
         length: tokens at which a sentence is cut.
         prompt: before each sentence.
         memory: that of the teacher, which keeps nothing new in a pass with altered sentences.
     """
-    augmentation = Augmentation([(text,) for text in texts], teacher, tokenizer)
+    augmentation = Augmentation([(text,) for text in texts] if altered else [], teacher, tokenizer)
 
     def examples(seed: int, share: Share) -> Iterator[Example]:
         generator, now = random.Random(seed), 0.0 if seed == first else altered

@@ -150,7 +150,11 @@ class AlteredOptions(StudentOptions):
     """Options of the examples whose texts can be altered."""
 
     altered: float | None = field(
-        default=None, metadata={"help": "Share of the texts altered in each pass, 0 to 1; default: the recipe's."}
+        default=None,
+        metadata={
+            "help": "Share of the texts altered in each pass (of plain sentences: but the first), 0 to 1; default: the "
+            "recipe's."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -171,7 +175,7 @@ def read_recipe(path: str | Path) -> dict[str, Recipe]:
     """The stages of a recipe file.
 
     Args:
-        path: a YAML file: for each stage `plan`, `length`, `arguments` and perhaps `by_task`.
+        path: a YAML file: for each stage `plan`, `length`, `arguments` and perhaps `by_task` and `altered`.
 
     Raises:
         ValueError: it is no such file.

@@ -1,10 +1,10 @@
-"""More texts for a task, made from its own, for the teacher to label.
+"""More texts for a student, made from those of a task or from the sentences of a text, for the teacher to label.
 
-A small task shows a student few of the words that its teacher knows. Here some words of a text are replaced by others
-that lie near them in the teacher's embedding; in some texts a word is dropped, or two words are swapped, which matters
-to judges of grammar. A label may no longer be right after that, so a student should learn the teacher's outputs alone.
-After TinyBERT (Jiao et al., Findings of EMNLP 2020, section 3.2), which takes its words from a masked language model
-and GloVe.
+A small task or text shows a student few of the words that its teacher knows. Here some words of a text are replaced by
+others that lie near them in the teacher's embedding; in some texts a word is dropped, or two words are swapped, which
+matters to judges of grammar. A label may no longer be right after that, so a student should learn the teacher's outputs
+alone. After TinyBERT (Jiao et al., Findings of EMNLP 2020, section 3.2), which takes its words from a masked language
+model and GloVe.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Row = tuple[str, ...]
 
 
 class Augmentation:
-    """Alters the texts of a task.
+    """Alters texts.
 
     Two words are near if the cosine of their centred vectors in the teacher's embedding is high. A word of several
     tokens stays.
 
     Args:
-        rows: all of the task.
+        rows: all of a task, or sentences of a text, each in a tuple; only words that occur in them are replaced.
         teacher: with an embedding of words.
         tokenizer: of the teacher.
     """

@@ -20,7 +20,7 @@ def sentence_examples(
     prompt: str = "",
     alter: Callable[[str], str] = str,
 ) -> Iterator[Example]:
-    """One example for each sentence or line, altered, with the prompt before it, cut at `length` tokens."""
+    """One example for each sentence or line, which `alter` may change, after the prompt, cut at `length` tokens."""
     sentences = chain.from_iterable(source.documents())
     while some := [prompt + alter(sentence) for sentence in islice(sentences, _ENCODED)]:
         encoded = tokenizer(some, truncation=True, max_length=length)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -123,6 +124,24 @@ def test_sentences_are_altered_from_the_second_epoch_on(altered, teacher, tmp_pa
         found.append(len(made))
     assert found[0] == 0
     assert (found[1] > 0) == (altered is None)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_stopped_among_altered_sentences_goes_on(workers, teacher, tmp_path):
+    (tmp_path / "train.txt").write_text("\n".join(SENTENCES))
+    (tmp_path / "plan.yaml").write_text("encoder.layer.*.attention.*: {m1: 8, n1: 8}\n")
+    options = {
+        "teacher": teacher, "train_text": [tmp_path / "train.txt"], "plan": tmp_path / "plan.yaml", "max_steps": 14,
+        "per_device_train_batch_size": 4, "save_steps": 7, "dataloader_num_workers": workers,
+    }  # fmt: skip
+    for folder in ("whole", "parts"):
+        run_example("run_embedding_kd", tmp_path / folder, **options)
+    weights = {name: tmp_path / name / "student" / "model.safetensors" for name in ("whole", "parts")}
+    shutil.rmtree(tmp_path / "parts" / "student")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "checkpoint-14")
+    (tmp_path / "parts" / "results.json").unlink()
+    run_example("run_embedding_kd", tmp_path / "parts", **options, resume_from_checkpoint="true")
+    assert weights["parts"].read_bytes() == weights["whole"].read_bytes()
 
 
 def test_a_share_that_is_none_is_refused(teacher, tmp_path, capsys):

@@ -11,7 +11,8 @@ from distilling_text import saved_teacher
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.compression.activations import calibration_batches
 from kronecker_transformers.compression.calibration import check_text
-from kronecker_transformers.experiments.lessons import text_lesson
+from kronecker_transformers.experiments.lessons import altered_sentences, text_lesson
+from kronecker_transformers.tasks import augmentation
 from kronecker_transformers.tasks.text import WHOLE, Share, TextSource
 
 LINES = [" ".join(words) for words in islice(permutations(sorted(set(tiny.TEXT.split())), 3), 240)]
@@ -39,6 +40,20 @@ def test_what_is_held_out_is_not_learnt_from(taught):
     assert lesson.memory.keeps
     assert not set(lesson.calibration) & set(lesson.sentences)
     assert not set(lesson.counted) & set(lesson.sentences)
+
+
+def test_a_prompt_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(augmentation, "REPLACED", 1.0)
+    model, tokenizer = load_model(saved_teacher(transformers.BertModel, tmp_path / "teacher"))
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(LINES))
+    source = TextSource((str(path),))
+    examples = altered_sentences(source, 1.0, 0, LINES, model, tokenizer, 16, "the fox: ")
+    for seed in (0, 1):
+        found = texts_of(examples(seed, WHOLE), tokenizer)
+        prompt = tokenizer.decode(tokenizer("the fox: ").input_ids, skip_special_tokens=True)
+        assert all(text.startswith(prompt) for text in found)
+        assert (found == [f"{prompt} {line}" for line in LINES]) == (seed == 0)
 
 
 def test_in_each_pass_but_the_first_half_of_the_sentences_are_altered(taught):

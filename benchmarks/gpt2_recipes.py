@@ -44,6 +44,7 @@ VALIDATION, BLOCKS = "wikitext2_valid.txt", 64
 """Text to judge on, of which so many blocks tell how far a student is from its teacher; and blocks of the training text
 on which choices of layers are compared.
 """
+START = "as it starts"
 LOGITS = {**METHODS["labels only"], "logits_weight": 1}
 ALL, RATE = "ILKD, logits, balanced, Muon", 1e-3
 """The way and the learning rate of what gpt2_tasks.py goes on with."""
@@ -151,7 +152,7 @@ def main() -> None:
             else:
                 cut = model.endswith("undistilled")
                 way = line["way"].removesuffix(", Muon") if line["layers"] else line["way"]
-                name = f"{title}, " + ("as it starts" if cut else f"{way}, rate {line['rate']:g}")
+                name = f"{title}, " + (START if cut else f"{way}, rate {line['rate']:g}")
                 found[title]["sizes"] = [number]
                 found[title][name].append(value)
                 if not cut:
@@ -162,7 +163,10 @@ def main() -> None:
     for values in found.values():
         size = f"{values.pop('sizes')[0]:,}"
         for name, perplexities in values.items():
-            rows[name] = [size, spread(perplexities), spread(distances[name], 4), len(perplexities)]
+            if name.endswith(START):  # which is the teacher's, whatever the seed
+                rows[name] = [size, ", ".join(dict.fromkeys(f"{value:.0f}" for value in perplexities)), None, None]
+            else:
+                rows[name] = [size, spread(perplexities), spread(distances[name], 4), len(perplexities)]
     console = Console(width=110)
     console.print(LOG.environments(), highlight=False)
     console.print(

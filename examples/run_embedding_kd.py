@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     options.max_length = length = checked_length(
         teacher, options.max_length, min(recipe.length, settings.max_length or recipe.length)
     )
+    settings.check_length(length, tokenizer)
     options.choose_rate(arguments, teacher)
     texts, counted = calibration_lines(text, teacher, tokenizer), text.lines(COUNTED)
     student = options.student(teacher, tokenizer, recipe, texts, counted, progress=not arguments.disable_tqdm)

@@ -80,7 +80,8 @@ def load_encoder(student: str) -> tuple[Any, Any, dict[str, Any]]:
             f"{student} has {settings.pooling}, normalize={settings.normalize}; the page takes the mean of the tokens "
             "or the first of them, at length 1"
         )
-    length = settings.max_length or longest_sequence(model)
+    longest = longest_sequence(model)
+    length = min(longest, settings.max_length or longest)
     return model, tokenizer, {"pooling": settings.pooling.modes[0], "prompt": settings.prompt, "max_length": length}
 
 

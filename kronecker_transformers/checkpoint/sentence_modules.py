@@ -23,6 +23,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from .pooling import MEAN, Pooling
 
@@ -117,7 +118,8 @@ class SentenceModules:
                 "tokenizer a Lowercase normalizer, or remove the setting, in a copy of the teacher"
             )
         is_unit = similarity == "cosine" or "Normalize" in self.kinds
-        return EncoderSettings(pooling, prompt, encoder.get("max_seq_length"), is_unit)
+        longest = encoder.get("max_seq_length") or tokenizer.model_max_length
+        return EncoderSettings(pooling, prompt, None if longest >= LARGE_INTEGER else longest, is_unit)
 
 
 _OLD_MODES = {
@@ -133,7 +135,7 @@ class EncoderSettings:
     Attributes:
         pooling: of the last hidden states.
         prompt: put before every sentence.
-        max_length: tokens at which a sentence is cut; None where only the tokenizer says.
+        max_length: tokens at which a sentence is cut; None where nothing says.
         normalize: whether embeddings are compared at length 1.
     """
 
@@ -141,6 +143,19 @@ class EncoderSettings:
     prompt: str = ""
     max_length: int | None = None
     normalize: bool = True
+
+    def check_length(self, length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Whether something of a sentence is left beside the prompt, if both are cut at `length` tokens.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        tokens = len(tokenizer(self.prompt).input_ids) if self.prompt else 0
+        if tokens >= length:
+            raise ValueError(
+                f"a sentence is cut at {length} tokens, and the prompt {self.prompt!r} alone has {tokens} with the "
+                "special ones, so all sentences would be the same; raise max_length, or shorten the teacher's prompt"
+            )
 
 
 DEFAULT = EncoderSettings()

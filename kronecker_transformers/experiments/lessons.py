@@ -86,7 +86,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     """Text without labels, for any head.
 
     Raises:
-        ValueError: too little text, or a tokenizer that lacks a token.
+        ValueError: too little text, a tokenizer that lacks a token, or a prompt that leaves no room for a sentence.
     """
     heads, longest = heads_of(teacher), longest_sequence(teacher)
     kind = heads[0].kind if heads else None
@@ -100,6 +100,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     if kind is None:
         settings = encoder_settings(teacher, tokenizer)
         length, batch, prompt = min(length, settings.max_length or length), 64, settings.prompt
+        settings.check_length(length, tokenizer)
         objective, weights, pooling = "sentence_encoder", {}, settings.pooling
         make = partial(_sentences, tokenizer, length, prompt)
     elif kind == "next_token":

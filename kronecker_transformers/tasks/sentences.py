@@ -31,7 +31,11 @@ def encode(
 
     Returns:
         (sentences, hidden), float32, on the CPU.
+
+    Raises:
+        ValueError: a prompt that leaves no room for a sentence.
     """
+    settings.check_length(max_length, tokenizer)
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     parts = []
     for start in range(0, len(order), batch_size):

@@ -106,6 +106,7 @@ def test_our_own_encoding_is_that_of_sentence_transformers(name, tmp_path):
     folder = encoder(tmp_path / "teacher", **TEACHERS[name])
     model, tokenizer = load_teacher(folder)
     settings = encoder_settings(model, tokenizer)
+    assert settings.max_length == 9  # by the tokenizer
     found = encode(model, tokenizer, SENTENCES, max_length=settings.max_length, settings=settings)
     wanted = embeddings(folder, normalize_embeddings=settings.normalize)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -355,6 +356,25 @@ def test_letters_that_only_sentence_transformers_would_lower_are_refused(tmp_pat
     with pytest.raises(ValueError, match="do_lower_case=True in the settings of the teacher's encoder is not what its"):
         encoder_settings(load_teacher(teacher)[0], tokenizer)
     assert encoder_settings(model, tokenizer).pooling.modes == ("mean",)  # without that setting
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_a_prompt_that_leaves_no_room_for_a_sentence_is_refused(include_prompt, tmp_path):
+    prompts = {"prompts": {"query": "the dog jumps over a lazy fox"}, "default_prompt_name": "query"}
+    teacher = encoder(tmp_path / "teacher", include_prompt=include_prompt, **prompts)
+    model, tokenizer = load_teacher(teacher)
+    assert len(tokenizer("the dog jumps over a lazy fox").input_ids) == 9
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES * 20))
+    message = "a sentence is cut at 9 tokens, and the prompt 'the dog jumps over a lazy fox' alone has 9"
+    with pytest.raises(ValueError, match=message):
+        encode(model, tokenizer, SENTENCES, max_length=9, settings=encoder_settings(model, tokenizer))
+    assert len(encode(model, tokenizer, SENTENCES, max_length=10, settings=encoder_settings(model, tokenizer))) == 4
+    with pytest.raises(ValueError, match=message):
+        distill(str(teacher), text=tmp_path / "text.txt", output=tmp_path / "student")
+    with pytest.raises(ValueError, match=message):
+        run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[tmp_path / "text.txt"])
+    assert not (tmp_path / "student").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def put_on_hub(hub, folder, name="org/encoder"):

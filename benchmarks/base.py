@@ -7,7 +7,7 @@ each of which holds a piece of it; its SHA-256 is checked. Students have the pap
 plan that is searched, with nearest or calibrated factors: first as they are, then distilled as sentence encoders by
 `kronecker_transformers.distill` (--minutes, one after the other), with all layers or fewer (--layers). Text for search,
 calibration and distillation: running text and the training sentences of five GLUE tasks, without labels. Judged by the
-cosines of embeddings on STS-B's dev set, which none of this has seen. (In the runs of the log no sentence was altered
+cosines of embeddings on STS-B's dev set, which none of this has seen. (In the runs of the log no sentence was augmented
 when it came again.) WORK keeps teacher, text, plans and students; finished runs are lines of logs/base.jsonl, and are
 not made again. --table shows them without a run.
 """

@@ -127,7 +127,7 @@ def rows(teacher: str) -> Iterator[tuple[str, list[Any]]]:
         }  # fmt: skip
         for name, value in values.items():
             found[run.name][name][run.task].append(100 * value)
-    for name, by_task in (("teacher", teachers), ("always one answer", lucky)):
+    for name, by_task in (("teacher", teachers), ("majority class", lucky)):
         yield name, [f"{by_task[task]:.1f}" if task in by_task else None for task in GLUE_TASKS]
     for run_name, values_of in found.items():
         for name, shares in values_of.items():

@@ -8,7 +8,7 @@ many parameters, where frequent words get a product of their own; one is distill
 sentences of five GLUE tasks, without labels (`kronecker_transformers.distill`, all parameters train, one seed). STS-B:
 Spearman correlation on the dev set. SST-2: dev accuracy of a logistic regression on embeddings of 4,000 sentences. (In
 the run of the log the objective had hidden states and outputs of the embedding beside the sentence embeddings, weight
-1, AdamW alone, and no sentence was altered.) Finished runs are lines of logs/embedding.jsonl, and are not made again.
+1, AdamW alone, and no sentence was augmented.) Finished runs are lines of logs/embedding.jsonl, and are not made again.
 --table shows them without a run.
 """
 

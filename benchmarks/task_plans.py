@@ -112,15 +112,15 @@ def plan_of(name: str, dense: PreTrainedModel, limit: float, lesson: Lesson, tok
     return found.plan
 
 
-def prepared(task: str, options: Any, altered: float = lessons.ALTERED) -> tuple[Any, PreTrainedModel, Any, Lesson]:
-    """The teacher of a task, its dense student, their tokenizer, and the lesson, with this share of texts altered."""
+def prepared(task: str, options: Any, augmented: float = lessons.AUGMENTED) -> tuple[Any, PreTrainedModel, Any, Lesson]:
+    """The teacher of a task, its dense student, their tokenizer, and the lesson, with this share of texts augmented."""
     fine_tune(task, options.data, options.work)
     source = str(options.work / f"teacher-{task}"), task, str(options.data / "glue")
     loaded, tokenizer, lesson = task_lesson(*source)
     teacher = loaded.float().eval()
     dense = dense_student(task, teacher, tokenizer, lesson, options.work)
-    if altered != lessons.ALTERED:
-        with patch.object(lessons, "ALTERED", altered):
+    if augmented != lessons.AUGMENTED:
+        with patch.object(lessons, "AUGMENTED", augmented):
             _, _, lesson = task_lesson(*source)
     return teacher, dense, tokenizer, lesson
 

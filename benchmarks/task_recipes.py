@@ -3,8 +3,8 @@
     python benchmarks/task_recipes.py --data DIR --work WORK > benchmarks/logs/task_recipes.txt
 
 Teachers, dense students and judgement are those of task_plans.py, whose WORK may be used again; each start is searched
-by `search_plan` as it is, of any shapes, and calibrated. The ways differ in the texts (those of the task, or half of
-them altered), in the optimizer of the factors and in its rate; the weights of the losses are 1, and 0.05 for attention
+by `search_plan` as it is, of any shapes, and calibrated. The ways differ in the texts (as they are, or half of them
+augmented), in the optimizer of the factors and in its rate; the weights of the losses are 1, and 0.05 for attention
 scores and logits (task_losses.py tries others). Finished runs are lines of logs/task_recipes.jsonl, and are not made
 again. --table shows them without a run.
 """
@@ -38,16 +38,16 @@ STEPS = {"cola": 2000, "mrpc": 400}
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to learn: the share of texts that are altered, Muon or AdamW, and the learning rate."""
+    """A way to learn: the share of texts that are augmented, Muon or AdamW, and the learning rate."""
 
-    altered: float = lessons.ALTERED
+    augmented: float = lessons.AUGMENTED
     muon: bool = True
     rate: float = RATE
 
     @property
     def name(self) -> str:
         """For tables."""
-        texts = f"{100 * self.altered:g} % of the texts altered" if self.altered else "texts as they are"
+        texts = f"{100 * self.augmented:g} % of the texts augmented" if self.augmented else "texts as they are"
         return f"{texts}, {'Muon' if self.muon else 'AdamW'}, {self.rate:g}"
 
 
@@ -59,7 +59,7 @@ class Run:
     """A student of a task."""
 
     task: str
-    altered: float
+    augmented: float
     muon: bool
     rate: float
     seed: int
@@ -76,7 +76,7 @@ def start_of(task: str, dense: PreTrainedModel, limit: float, lesson: Any, token
 
 def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
-    teacher, dense, tokenizer, lesson = prepared(run.task, options, run.altered)
+    teacher, dense, tokenizer, lesson = prepared(run.task, options, run.augmented)
     limit = teacher.base_model.num_parameters() / RATIO
     student = start_of(run.task, dense, limit, lesson, tokenizer, options.work)
     schedule = Schedule(None, STEPS[run.task], run.rate, multiplies_bfloat16(), run.seed)
@@ -95,7 +95,7 @@ def rows() -> dict[str, list[Any]]:
             found[row][f"{task} near"] = [line["correlations"][name]]
             found[row][f"{task} score"] = [line["scores"][name]]
         found["start"][f"{task} near"] = [line["training"]["curve"]["values"][0]]
-        row = Recipe(line["altered"], line["muon"], line["rate"]).name
+        row = Recipe(line["augmented"], line["muon"], line["rate"]).name
         found[row][f"{task} score"].append(line["scores"]["student"])
         found[row][f"{task} near"].append(line["correlations"]["student"])
     columns = [f"{task} {kind}" for task in STEPS for kind in ("near", "score")]

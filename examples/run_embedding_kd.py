@@ -8,7 +8,7 @@ similarities, with the pooling and the prompt that its settings for sentence-tra
 over the tokens). Text has one sentence on a line; a table (.json, .csv, .parquet) or a dataset of the Hub has it in the
 column `text`. It is read as a stream.
 Training goes over all sentences once, or as often as --num_train_epochs says, and from the second time on half of them
-are altered (--altered); --resume_from_checkpoint true goes on with a run that stopped.
+are augmented (--augmented); --resume_from_checkpoint true goes on with a run that stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kronecker_transformers.checkpoint.sentence_modules import encoder_settings,
 from kronecker_transformers.compression.activations import COUNTED
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
-from kronecker_transformers.experiments.lessons import altered_sentences, calibration_lines
+from kronecker_transformers.experiments.lessons import augmented_sentences, calibration_lines
 from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
@@ -39,14 +39,14 @@ from kronecker_transformers.experiments.run import (
     teacher_and_tokenizer,
     train_and_save,
 )
-from kronecker_transformers.recipes import RECIPES, AlteredOptions, parse_script
+from kronecker_transformers.recipes import RECIPES, AugmentationOptions, parse_script
 from kronecker_transformers.tasks.sentences import encode, neighbour_agreement, similarity_fidelity
 from kronecker_transformers.tasks.tables import read_table
 from kronecker_transformers.tasks.text import WHOLE, TextSource, TextStream, length_group, training_steps
 
 
 @dataclass
-class Options(AlteredOptions):
+class Options(AugmentationOptions):
     """The script's own options."""
 
     teacher: str = field(metadata={"help": "Folder or Hub name of a BERT encoder."})
@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         "student": student,
     }
 
-    first, altered = arguments.seed, options.choose_altered(recipe)
-    examples = altered_sentences(text, altered, first, counted, teacher, tokenizer, length, settings.prompt)
+    first, augmented = arguments.seed, options.choose_augmented(recipe)
+    examples = augmented_sentences(text, augmented, first, counted, teacher, tokenizer, length, settings.prompt)
     arguments.max_steps = training_steps(arguments, examples(first, WHOLE))
     arguments.accelerator_config.dispatch_batches = False  # each process reads the stream and takes its share
     trainer = DistillationTrainer(

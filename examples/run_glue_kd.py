@@ -5,7 +5,7 @@
         --output_dir out/mine
 
 A teacher that has no classifier yet is fine-tuned first. The student's plan is searched on it, and the student learns
-from the teacher's outputs on the task's texts, half of them altered, as by the command `distill --task`. With --recipe
+from the teacher's outputs on the task's texts, half of them augmented, as by `distill --task`. With --recipe
 kroneckerbert-7.7x or -21x this is the second stage of KroneckerBERT (section 3.5), with kngpt2 the fine-tuning of
 KnGPT2: the student is factored by the paper's shapes then, or comes from the first stage (--start, see run_mlm_kd.py)
 and takes the teacher's classifier, and it learns labels too. Without --data_dir the task comes from the Hub. For the
@@ -33,7 +33,7 @@ from kronecker_transformers.experiments.classification import (
     load_task,
     tokenized,
 )
-from kronecker_transformers.experiments.lessons import altered_examples, calibration_rows
+from kronecker_transformers.experiments.lessons import augmented_examples, calibration_rows
 from kronecker_transformers.experiments.run import (
     check_output,
     checked_length,
@@ -43,13 +43,13 @@ from kronecker_transformers.experiments.run import (
     results_kept,
     train_and_save,
 )
-from kronecker_transformers.recipes import RECIPES, AlteredOptions, parse_script
+from kronecker_transformers.recipes import RECIPES, AugmentationOptions, parse_script
 from kronecker_transformers.tasks.glue import glue_task, write_predictions
 from kronecker_transformers.tasks.text import TextStream, training_steps
 
 
 @dataclass
-class Options(AlteredOptions):
+class Options(AugmentationOptions):
     """The script's own options."""
 
     teacher: str = field(metadata={"help": "Folder or Hub name of an encoder or GPT-2, fine-tuned on the task or not."})
@@ -82,10 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     """Fine-tune a teacher if need be, distil its student, and judge both."""
     options, arguments = parse_script(Options, "glue", argv)
     recipe = RECIPES[options.recipe]["glue"]
-    altered = options.choose_altered(recipe)
-    if altered and (weight := arguments.weights().get("supervised")):
+    augmented = options.choose_augmented(recipe)
+    if augmented and (weight := arguments.weights().get("supervised")):
         raise ValueError(
-            f"--altered {altered} makes texts without labels, which supervised_weight={weight:g} needs; "
+            f"--augmented {augmented} makes texts without labels, which supervised_weight={weight:g} needs; "
             "set one of them to 0"
         )
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
@@ -135,9 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         "student": student,
     }
     train: Any = data["train"]
-    if altered:
+    if augmented:
         arguments.max_steps = training_steps(arguments, train_rows)
-        examples = altered_examples(train_rows, altered, teacher, tokenizer, length)
+        examples = augmented_examples(train_rows, augmented, teacher, tokenizer, length)
         train = TextStream(examples, arguments.seed, group=arguments.train_batch_size)
         arguments.accelerator_config.dispatch_batches = False  # each process makes its share of the examples
     trainer = distiller(student, teacher, arguments, task, data, train, collator, tokenizer)

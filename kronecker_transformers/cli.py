@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"how many times fewer parameters the base model gets (default: {ratios})",
     )
     command.add_argument(
-        "--plan", help="low-rank, to search plans of low rank alone; or a preset or plan file, instead of a search"
+        "--plan", help="low-rank, to search plans of low rank only; or a preset or plan file, instead of a search"
     )
     length = command.add_mutually_exclusive_group()
     length.add_argument(
@@ -72,13 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         "--layers",
         type=_layers,
         metavar="N",
-        help="of the teacher's layers that the student has, or which, as 1,3,5 (default: all)",
+        help="how many of the teacher's layers the student keeps, evenly spaced, or which, as 0,2,5 (default: all)",
     )
     command.add_argument(
         "--no-frequent-words",
         action="store_false",
         dest="frequent_words",
-        help="of a sentence encoder: one product for all words of the embedding; for later texts of other kinds",
+        help="sentence encoders: give frequent words no extra parameters in the embedding; for texts of many kinds",
     )
     command.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     command.add_argument(
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("teacher", metavar="TEACHER", help="dense model: name on the Hub, or local folder")
     command.add_argument(
         "--plan",
-        help=f"a preset ({presets}), a YAML or JSON file, or low-rank, to search plans of low rank alone (default: the "
+        help=f"a preset ({presets}), a YAML or JSON file, or low-rank, to search plans of low rank only (default: the "
         f"first preset; with calibration text, a plan is searched, for a ratio of {ratios})",
     )
     command.add_argument(
@@ -130,10 +130,12 @@ def _parser() -> argparse.ArgumentParser:
         "--length", type=int, metavar="N", help=f"tokens of a sequence for --milliseconds (default: {Runtime.length})"
     )
     command.add_argument(
-        "--runtime", choices=ENGINES, dest="engine", help="what takes the milliseconds (default: torch, eager)"
+        "--runtime", choices=ENGINES, dest="engine", help="runtime in which --milliseconds is measured (default: torch)"
     )
-    command.add_argument("--int8", action="store_true", default=None, help="in 8 bits, with --runtime onnxruntime")
-    command.add_argument("--low-rank", action="store_true", help="search plans of low rank alone")
+    command.add_argument(
+        "--int8", action="store_true", default=None, help="measure models in int8; needs --runtime onnxruntime"
+    )
+    command.add_argument("--low-rank", action="store_true", help="search plans of low rank only")
     _add_calibration(command, required=True)
     _add_only(command)
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="plan file, .yaml or .json")
@@ -162,9 +164,9 @@ def _parser() -> argparse.ArgumentParser:
             "--format", choices=("dense", "onnx", "openvino"), default="dense", help="(default: %(default)s)"
         )
         for form, help_text in (
-            ("int8", "onnx or openvino: write a graph in 8-bit weights too"),
-            ("int4", "onnx: write a graph in 4-bit weights too"),
-            ("fp16", "onnx: write a graph in half precision too"),
+            ("int8", "onnx or openvino: also write a graph with 8-bit weights"),
+            ("int4", "onnx: also write a graph with 4-bit weights"),
+            ("fp16", "onnx: also write a graph in half precision"),
         ):
             command.add_argument(f"--{form}", action="store_true", help=f"for {help_text}")
         command.add_argument(
@@ -195,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         default="torch",
         help="(default: %(default)s)",
     )
-    command.add_argument("--int8", action="store_true", help="for onnxruntime and openvino: both in 8 bits")
+    command.add_argument("--int8", action="store_true", help="onnxruntime and openvino: both models in int8")
     command.add_argument(
         "--rounds", type=int, default=15, metavar="N", help="timed forward passes of each model (default: %(default)s)"
     )

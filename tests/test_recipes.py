@@ -10,7 +10,7 @@ from transformers import BertModel, GPT2LMHeadModel
 from kronecker_transformers import compress, recipes
 from kronecker_transformers.compression.plan_file import read_plan
 from kronecker_transformers.distillation import DistillationArguments
-from kronecker_transformers.experiments.lessons import ALTERED, CAUSAL, SHARES, text_lesson
+from kronecker_transformers.experiments.lessons import AUGMENTED, CAUSAL, SHARES, text_lesson
 from kronecker_transformers.experiments.training import WARMUP
 from kronecker_transformers.models.kronecker_family import FAMILIES
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
@@ -90,7 +90,7 @@ def test_our_recipes_are_what_distill_does(tmp_path):
         assert (arguments.muon, arguments.dropout, arguments.warmup_steps) == (True, 0, WARMUP)
         assert arguments.per_device_train_batch_size == batch
         assert arguments.balanced == (name != "sentence-encoder")
-    assert RECIPES["classifier"]["glue"].altered == RECIPES["sentence-encoder"]["embedding"].altered == ALTERED
+    assert RECIPES["classifier"]["glue"].augmented == RECIPES["sentence-encoder"]["embedding"].augmented == AUGMENTED
 
 
 def test_our_recipe_for_a_language_model_reads_blocks_as_distill_does(tmp_path):

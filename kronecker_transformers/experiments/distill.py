@@ -112,9 +112,9 @@ def distill(
         teacher: a name on the Hub, a folder, or a loaded model, with any head that is supported.
         text: a file with one sentence or document per line, a table (.csv, .tsv, .json, .jsonl, .parquet), or a dataset
             of the Hub, of which the split train is read; a tenth of it is held out. Sentence encoders and classifiers
-            of sequences see half of the sentences altered in each pass but the first (`tasks.augmentation`).
+            of sequences see half of the sentences augmented in each epoch but the first (`tasks.augmentation`).
         output: new folder for the student.
-        task: a GLUE task, in place of text: the texts of its training set, half of them altered in each pass
+        task: a GLUE task, in place of text: the texts of its training set, half of them augmented in each epoch
             (`tasks.augmentation`), and without their labels; its validation set to compare on. The teacher is a folder
             or name then, of a classifier that was fine-tuned on it.
         data_dir: folder of the official GLUE files; default: the Hub.

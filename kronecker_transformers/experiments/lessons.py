@@ -40,8 +40,8 @@ CALIBRATION, CALIBRATION_TOKENS, TOKENS_PER_INPUT = 512, 4096, 2
 """Texts on which the plan is searched and the factors are fitted; of short ones more, for so many tokens at least, and
 so many for each input of the largest layer.
 """
-ALTERED = 0.5
-"""Share of a task's rows whose texts are altered in each pass; of sentences, which are altered from the second on."""
+AUGMENTED = 0.5
+"""Share of a task's rows that are augmented in each epoch; of plain sentences, which are from the second epoch on."""
 _ENCODED = 256
 """Rows that are encoded together."""
 WEIGHTS = {"attention_mse_weight": 0.05, "logits_weight": 0.05, "supervised_weight": 0.0}
@@ -60,7 +60,7 @@ class Lesson:
     length: int
     objective: str
     examples: Callable[[int, Share], Iterable[Example]]
-    """One pass, by its seed, or a share of it."""
+    """One epoch, by its seed, or a share of it."""
     collate: Callable[[list[Example]], Any]
     held_out: Sequence[Example] = ()
     """To compare on."""
@@ -129,7 +129,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     memory, counted, examples = TeacherMemory(), list[str](), partial(make, train)
     if kind in (None, "sequence"):
         counted = train.lines(COUNTED)
-        examples = altered_sentences(train, ALTERED, seed, counted, teacher, tokenizer, length, prompt, memory)
+        examples = augmented_sentences(train, AUGMENTED, seed, counted, teacher, tokenizer, length, prompt, memory)
     return Lesson(
         batch, length, objective, examples, collate, kept, sentences,
         calibration_lines(train, teacher, tokenizer), counted if kind is None else [], weights,
@@ -141,7 +141,7 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
 def task_lesson(
     teacher: str, name: str, data_dir: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Lesson]:
-    """A GLUE task, half of its texts altered, and the teacher that was fine-tuned on it.
+    """A GLUE task, half of its texts augmented, and the teacher that was fine-tuned on it.
 
     Raises:
         ValueError: an unknown task, a teacher without a classifier for it, or a text without any token.
@@ -160,7 +160,7 @@ def task_lesson(
         check_unnamed_labels(dense, task, data, collate)
     held_out = list(islice(data[splits[0]], HELD_OUT + WATCHED))
     rows = task.rows()
-    examples = altered_examples(rows, ALTERED, dense, tokenizer, length)
+    examples = augmented_examples(rows, AUGMENTED, dense, tokenizer, length)
     return dense, tokenizer, Lesson(
         32, length, "kronecker_bert", examples, collate, held_out, [], calibration_rows(rows, dense, tokenizer),
         weights=WEIGHTS, factored_weights=SHARES,
@@ -189,18 +189,18 @@ def _enough(texts: Sequence[str], teacher: PreTrainedModel, tokenizer: Any) -> i
     return max(CALIBRATION, -(-needed * len(texts) // max(1, tokens)))
 
 
-def altered_examples(
+def augmented_examples(
     rows: Sequence[Row],
-    altered: float,
+    augmented: float,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
 ) -> Callable[[int, Share], Iterator[Example]]:
-    """What makes the examples of a pass, for `TextStream`: a task's rows in random order, without labels.
+    """What makes the examples of an epoch, for `TextStream`: a task's rows in random order, without labels.
 
     Args:
         rows: all of the training set.
-        altered: share of them whose texts are altered, 0 to 1; others in each pass.
+        augmented: share of them whose texts are augmented, 0 to 1; others in each epoch.
         teacher: of the embedding in which near words are looked up.
         tokenizer: of the teacher.
         length: tokens at which a text, or a pair of them, is cut.
@@ -215,15 +215,15 @@ def altered_examples(
     def examples(seed: int, share: Share) -> Iterator[Example]:
         generator = random.Random(seed)
         order = share.of(generator.sample(rows, len(rows)))
-        found = (augmentation.row(row, generator) if generator.random() < altered else row for row in order)
+        found = (augmentation.row(row, generator) if generator.random() < augmented else row for row in order)
         yield from _encoded(found, tokenizer, length)
 
     return examples
 
 
-def altered_sentences(
+def augmented_sentences(
     source: TextSource,
-    altered: float,
+    augmented: float,
     first: int,
     texts: Sequence[str],
     teacher: PreTrainedModel,
@@ -232,30 +232,30 @@ def altered_sentences(
     prompt: str = "",
     memory: TeacherMemory | None = None,
 ) -> Callable[[int, Share], Iterator[Example]]:
-    """What makes the examples of a pass, for `TextStream`: the sentences of a text, in the first pass as they are.
+    """What makes the examples of an epoch, for `TextStream`: the sentences of a text, in the first epoch as they are.
 
     Args:
         source: the text.
-        altered: share of the sentences that are altered in each later pass, 0 to 1; others in each.
-        first: seed of the first pass.
+        augmented: share of the sentences that are augmented in each later epoch, 0 to 1; others in each.
+        first: seed of the first epoch.
         texts: their words are those that may be replaced; of a long text some of its lines.
         teacher: of the embedding in which near words are looked up.
         tokenizer: of the teacher.
         length: tokens at which a sentence is cut.
         prompt: before each sentence.
-        memory: that of the teacher, which keeps nothing new in a pass with altered sentences.
+        memory: that of the teacher, which keeps nothing new in an epoch with augmented sentences.
     """
-    augmentation = Augmentation([(text,) for text in texts] if altered else [], teacher, tokenizer)
+    augmentation = Augmentation([(text,) for text in texts] if augmented else [], teacher, tokenizer)
 
     def examples(seed: int, share: Share) -> Iterator[Example]:
-        generator, now = random.Random(seed), 0.0 if seed == first else altered
+        generator, now = random.Random(seed), 0.0 if seed == first else augmented
         if memory is not None:
             memory.keeps = not now
 
-        def alter(text: str) -> str:
+        def augment(text: str) -> str:
             return augmentation.text(text, generator) if generator.random() < now else text
 
-        return sentence_examples(source.share(share), tokenizer, length, prompt, alter)
+        return sentence_examples(source.share(share), tokenizer, length, prompt, augment)
 
     return examples
 

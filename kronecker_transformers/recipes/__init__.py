@@ -31,14 +31,14 @@ class Recipe:
         length: longest sequence, in tokens.
         arguments: what it sets of `DistillationArguments`; without a learning rate, it is that for the hidden size.
         by_task: the same for single tasks.
-        altered: share of a task's texts that are altered in each pass, or of sentences in each but the first, 0 to 1.
+        augmented: share of a task's texts that are augmented in each epoch, or of sentences in all but the first.
     """
 
     plan: str
     length: int
     arguments: Mapping[str, Any]
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    altered: float = 0.0
+    augmented: float = 0.0
 
     def for_task(self, task: str | None) -> dict[str, Any]:
         """The arguments for one task."""
@@ -146,25 +146,25 @@ class StudentOptions:
 
 
 @dataclass(kw_only=True)
-class AlteredOptions(StudentOptions):
-    """Options of the examples whose texts can be altered."""
+class AugmentationOptions(StudentOptions):
+    """Options of the examples whose texts can be augmented."""
 
-    altered: float | None = field(
+    augmented: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the texts altered in each pass (of plain sentences: but the first), 0 to 1; default: the "
-            "recipe's."
+            "help": "Share of the texts augmented in each epoch (of plain sentences: in all but the first), 0 to 1; "
+            "default: the recipe's."
         },
     )
 
     def __post_init__(self) -> None:
-        if self.altered is not None and not 0 <= self.altered <= 1:
-            raise ValueError(f"--altered {self.altered} must be from 0 to 1, a share of the texts; correct it")
+        if self.augmented is not None and not 0 <= self.augmented <= 1:
+            raise ValueError(f"--augmented {self.augmented} must be from 0 to 1, a share of the texts; correct it")
 
-    def choose_altered(self, recipe: Recipe) -> float:
+    def choose_augmented(self, recipe: Recipe) -> float:
         """The share that was asked for, or that of the recipe; it goes into the record."""
-        self.altered = recipe.altered if self.altered is None else self.altered
-        return self.altered
+        self.augmented = recipe.augmented if self.augmented is None else self.augmented
+        return self.augmented
 
 
 CHECKPOINTS = "checkpoints"
@@ -175,7 +175,7 @@ def read_recipe(path: str | Path) -> dict[str, Recipe]:
     """The stages of a recipe file.
 
     Args:
-        path: a YAML file: for each stage `plan`, `length`, `arguments` and perhaps `by_task` and `altered`.
+        path: a YAML file: for each stage `plan`, `length`, `arguments` and perhaps `by_task` and `augmented`.
 
     Raises:
         ValueError: it is no such file.

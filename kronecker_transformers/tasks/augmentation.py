@@ -22,8 +22,8 @@ REPLACED, BROKEN = 0.3, 0.3
 CANDIDATES = 15
 """Nearest words, of which a replacement is drawn."""
 KINDS = {"first": 5, "second": 5, "both": 5, "copy": 3, "stranger": 2}
-"""How often a pair has its first text altered, its second, or both; becomes a text beside its altered copy; or gets the
-second text of another pair."""
+"""How often a pair has its first text augmented, its second, or both; becomes a text beside its augmented copy; or gets
+the second text of another pair."""
 _AT_ONCE = 512
 """Words whose nearest words are found together."""
 _PIECES = re.compile(r"\w+|\W+")
@@ -34,7 +34,7 @@ Row = tuple[str, ...]
 
 
 class Augmentation:
-    """Alters texts.
+    """Augments texts.
 
     Two words are near if the cosine of their centred vectors in the teacher's embedding is high. A word of several
     tokens stays.

@@ -18,11 +18,11 @@ def sentence_examples(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     prompt: str = "",
-    alter: Callable[[str], str] = str,
+    augment: Callable[[str], str] = str,
 ) -> Iterator[Example]:
-    """One example for each sentence or line, which `alter` may change, after the prompt, cut at `length` tokens."""
+    """One example for each sentence or line, which `augment` may change, after the prompt, cut at `length` tokens."""
     sentences = chain.from_iterable(source.documents())
-    while some := [prompt + alter(sentence) for sentence in islice(sentences, _ENCODED)]:
+    while some := [prompt + augment(sentence) for sentence in islice(sentences, _ENCODED)]:
         encoded = tokenizer(some, truncation=True, max_length=length)
         for values in zip(*encoded.values(), strict=True):
             yield dict(zip(encoded, values, strict=True))

@@ -37,7 +37,7 @@ def test_end_to_end(teacher, tmp_path, capsys):
     plan.write_text("embeddings.word_embeddings: {m1: 64, n1: 4}\nencoder.layer.*.attention.*: {m1: 8, n1: 8}\n")
     results = run_example(
         "run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[text], validation_text=[text], sts_file=sts,
-        plan=plan, per_device_train_batch_size=4, max_steps=60, learning_rate=1e-2, altered=0,
+        plan=plan, per_device_train_batch_size=4, max_steps=60, learning_rate=1e-2, augmented=0,
     )  # fmt: skip
     assert results["training"]["samples"] == 240
     exact, undistilled, distilled = results["rows"]["similarity fidelity (Spearman)"]
@@ -107,8 +107,8 @@ def test_bad_input_is_refused_before_the_training(teacher, tmp_path, options, er
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("altered", [None, 0])
-def test_sentences_are_altered_from_the_second_epoch_on(altered, teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("augmented", [None, 0])
+def test_sentences_are_augmented_from_the_second_epoch_on(augmented, teacher, tmp_path, monkeypatch):
     made, text = [], Augmentation.text
     monkeypatch.setattr(Augmentation, "text", lambda *given: made.append(text(*given)) or made[-1])
     (tmp_path / "train.txt").write_text("\n".join(SENTENCES))
@@ -118,16 +118,16 @@ def test_sentences_are_altered_from_the_second_epoch_on(altered, teacher, tmp_pa
     for steps in (3, 16):  # of five sentences, of 20
         results = run_example(
             "run_embedding_kd", tmp_path / f"{steps}", teacher=teacher, train_text=[tmp_path / "train.txt"], plan=plan,
-            per_device_train_batch_size=5, max_steps=steps, **({} if altered is None else {"altered": altered}),
+            per_device_train_batch_size=5, max_steps=steps, **({} if augmented is None else {"augmented": augmented}),
         )  # fmt: skip
-        assert results["options"]["altered"] == (0.5 if altered is None else altered)
+        assert results["options"]["augmented"] == (0.5 if augmented is None else augmented)
         found.append(len(made))
     assert found[0] == 0
-    assert (found[1] > 0) == (altered is None)
+    assert (found[1] > 0) == (augmented is None)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_run_that_stopped_among_altered_sentences_goes_on(workers, teacher, tmp_path):
+def test_a_run_that_stopped_among_augmented_sentences_goes_on(workers, teacher, tmp_path):
     (tmp_path / "train.txt").write_text("\n".join(SENTENCES))
     (tmp_path / "plan.yaml").write_text("encoder.layer.*.attention.*: {m1: 8, n1: 8}\n")
     options = {
@@ -146,8 +146,8 @@ def test_a_run_that_stopped_among_altered_sentences_goes_on(workers, teacher, tm
 
 def test_a_share_that_is_none_is_refused(teacher, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[teacher], altered=1.5)
-    assert "--altered 1.5 must be from 0 to 1" in capsys.readouterr().err
+        run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[teacher], augmented=1.5)
+    assert "--augmented 1.5 must be from 0 to 1" in capsys.readouterr().err
 
 
 def test_a_search_on_too_little_text_is_refused(teacher, tmp_path):

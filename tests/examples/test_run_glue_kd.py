@@ -131,7 +131,7 @@ def test_samples_are_counted_as_they_come_and_a_run_resumes_before_its_first_che
 
 
 @pytest.mark.parametrize("files", [False, True])
-def test_as_it_is_it_searches_a_plan_and_learns_altered_texts_without_labels(workplace, monkeypatch, files):
+def test_as_it_is_it_searches_a_plan_and_learns_augmented_texts_without_labels(workplace, monkeypatch, files):
     """One text in each row of the task, two in the files."""
     teacher, given = save_teacher(workplace / "teacher", BertModel), []
 
@@ -152,7 +152,7 @@ def test_as_it_is_it_searches_a_plan_and_learns_altered_texts_without_labels(wor
         **(data if files else {"task_name": "sst2", "data_dir": workplace / "glue"}),
     )  # fmt: skip
     assert results["training"] == {**results["training"], "steps": 20, "samples": 80, "optimizer": "Muon and AdamW"}
-    assert results["options"] == {**results["options"], "plan": "search", "altered": 0.5, "ratio": 2}
+    assert results["options"] == {**results["options"], "plan": "search", "augmented": 0.5, "ratio": 2}
     student = AutoModelForSequenceClassification.from_pretrained(workplace / "out" / "student")
     dense = AutoModelForSequenceClassification.from_pretrained(workplace / "out" / "teacher")
     assert dense.base_model.num_parameters() / student.base_model.num_parameters() >= 2
@@ -397,14 +397,16 @@ def test_clear_errors(workplace, capsys):
     glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
     with pytest.raises(ValueError, match=r"has 3 labels \(negative, neutral, positive\), where the task has 2"):
         run_example("run_glue_kd", workplace / "out", **glue)
-    with pytest.raises(ValueError, match=r"--altered 0\.5 makes texts without labels, which supervised_weight=1 needs"):
+    with pytest.raises(
+        ValueError, match=r"--augmented 0\.5 makes texts without labels, which supervised_weight=1 needs"
+    ):
         run_example("run_glue_kd", workplace / "out", **glue, supervised_weight=1)
     for arguments, message in (
         ({"teacher": teacher}, "give either --task_name or both --train_file and --validation_file"),
         ({**glue, "recipe": "kronecker"}, "--recipe 'kronecker' is not known for this stage; choose one of"),
         ({**glue, "hidden_weight": 1}, "unknown option '--hidden_weight'"),
         ({**glue, "temperature": -1}, "temperature=-1.0 must be a finite number > 0"),
-        ({**glue, "altered": 1.5}, "--altered 1.5 must be from 0 to 1"),
+        ({**glue, "augmented": 1.5}, "--augmented 1.5 must be from 0 to 1"),
     ):
         with pytest.raises(SystemExit):
             run_example("run_glue_kd", workplace / "out", **arguments)

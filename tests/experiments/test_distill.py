@@ -246,7 +246,7 @@ def test_both_trainings_read_a_sentence_once_with_the_teacher(tmp_path, monkeypa
         return embeddings(self, features, mask, counting)
 
     monkeypatch.setattr(TeacherMemory, "embeddings", counted)
-    monkeypatch.setattr("kronecker_transformers.experiments.lessons.ALTERED", 0)
+    monkeypatch.setattr("kronecker_transformers.experiments.lessons.AUGMENTED", 0)
     teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
     text = text_file(tmp_path)
     found = distill(teacher, text, tmp_path / "student", ratio=3, layers=2, steps=20)

@@ -35,7 +35,7 @@ def test_a_classifier_learns_a_task(glue, tmp_path, capsys):
     found = distill(teacher, output=tmp_path / "student", task="sst2", data_dir=str(glue), ratio=3, steps=12)
     assert list(found.rows)[3:] == ["labels as the teacher's", "accuracy"]
     weights = found.training["objective"]
-    assert set(weights) == {"embedding_mse", "attention_mse", "hidden_mse", "logits"}  # altered texts have no labels
+    assert set(weights) == {"embedding_mse", "attention_mse", "hidden_mse", "logits"}  # augmented texts have no labels
     assert len(set(weights.values())) > 1  # balanced
     command = ["distill", teacher, "--task", "sst2", "--data", glue, "--steps", "12", "--ratio", "3"]
     assert main([*map(str, command), "--output", str(tmp_path / "again")]) == 0
@@ -60,17 +60,17 @@ def test_a_task_of_pairs_is_calibrated_on_pairs(tmp_path):
     assert "accuracy" in found.rows
 
 
-def test_half_of_a_tasks_rows_are_altered_anew_in_each_pass(glue, tmp_path):
+def test_half_of_a_tasks_rows_are_augmented_anew_in_each_pass(glue, tmp_path):
     teacher = classifier(tmp_path / "teacher", "negative", "positive")
     _, tokenizer, lesson = task_lesson(str(teacher), "sst2", str(glue))
     lines = [line.split("\t")[0] for line in (glue / "SST-2" / "train.tsv").read_text().splitlines()[1:]]
     own = {tuple(tokenizer(line).input_ids) for line in lines}
     passes = [[tuple(example["input_ids"]) for example in lesson.examples(seed, WHOLE)] for seed in (0, 0, 1)]
     assert passes[0] == passes[1]
-    altered = [set(rows) - own for rows in passes]
+    augmented = [set(rows) - own for rows in passes]
     assert len(passes[2]) == len(lines) == 200
-    assert all(60 < len(rows) < 140 for rows in altered)
-    assert len(altered[0] & altered[2]) < 20
+    assert all(60 < len(rows) < 140 for rows in augmented)
+    assert len(augmented[0] & augmented[2]) < 20
     assert set(next(iter(lesson.examples(0, WHOLE)))) == {"input_ids", "token_type_ids", "attention_mask"}
     shares = [list(lesson.examples(0, Share(index, 2))) for index in range(2)]
     assert [len(share) for share in shares] == [100, 100]

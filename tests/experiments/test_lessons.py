@@ -11,7 +11,7 @@ from distilling_text import saved_teacher
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.compression.activations import calibration_batches
 from kronecker_transformers.compression.calibration import check_text
-from kronecker_transformers.experiments.lessons import altered_sentences, text_lesson
+from kronecker_transformers.experiments.lessons import augmented_sentences, text_lesson
 from kronecker_transformers.tasks import augmentation
 from kronecker_transformers.tasks.text import WHOLE, Share, TextSource
 
@@ -48,7 +48,7 @@ def test_a_prompt_stays_as_it_is(tmp_path, monkeypatch):
     path = tmp_path / "lines.txt"
     path.write_text("\n".join(LINES))
     source = TextSource((str(path),))
-    examples = altered_sentences(source, 1.0, 0, LINES, model, tokenizer, 16, "the fox: ")
+    examples = augmented_sentences(source, 1.0, 0, LINES, model, tokenizer, 16, "the fox: ")
     for seed in (0, 1):
         found = texts_of(examples(seed, WHOLE), tokenizer)
         prompt = tokenizer.decode(tokenizer("the fox: ").input_ids, skip_special_tokens=True)
@@ -56,7 +56,7 @@ def test_a_prompt_stays_as_it_is(tmp_path, monkeypatch):
         assert (found == [f"{prompt} {line}" for line in LINES]) == (seed == 0)
 
 
-def test_in_each_pass_but_the_first_half_of_the_sentences_are_altered(taught):
+def test_in_each_pass_but_the_first_half_of_the_sentences_are_augmented(taught):
     lesson, tokenizer = taught
     first, *later = (texts_of(lesson.examples(seed, WHOLE), tokenizer) for seed in (3, 4, 4, 5))
     assert not lesson.memory.keeps  # they do not come again

@@ -65,9 +65,9 @@ def test_words_are_replaced_by_near_ones_and_all_else_stays(family, monkeypatch)
     changed(monkeypatch, REPLACED=1.0, BROKEN=0.0, CANDIDATES=2)
     teacher, tokenizer = family
     nearest = nearest_words(WORDS, teacher, tokenizer)
-    altered = Augmentation(ROWS, teacher, tokenizer)
+    augmented = Augmentation(ROWS, teacher, tokenizer)
     for (text,) in ROWS:
-        (found,) = altered.row((text,), random.Random(0))
+        (found,) = augmented.row((text,), random.Random(0))
         assert found.endswith(", 7!")
         before, after = text[:-4].split(), found[:-4].split()
         for old, new in zip(before, after, strict=True):
@@ -78,28 +78,28 @@ def test_words_are_replaced_by_near_ones_and_all_else_stays(family, monkeypatch)
 
 def test_broken_texts_have_a_word_dropped_or_two_swapped(family, monkeypatch):
     changed(monkeypatch, REPLACED=0.0, BROKEN=1.0)
-    altered = Augmentation(ROWS, *family)
+    augmented = Augmentation(ROWS, *family)
     text = "one two three four"
-    found = {altered.text(text, random.Random(seed)) for seed in range(200)}
+    found = {augmented.text(text, random.Random(seed)) for seed in range(200)}
     lost = {"two three four", "one three four", "one two four"}  # the last one has no word after it
     assert found == lost | {"two one three four", "one three two four", "one two four three"}
-    assert altered.text("one two", random.Random(0)) == "one two"
+    assert augmented.text("one two", random.Random(0)) == "one two"
 
 
 def test_nothing_changes_where_nothing_is_to(family, monkeypatch):
     changed(monkeypatch, REPLACED=0.0, BROKEN=0.0)
-    altered = Augmentation(ROWS, *family)
-    assert [altered.row(row, random.Random(0)) for row in ROWS] == ROWS
+    augmented = Augmentation(ROWS, *family)
+    assert [augmented.row(row, random.Random(0)) for row in ROWS] == ROWS
 
 
 @pytest.mark.parametrize("kind", augmentation.KINDS)
 def test_pairs(kind, monkeypatch, tmp_path):
     changed(monkeypatch, KINDS={kind: 1}, REPLACED=1.0)
-    altered = Augmentation(PAIRS, tiny.teacher(transformers.BertModel), tiny.bert_tokenizer(tmp_path))
+    augmented = Augmentation(PAIRS, tiny.teacher(transformers.BertModel), tiny.bert_tokenizer(tmp_path))
     generator = random.Random(0)
     seconds = {second for _, second in PAIRS}
     for first, second in PAIRS:
-        one, other = altered.row((first, second), generator)
+        one, other = augmented.row((first, second), generator)
         if kind == "copy":
             assert one in (first, second)
             assert other not in (first, second)
@@ -112,10 +112,10 @@ def test_pairs(kind, monkeypatch, tmp_path):
 
 
 def test_a_seed_gives_the_same_texts(family):
-    altered = [Augmentation(ROWS, *family) for _ in range(2)]
+    augmented = [Augmentation(ROWS, *family) for _ in range(2)]
     first, again, other = (
         [one.row(row, generator) for row in ROWS]
-        for one, generator in zip((*altered, altered[0]), map(random.Random, (0, 0, 1)), strict=True)
+        for one, generator in zip((*augmented, augmented[0]), map(random.Random, (0, 0, 1)), strict=True)
     )
     assert first == again != other
 

@@ -31,6 +31,7 @@ from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
     check_special_tokens,
+    check_stream,
     finish,
     results_kept,
     teacher_and_tokenizer,
@@ -79,10 +80,13 @@ def main(argv: list[str] | None = None) -> None:
     """Distil a student and judge it beside its teacher."""
     options, arguments = parse_script(Options, "clm", argv)
     check_evaluation(arguments.eval_strategy)
+    check_stream(arguments)
     recipe = RECIPES[options.recipe]["clm"]
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     text = TextSource(tuple(options.train_text), options.fraction)
     held_out = TextSource((options.validation_text,), split="validation").text() if options.validation_text else None
+    if held_out is not None and not held_out.split():
+        raise ValueError(f"validation_text {options.validation_text!r} has 0 words; give another, or leave it out")
 
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
     longest = checked_maximum(teacher, options)

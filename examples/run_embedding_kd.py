@@ -14,6 +14,7 @@ are augmented (--augmented); --resume_from_checkpoint true goes on with a run th
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +34,7 @@ from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
     check_special_tokens,
+    check_stream,
     checked_length,
     finish,
     results_kept,
@@ -49,12 +51,13 @@ from kronecker_transformers.tasks.text import WHOLE, TextSource, TextStream, len
 class Options(AugmentationOptions):
     """The script's own options."""
 
-    teacher: str = field(metadata={"help": "Folder or Hub name of a BERT encoder."})
+    teacher: str = field(metadata={"help": "Folder or Hub name of an encoder."})
     train_text: list[str] = field(metadata={"help": "Text files, tables, or one dataset of the Hub."})
     output_dir: str = field(metadata={"help": "New folder for checkpoints, the student and results.json."})
     validation_text: list[str] | None = field(
         default=None, metadata={"help": "Held-out text to judge fidelity on; of a dataset, its split validation."}
     )
+    validation_lines: int = field(default=2000, metadata={"help": "Lines of it that are read, at most."})
     sts_file: str | None = field(
         default=None, metadata={"help": "Table with the columns sentence1, sentence2 and label (a similarity)."}
     )
@@ -67,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     """Distil a student and judge it beside its teacher."""
     options, arguments = parse_script(Options, "embedding", argv)
     check_evaluation(arguments.eval_strategy)
+    check_stream(arguments)
     recipe = RECIPES[options.recipe]["embedding"]
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     text = TextSource(tuple(options.train_text), options.fraction)
@@ -74,10 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     held_out: list[str] = []
     if options.validation_text:
         source = TextSource(tuple(options.validation_text), split="validation")
-        held_out += source.lines()
+        held_out += source.lines(options.validation_lines)
         if len(held_out) < 3:
             raise ValueError(f"validation_text gives {len(held_out)} sentences; at least 3 are needed; give more text")
-    sts = read_table(options.sts_file) if options.sts_file else None
+    sts = sts_table(options.sts_file) if options.sts_file else None
 
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
     settings = encoder_settings(teacher, tokenizer)
@@ -90,8 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     settings.check_length(length, tokenizer)
     options.choose_rate(arguments, teacher)
-    texts, counted = calibration_lines(text, teacher, tokenizer), text.lines(COUNTED)
-    student = options.student(teacher, tokenizer, recipe, texts, counted, progress=not arguments.disable_tqdm)
+    texts, counted = calibration_lines(text, teacher, tokenizer, settings.prompt), text.lines(COUNTED)
+    prompted = [settings.prompt + line for line in counted]
+    student = options.student(teacher, tokenizer, recipe, texts, prompted, progress=not arguments.disable_tqdm)
     judges = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).eval().to(arguments.device),
@@ -126,6 +131,21 @@ def main(argv: list[str] | None = None) -> None:
             rows["STS, Spearman"] = [sts_spearman(partial(judged, model), sts) for model in judges.values()]
         table = results_table(f"{options.recipe}, {seen['samples']:,} sentences seen", judges, rows)
         finish(folder, table, {**record, "models": list(judges), "rows": rows})
+
+
+def sts_table(file: str) -> Dataset:
+    """Sentence pairs and how similar they are.
+
+    Raises:
+        ValueError: a column is missing, or a label is no number.
+    """
+    table = read_table(file)
+    if missing := [name for name in ("sentence1", "sentence2", "label") if name not in table.column_names]:
+        raise ValueError(f"sts_file {file!r} lacks the column {missing[0]!r}; it has {', '.join(table.column_names)}")
+    for label in table["label"]:
+        if isinstance(label, bool) or not isinstance(label, (int, float)) or not math.isfinite(label):
+            raise ValueError(f"sts_file {file!r} has the label {label!r}; labels are numbers; correct it")
+    return table
 
 
 def sts_spearman(judged: Callable[..., Tensor], table: Dataset) -> float:

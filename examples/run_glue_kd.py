@@ -36,6 +36,7 @@ from kronecker_transformers.experiments.classification import (
 from kronecker_transformers.experiments.lessons import augmented_examples, calibration_rows
 from kronecker_transformers.experiments.run import (
     check_output,
+    check_stream,
     checked_length,
     fine_tune_teacher,
     finish,
@@ -74,8 +75,15 @@ class Options(AugmentationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.task_name is None) == (self.train_file is None or self.validation_file is None):
-            raise ValueError("give either --task_name or both --train_file and --validation_file")
+        files = self.train_file, self.validation_file
+        if self.task_name is None and (None in files or self.data_dir is not None):
+            raise ValueError("give --task_name, with or without --data_dir, or both --train_file and --validation_file")
+        if self.task_name is not None and files != (None, None):
+            raise ValueError(f"--task_name {self.task_name} has files of its own; leave it out, or your files")
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ValueError(
+                f"--max_train_samples is {self.max_train_samples}; it must be at least 1; leave it out to use all"
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,6 +96,8 @@ def main(argv: list[str] | None = None) -> None:
             f"--augmented {augmented} makes texts without labels, which supervised_weight={weight:g} needs; "
             "set one of them to 0"
         )
+    if augmented:
+        check_stream(arguments)
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     task = load_task(options.task_name, options.data_dir, options.train_file, options.validation_file)
 
@@ -103,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         check_unnamed_labels(teacher.to(arguments.device), task, data, collator)
     if certain is None:
         if not options.teacher_only:  # what does not fit is refused now, not after the training
-            options.check(teacher, tokenizer, recipe, texts)
+            options.check(teacher, tokenizer, recipe, texts, arguments)
         teacher = fine_tune_teacher(
             teacher,
             tokenizer,

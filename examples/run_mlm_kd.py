@@ -39,6 +39,7 @@ from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
     check_special_tokens,
+    check_stream,
     checked_length,
     finish,
     results_kept,
@@ -86,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     """Give a teacher its heads if need be, distil its student on text, and judge both."""
     options, arguments = parse_script(Options, "mlm", argv)
     check_evaluation(arguments.eval_strategy)
+    check_stream(arguments)
     recipe = RECIPES[options.recipe]["mlm"]
     folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
     text = TextSource(tuple(options.train_text), options.fraction)

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         options.no_answer_threshold or 0.0,
     )
     if not trained:
-        options.check(teacher, tokenizer, recipe)  # what does not fit is refused now, not after the training
+        options.check(teacher, tokenizer, recipe, arguments=arguments)  # refused now, not after the training
         teacher = fine_tune_teacher(
             teacher,
             tokenizer,

@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
 def _layers(text: str) -> int | list[int]:
     """A number of layers, or a list of them."""
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a number nor a list as 1,3,5; give one of both"
@@ -275,13 +275,13 @@ def _add_calibration(command: argparse.ArgumentParser, required: bool) -> None:
         "a table (.csv, .tsv, .json, .jsonl, .parquet), or a dataset of the Hub",
     )
     command.add_argument(
-        "--calibration-column",
-        default="text",
-        metavar="NAME",
-        help="text column of a table or dataset (default: %(default)s)",
+        "--calibration-column", metavar="NAME", help="text column of a table or dataset (default: text)"
     )
     command.add_argument(
-        "--calibration-texts", type=int, default=512, metavar="N", help="number of texts used (default: %(default)s)"
+        "--calibration-texts",
+        type=int,
+        metavar="N",
+        help=f"number of texts used (default: {commands.CALIBRATION_TEXTS})",
     )
 
 

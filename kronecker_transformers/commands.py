@@ -24,6 +24,9 @@ from .hub.card import has_own_card, model_card
 from .hub.push import Pushed, card_metadata, files_to_push, full_name, push, push_space
 from .tasks.text import TextSource
 
+CALIBRATION_TEXTS = 512
+"""That are read where nothing else is asked for."""
+
 
 def run_distill(arguments: argparse.Namespace, console: Console) -> None:
     """Search, compress and distil, all in one."""
@@ -56,6 +59,10 @@ def run_distill(arguments: argparse.Namespace, console: Console) -> None:
 def run_compress(arguments: argparse.Namespace, console: Console) -> None:
     """Factor a dense model."""
     check_new_folder(arguments.output)
+    for option in ("calibration_column", "calibration_texts"):
+        if getattr(arguments, option) is not None and not arguments.calibration:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is of a calibration text; give --calibration, or leave --{name} out")
     texts = _calibration_texts(arguments) if arguments.calibration else None
     plan = None if arguments.plan is None else read_plan(arguments.plan)
     result = compress(
@@ -69,10 +76,10 @@ def run_compress(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _calibration_texts(arguments: argparse.Namespace) -> list[str]:
-    if arguments.calibration_texts < 1:
-        raise ValueError(f"calibration-texts={arguments.calibration_texts} must be at least 1; some hundred do well")
-    source = TextSource((arguments.calibration,), column=arguments.calibration_column)
-    return source.lines(arguments.calibration_texts)
+    number = CALIBRATION_TEXTS if arguments.calibration_texts is None else arguments.calibration_texts
+    if number < 1:
+        raise ValueError(f"calibration-texts={number} must be at least 1; some hundred do well")
+    return TextSource((arguments.calibration,), column=arguments.calibration_column or "text").lines(number)
 
 
 def run_search(arguments: argparse.Namespace, console: Console) -> None:

@@ -58,12 +58,16 @@ def totals_table(report: Report) -> Table:
     return table
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """Both models and their ratios, for a terminal."""
+def _how(comparison: Comparison) -> str:
+    """Shape, precision, runtime and device of a comparison."""
     compiled = ", compiled" if comparison.compiled else ""
     where = comparison.device if comparison.runtime == "torch" else f"{comparison.runtime} on {comparison.device}"
-    title = f"{comparison.batch} x {comparison.length} tokens, {comparison.dtype}, {where}{compiled}"
-    table = Table(title=title, box=SIMPLE_HEAD)
+    return f"{comparison.batch} x {comparison.length} tokens, {comparison.dtype}, {where}{compiled}"
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Both models and their ratios, for a terminal."""
+    table = Table(title=_how(comparison), box=SIMPLE_HEAD)
     table.add_column("")
     for heading in (comparison.against.name, comparison.model.name, "ratio"):
         table.add_column(heading, justify="right", overflow="fold")
@@ -110,8 +114,8 @@ def comparison_picture(comparison: Comparison, path: str | os.PathLike[str]) -> 
         megabytes = side.bytes / 1e6
         points = axes.plot(megabytes, side.milliseconds, "o", label=side.name)
         axes.plot(megabytes, side.limit_milliseconds, "_", color=points[0].get_color(), markersize=12)
-    axes.set(xlabel="megabytes of parameters", ylabel="milliseconds (bar: the limit)", xlim=(0, None), ylim=(0, None))
-    axes.set_title(f"{comparison.batch} x {comparison.length} tokens, {comparison.dtype}, {comparison.device}")
+    axes.set(xlabel="megabytes", ylabel="milliseconds (bar: the limit)", xlim=(0, None), ylim=(0, None))
+    axes.set_title(_how(comparison))
     axes.legend()
     figure.savefig(path, dpi=110)
 

@@ -3,12 +3,13 @@
     python model_cards/make.py                              # the demo's, after `make demo`
     python model_cards/make.py FOLDER kronecker-mpnet-7.7x  # a student of benchmarks/base.py
 
-Beside each card lies the record that its figures come from.
+Beside each card lies the record that its figures come from; pictures are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from kronecker_transformers.checkpoint.files import write_text
@@ -30,7 +31,8 @@ def main() -> None:
     (HERE / "records").mkdir(exist_ok=True)
     record = without_local_paths(options.folder / RESULTS_FILE).decode()
     write_text(HERE / "records" / f"{options.name}.json", record)
-    write_text(HERE / f"{options.name}.md", str(model_card(options.folder, f"your-name/{options.name}")))
+    card = str(model_card(options.folder, f"your-name/{options.name}"))
+    write_text(HERE / f"{options.name}.md", re.sub(r"!\[.*\]\(.*\.png\)\n\n", "", card))
 
 
 if __name__ == "__main__":

@@ -166,6 +166,23 @@ class TestBadInput:
         message = self.fails(capsys, tmp_path, "compress", bert, "--plan", plan, "--output", tmp_path / "student")
         assert expected in message
 
+    @pytest.mark.parametrize("option", [("--calibration-texts", 0), ("--calibration-column", "body")])
+    def test_options_of_a_text_that_is_not_there(self, bert, tmp_path, capsys, option):
+        message = self.fails(capsys, tmp_path, "compress", bert, *option, "--output", tmp_path / "student")
+        assert f"{option[0]} is of a calibration text; give --calibration, or leave {option[0]} out" in message
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [({"hidden_size": "32"}, "cannot be used"), ({"hidden_size": 32.5}, "cannot be used"),
+         ({"id2label": 3}, "cannot be used"), ({"dtype": "zzz"}, "cannot be"), ({"pad_token_id": "a"}, "cannot be")],
+    )  # fmt: skip
+    def test_values_of_a_wrong_type(self, bert, tmp_path, capsys, changes, expected):
+        config = json.loads((bert / "config.json").read_text())
+        (bert / "config.json").write_text(json.dumps({**config, **changes}))
+        message = self.fails(capsys, tmp_path, "compress", bert, "--output", tmp_path / "student")
+        assert expected in message
+        assert str(bert) in message
+
     def test_missing_teacher(self, tmp_path, capsys):
         message = self.fails(capsys, tmp_path, "compress", tmp_path / "nowhere", "--output", tmp_path / "student")
         assert "nowhere' does not exist; give an existing folder or a model name of the Hub" in message
@@ -256,9 +273,10 @@ class TestBadInput:
         assert "free some space or choose another folder" in message
         assert not [path for path in tmp_path.iterdir() if "student" in path.name]
 
-    def test_what_is_no_fault_of_the_disk_is_not_called_one(self, tmp_path):
-        with pytest.raises(ValueError, match=r"^plan and layers disagree$"), new_folder(tmp_path / "a" / "b"):
-            raise ValueError("plan and layers disagree")
+    @pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError, ImportError])
+    def test_what_is_no_fault_of_the_disk_is_not_called_one(self, tmp_path, error):
+        with pytest.raises(error, match="plan and layers disagree"), new_folder(tmp_path / "a" / "b"):
+            raise error("plan and layers disagree")
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
@@ -331,6 +349,13 @@ class TestBadInput:
         (tmp_path / "student" / "compression.json").write_text(record)
         assert kronecker("inspect", tmp_path / "student") == 0
         assert "No approximation errors to show" in capsys.readouterr().out
+
+    def test_a_class_that_is_no_list(self, bert, tmp_path):
+        kronecker("compress", bert, "--output", tmp_path / "student")
+        file = tmp_path / "student" / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, "architectures": config["architectures"][0]}))
+        assert kronecker("inspect", file.parent) == 0
 
     def test_student_with_a_class_that_is_no_model(self, bert, tmp_path, capsys):
         kronecker("compress", bert, "--output", tmp_path / "student")

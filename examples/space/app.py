@@ -16,13 +16,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gradio
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig, PreTrainedModel, pipeline
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, pipeline
 
 SETTINGS = Path(__file__).parent / "space.json"
 Answer = Callable[..., Any]
@@ -153,6 +153,13 @@ def build(model: str, teacher: str, revision: str | None = None) -> gradio.Block
     if revision:
         trusted |= {"revision": revision, "code_revision": revision}
     task = task_of(model, trusted)
+    if "[MASK]" in task.inputs[0]:
+        mask = AutoTokenizer.from_pretrained(model, **trusted).mask_token  # the teacher's too
+        task = replace(
+            task,
+            inputs=tuple(label.replace("[MASK]", mask) for label in task.inputs),
+            examples=[[text.replace("[MASK]", mask) for text in texts] for texts in task.examples],
+        )
     sides = [side(task, model, trusted), side(task, teacher, {})]
     with gradio.Blocks(title=Path(model).name) as page:
         gradio.Markdown(

@@ -27,7 +27,7 @@ def is_tied(model: PreTrainedModel) -> bool:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None:
         return bool(model.config.tie_word_embeddings)
-    own, table = dict(head.named_parameters()), dict(embedding.named_parameters())
+    own, table = dict(head.named_parameters()), dict(embedding.named_parameters(recurse=False))
     ties = type(model)._tied_weights_keys  # what transformers itself reads
     biases = [(model.get_parameter(a), model.get_parameter(b)) for a, b in ties.items() if a.endswith(".bias")]
     return all(torch.equal(*pair) for pair in biases) and all(own.get(name) is p for name, p in table.items())

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 def check_file(path: str | os.PathLike[str]) -> Path:
     """Refuse an output file before long work begins.
@@ -117,9 +119,10 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         for parent in missing:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, (ValueError, TypeError)) or not isinstance(error, Exception):
+        # the weights' library raises an error of its own on a full disk, the tokenizer's a bare Exception
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
             raise
-        raise OSError(  # the tokenizer's and the weights' libraries raise other errors on a full disk
+        raise OSError(
             f"output {str(folder)!r} could not be written and nothing was left behind: {error}; "
             "free some space or choose another folder"
         ) from error

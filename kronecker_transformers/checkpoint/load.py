@@ -51,8 +51,7 @@ def load_teacher(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
             "transformers 5 does not compute; give one with absolute positions"
         )
     base_class = DENSE_CLASSES[FAMILIES[config.model_type].base_class]
-    found = config.architectures or [base_class.__name__]  # without a head, for all that is known
-    architecture = found[0] if isinstance(found, list) else found
+    architecture = architecture_of(config) or base_class.__name__  # without a head, for all that is known
     modules = read_modules(source)
     if modules is not None and "Pooling" in modules.kinds:  # whatever head its own teacher had
         architecture = base_class.__name__
@@ -72,7 +71,7 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
         OSError: nothing there, or unreadable weights.
     """
     config = _load_config(folder)
-    architecture = (config.architectures or ["none"])[0]
+    architecture = architecture_of(config) or "none"
     model_class: Any = {cls.__name__: cls for cls in DENSE_CLASSES}.get(architecture)
     if model_class is None or config.model_type != model_class.config_class.model_type:
         raise ValueError(
@@ -80,6 +79,12 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
             "compress it first"
         )
     return _load(model_class, folder, read_modules(folder))
+
+
+def architecture_of(config: PreTrainedConfig) -> str | None:
+    """The class that was saved, as its config says."""
+    found = config.architectures
+    return (found[0] if found else None) if isinstance(found, list) else found
 
 
 def source_name(source: str) -> str:
@@ -113,7 +118,7 @@ def _load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
         _check_config_file(Path(source))
     try:
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a value of a wrong type raises errors of many kinds
         if os.path.isdir(source):
             raise OSError(f"config.json in {source!r} cannot be used ({error}); correct it") from error
         raise OSError(

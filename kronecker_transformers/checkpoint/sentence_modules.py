@@ -92,19 +92,26 @@ class SentenceModules:
         return Pooling((modes,) if isinstance(modes, str) else tuple(modes))
 
     def _pooling_settings(self) -> dict[str, Any]:
-        return self._object(next(name for name in self.files if re.fullmatch(r"[^/]*Pooling/config\.json", name)))
+        entries = _entries(self.files[MODULES_FILE], "the teacher")
+        return self._object(next(f"{entry['path']}/config.json" for entry in entries if _kind(entry) == "Pooling"))
 
     def settings(self, tokenizer: PreTrainedTokenizerBase) -> EncoderSettings:
         """How a sentence becomes an embedding, for a distillation and its evaluation.
 
         Raises:
-            ValueError: as `pooling`; or embeddings that are compared neither by their cosine nor by their product.
+            ValueError: as `pooling`; or embeddings that are cut, or are compared neither by their cosine nor by their
+                product.
         """
         pooling, general = self.pooling(), self._object(SETTINGS_FILE)
         similarity = general.get("similarity_fn_name") or "cosine"
         if similarity not in ("cosine", "dot"):
             raise ValueError(
                 f"similarity_fn_name={similarity!r} of the teacher must be cosine or dot; correct its {SETTINGS_FILE}"
+            )
+        if general.get("truncate_dim"):
+            raise ValueError(
+                f"truncate_dim={general['truncate_dim']} of the teacher would cut the embeddings, which are compared "
+                f"whole here; remove it from {SETTINGS_FILE} in a copy of the teacher"
             )
         prompt = (general.get("prompts") or {}).get(general.get("default_prompt_name") or "") or ""
         if prompt and not self._pooling_settings().get("include_prompt", True):

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..models.kronecker_family import family_of, projection_of
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear, farthest_rows
+from ..modes import evaluating
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, recording, seeing, weight_of
 from .calibrated import calibrated_kronecker, weighted_kronecker
 from .moments import Moments, MomentSums, kronecker_product
@@ -77,12 +78,12 @@ def calibrate(
         raise ValueError(
             f"chunk_size_feed_forward={chunk} must be 0 for calibration; set it so in the teacher's config"
         )
-    training = teacher.training
+    student.eval()
     factored = [module for module in student.modules() if _is_factored(module)]
     nearest = {t: t.detach().clone() for module in factored for t in (*module.parameters(), *module.buffers())}
-    try:
-        judged = HeldOutOutputs(teacher.eval(), batches)
-        before = judged.lost(student.eval())
+    with evaluating(teacher):
+        judged = HeldOutOutputs(teacher, batches)
+        before = judged.lost(student)
         errors = _calibrate(teacher.base_model, student.base_model, batches, progress, counts)
         after = judged.lost(student)
         if sum(after) >= sum(before):
@@ -94,8 +95,6 @@ def calibrate(
             for parameter, value in nearest.items():
                 parameter.copy_(value)
             errors = _calibrate(teacher.base_model, student.base_model, batches, progress, counts, fit=False)
-    finally:
-        teacher.train(training)
     prefix = "" if student.base_model is student else f"{student.base_model_prefix}."
     return {prefix + name: found for name, found in errors.items()}
 

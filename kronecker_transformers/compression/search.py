@@ -31,6 +31,7 @@ from ..models import FACTORED_CLASSES
 from ..models.factor_plan import FactorEntry, FactorPlan
 from ..models.kronecker_family import longest_sequence
 from ..models.kronecker_matching import matched_plan, selected_modules
+from ..modes import evaluating
 from .activations import CalibrationBatch, Text, calibration_batches, modules_named, weight_of, word_counts
 from .calibration import check_text
 from .candidates import Candidate, influences, least_parameters, measured_layers, noise_to_signal
@@ -214,14 +215,11 @@ def search_batches(
 
     `names` are those of the modules that may be factored; default: all.
     """
-    training = teacher.training
     names = selected_modules(teacher.base_model, None) if names is None else names
     check_reach(teacher.base_model, names, budgets)
     check_text(teacher, batches, modules_named(teacher.base_model, names))
-    try:
-        return _search(teacher.eval(), batches, budgets, runtime or Runtime(), names, progress, low_rank, counts)
-    finally:
-        teacher.train(training)
+    with evaluating(teacher):
+        return _search(teacher, batches, budgets, runtime or Runtime(), names, progress, low_rank, counts)
 
 
 def _search(

@@ -15,6 +15,12 @@ from ..compression.activations import Text
 from ..compression.compress import compress
 from ..models.kronecker_family import FACTORED_CLASSES, FAMILIES, family_of
 
+_SETTINGS = (
+    "num_attention_heads", "hidden_act", "activation_function", "activation", "layer_norm_eps", "layer_norm_epsilon",
+    "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+)  # fmt: skip
+"""Of a config, with which the same weights compute something else."""
+
 
 def start_student(
     teacher: PreTrainedModel,
@@ -68,6 +74,10 @@ def start_student(
         raise ValueError(
             f"start={os.fspath(start)!r} is of the family {kinds[0]!r}, its teacher of {kinds[1]!r}; take another"
         )
+    for name in _SETTINGS:
+        mine, theirs = (getattr(model.config, name, None) for model in (earlier, teacher))
+        if mine != theirs:
+            raise ValueError(f"start={os.fspath(start)!r} has {name}={mine}, its teacher {theirs}; take another")
     depth, whole = (model.config.num_hidden_layers for model in (earlier, teacher))
     if depth > whole:
         raise ValueError(f"start={os.fspath(start)!r} has {depth} layers, its teacher only {whole}; take another")

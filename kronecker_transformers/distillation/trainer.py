@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -276,6 +277,12 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
                         found = torch.autograd.grad(value, trained, retain_graph=True, materialize_grads=True)
                         sums[name] += torch.cat([gradient.flatten().float() for gradient in found])
         norms = {name: float(self.accelerator.reduce(gradient, "sum").norm()) for name, gradient in sums.items()}
+        for name, norm in norms.items():
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"the gradient of the loss {name} is {norm} in the first step, so it cannot be balanced; set "
+                    "balanced to False, or train in float32"
+                )
         self.progress.weights, self.progress.asked = balanced_weights(weights, norms), weights
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -21,6 +21,7 @@ from ..models import DENSE_CLASSES
 from ..models.kronecker_contraction import multiplications
 from ..models.kronecker_family import has_choices, longest_sequence
 from ..models.kronecker_layers import FrequentWords, KroneckerEmbedding, KroneckerLinear
+from ..modes import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +154,12 @@ def _linear_flops(model: PreTrainedModel, length: int) -> tuple[int, int]:
 
     linear = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D, KroneckerLinear))]
     handles = [module.register_forward_hook(record) for module in linear]
-    training = model.training
     try:
         shape = (1, 1, length) if has_choices(model) else (1, length)
         ones = torch.ones(shape, dtype=torch.long, device=model.device)
-        model.eval()(ones, attention_mask=ones)
+        with evaluating(model):
+            model(ones, attention_mask=ones)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return counts[0], counts[1]

@@ -33,6 +33,7 @@ from .timing import (
     median_and_spread,
     name_of,
     peak_memory,
+    tells_memory,
 )
 
 ENGINES = {"onnxruntime": ("fp32", "int8"), "openvino": ("openvino", "openvino_int8")}
@@ -170,12 +171,12 @@ def session_memory(
 ) -> int | None:
     """Peak memory, in bytes, of a process of its own that opens a graph and runs it once; what its imports hold aside.
 
-    None where the system does not tell (other than Linux).
+    None where the system does not tell.
 
     Raises:
         OSError: the process failed.
     """
-    if not Path("/proc/self/status").exists():
+    if not tells_memory():
         return None
     code = f"from {__name__} import _print_memory; _print_memory(*{(os.fspath(path), batch, length, words, dtype)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -78,7 +78,7 @@ class Measurement:
     name: str
     parameters: int
     bytes: int
-    """Of the parameters."""
+    """Of the parameters, or of the graph in another runtime."""
     flops: int
     """For the batch: linear layers and the products of the attention."""
     milliseconds: float
@@ -86,7 +86,8 @@ class Measurement:
     spread: float
     """Half the distance between the quartiles, relative to it."""
     limit_milliseconds: float
-    """What remains of a forward pass with its linear layers at the rates of this machine; see `limit_seconds`."""
+    """What remains of a forward pass with its linear layers at the rates of this machine (`limit_seconds`), or, in
+    another runtime, without them."""
     peak_bytes: int | None
     """Memory of a process that loads the model and makes one forward pass, above that of one which has only imported
     the libraries; None where it cannot be known (no folder, another system than Linux)."""
@@ -110,7 +111,7 @@ class Comparison:
     """Bytes per second, read and written, of a large copy."""
     environment: str
     runtime: str = "torch"
-    """Or onnxruntime."""
+    """Or onnxruntime or openvino."""
 
     @property
     def speedup(self) -> float:
@@ -290,18 +291,23 @@ def machine_rates(dtype: torch.dtype, device: str = "cpu") -> tuple[float, float
 def process_memory(source: str | os.PathLike[str], batch: int, length: int, dtype: str) -> int | None:
     """Peak memory, in bytes, of a process of its own that loads a model and makes one forward pass, on the CPU.
 
-    What the libraries hold is not counted. None where the system does not tell (other than Linux).
+    What the libraries hold is not counted. None where the system does not tell.
 
     Raises:
         OSError: the process failed.
     """
-    if not Path("/proc/self/status").exists():
+    if not tells_memory():
         return None
     code = f"from {__name__} import _print_memory; _print_memory(*{(os.fspath(source), batch, length, dtype)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"memory of {os.fspath(source)!r} could not be measured: {done.stderr.strip()[-500:]}")
     return int(done.stdout.split()[-1])
+
+
+def tells_memory() -> bool:
+    """Whether the system tells the peak memory of a process: on Linux, unless a sandbox forbids it."""
+    return os.access("/proc/self/clear_refs", os.W_OK) and os.access("/proc/self/status", os.R_OK)
 
 
 def _print_memory(source: str, batch: int, length: int, dtype: str) -> None:

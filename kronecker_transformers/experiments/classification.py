@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -84,10 +82,9 @@ def load_classifier(source: str, task: Task) -> tuple[PreTrainedModel, PreTraine
 
     They are None for a teacher that is not fine-tuned yet.
     """
-    config = AutoConfig.from_pretrained(source)
+    teacher, tokenizer = teacher_and_tokenizer(source)
     certain = None
-    if str((config.architectures or [""])[0]).endswith("ForSequenceClassification"):
-        teacher, tokenizer = teacher_and_tokenizer(source)
+    if type(teacher).__name__.endswith("ForSequenceClassification"):
         names = label_names(teacher)
         found = match_labels(names, task.labels or ("score",)) if task.labels or len(names) != 1 else None
         certain = found is None or found.is_certain
@@ -97,7 +94,6 @@ def load_classifier(source: str, task: Task) -> tuple[PreTrainedModel, PreTraine
         teacher = AutoModelForSequenceClassification.from_pretrained(
             source, id2label=id2label, label2id={name: i for i, name in id2label.items()}
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:
         check_special_tokens(tokenizer, "eos")
         tokenizer.pad_token = tokenizer.eos_token

@@ -139,7 +139,7 @@ def distill(
         show: called with a line now and then.
 
     Returns:
-        The student, in float32, and what was measured; all of it is saved in `output`, or nothing.
+        The student, in float32 on the CPU, and what was measured; all of it is saved in `output`, or nothing.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -155,6 +155,12 @@ def distill(
     for name, value in (("minutes", minutes), ("steps", steps), ("learning_rate", learning_rate)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be a finite number above 0; give another")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be from 0 to 2**32 - 1; give another")
+    if task is None and data_dir is not None:
+        raise ValueError(f"data_dir={os.fspath(data_dir)!r} is of a task, and text was given; leave it out")
+    if text is None and column != "text":
+        raise ValueError(f"column={column!r} is of a text, and a task was given; leave it out")
     if torch.cuda.device_count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "distill uses one process and one GPU; set CUDA_VISIBLE_DEVICES=0, or use a script of examples/"
@@ -219,7 +225,7 @@ def distill(
             text=text, text_column=None if column == "text" else column, task=task, data=data_dir, ratio=ratio,
             plan=None if plan == "search" else plan if isinstance(plan, str) else "plan.yaml",
             only=only if only is None or isinstance(only, str) else ",".join(only),
-            layers=layers if layers is None or isinstance(layers, int) else ",".join(map(str, layers)),
+            layers=layers if layers is None or isinstance(layers, int) else "".join(f"{layer}," for layer in layers),
             minutes=minutes, steps=steps,
             learning_rate=learning_rate, bf16=bf16, no_bf16=bf16 is False,
             no_frequent_words=not frequent_words, seed=seed or None,
@@ -251,7 +257,7 @@ def distill(
             write_text(draft / "README.md", str(card))
         except Exception as error:
             logger.warning("the student is saved, but without a card: %r", error)
-    return Distilled(student, tokenizer, result.report, rows, training, target, tuple(models))
+    return Distilled(student.cpu(), tokenizer, result.report, rows, training, target, tuple(models))
 
 
 def _ratio_of_rest(

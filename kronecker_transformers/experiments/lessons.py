@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import DatasetDict
 from transformers import (
@@ -50,6 +50,9 @@ SHARES = {"supervised_weight": 0.0, "balanced": True}
 """Equal shares of the gradient for all losses of the paper that need no labels, but for one that is almost 0."""
 CAUSAL = {"logits_weight": 1.0, "balanced": True}
 """The same for all losses of KnGPT2, and for the logits."""
+
+
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def text_lesson(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
         examples = augmented_sentences(train, AUGMENTED, seed, counted, teacher, tokenizer, length, prompt, memory)
     return Lesson(
         batch, length, objective, examples, collate, kept, sentences,
-        calibration_lines(train, teacher, tokenizer), counted if kind is None else [], weights,
+        calibration_lines(train, teacher, tokenizer, prompt),
+        [prompt + line for line in counted] if kind is None else [], weights,
         factored_weights=SHARES if kind == "sequence" else None,
         memory=memory, muon=kind in (None, "sequence", "next_token"), pooling=pooling,
     )  # fmt: skip
@@ -168,17 +172,27 @@ def task_lesson(
     )  # fmt: skip
 
 
-def calibration_lines(source: TextSource, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    """Lines of a text on which a plan is searched and factors are fitted; from all over its beginning."""
-    lines = source.lines(20 * CALIBRATION)
-    number = _enough(lines[:: max(1, len(lines) // CALIBRATION)][:CALIBRATION], teacher, tokenizer)
-    return [*lines[:: max(1, len(lines) // number)][:number]]
+def calibration_lines(
+    source: TextSource, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = ""
+) -> list[Text]:
+    """Lines of a text, each after the prompt, on which a plan is searched and factors are fitted; from all over its
+    beginning.
+    """
+    lines = [prompt + line for line in source.lines(20 * CALIBRATION)]
+    number = _enough(_spread(lines, CALIBRATION), teacher, tokenizer)
+    return [*_spread(lines, number)]
 
 
 def calibration_rows(rows: Sequence[Row], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     """Texts, or pairs of them, of a task, on which a plan is searched and factors are fitted."""
-    number = _enough([" ".join(row) for row in rows[:CALIBRATION]], teacher, tokenizer)
-    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in rows[:number]]
+    number = _enough([" ".join(row) for row in _spread(rows, CALIBRATION)], teacher, tokenizer)
+    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in _spread(rows, number)]
+
+
+def _spread(rows: Sequence[_Row], number: int) -> list[_Row]:
+    """So many of the rows, from all over them, since they may be sorted."""
+    number = min(number, len(rows))
+    return [rows[place * len(rows) // number] for place in range(number)]
 
 
 def _enough(texts: Sequence[str], teacher: PreTrainedModel, tokenizer: Any) -> int:

@@ -27,6 +27,7 @@ from ..distillation.sampling import SamplingTrainer
 from ..distillation.trainer import DistillationTrainer
 from ..evaluation.timing import environment
 from ..models.kronecker_family import longest_sequence
+from ..modes import evaluating
 
 Collator = Callable[[list[Any]], dict[str, Any]]
 """Makes a batch of tensors from examples."""
@@ -73,6 +74,20 @@ def check_evaluation(strategy: Any) -> None:
             f"--eval_strategy {getattr(strategy, 'value', strategy)} needs a set to evaluate on while training, which "
             "this script does not have; leave it out: the student is judged at the end"
         )
+
+
+def check_stream(arguments: TrainingArguments) -> None:
+    """Refuse what happens at the end of each epoch in a training on a stream, whose epochs the Trainer does not know.
+
+    Raises:
+        ValueError: a strategy is "epoch".
+    """
+    for name in ("save", "eval", "logging"):
+        if getattr(arguments, f"{name}_strategy") == "epoch":
+            raise ValueError(
+                f"--{name}_strategy epoch: a stream of examples has no end of an epoch; give steps, for example "
+                f"--{name}_strategy steps --{name}_steps 500"
+            )
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, *names: str) -> None:
@@ -205,19 +220,17 @@ def predict(
     Returns:
         For each output one array for each example, float32.
     """
-    was_training = model.training
-    model.eval()
     lengths = [len(ids) for ids in dataset["input_ids"]]
     order = sorted(range(len(dataset)), key=lengths.__getitem__)
     found: dict[str, list[Any]] = {name: [None] * len(dataset) for name in outputs}
-    for start in tqdm(range(0, len(order), batch_size), desc="predicting", unit="batch", leave=False):
-        rows = order[start : start + batch_size]
-        batch = {key: value.to(model.device) for key, value in collator([dataset[i] for i in rows]).items()}
-        output = model(**{key: value for key, value in batch.items() if "label" not in key})
-        for name, values in found.items():
-            for row, value in zip(rows, output[name].float().cpu().numpy(), strict=True):
-                values[row] = value
-    model.train(was_training)
+    with evaluating(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="predicting", unit="batch", leave=False):
+            rows = order[start : start + batch_size]
+            batch = {key: value.to(model.device) for key, value in collator([dataset[i] for i in rows]).items()}
+            output = model(**{key: value for key, value in batch.items() if "label" not in key})
+            for name, values in found.items():
+                for row, value in zip(rows, output[name].float().cpu().numpy(), strict=True):
+                    values[row] = value
     return found
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..distillation.agreement import Judge
 from ..distillation.progress import Progress
+from ..modes import evaluating
 
 LOOKS = 12
 """Points of the curves."""
@@ -40,10 +41,8 @@ class Watch(TrainerCallback):
 
     def look(self, model: PreTrainedModel, step: int, steps: int) -> None:
         """Add a point to the curve; `steps` are all of a training that is not limited in time."""
-        training = model.training
-        with self.progress.paused():
-            values = self._judge(model.eval())
-        model.train(training)
+        with self.progress.paused(), evaluating(model):
+            values = self._judge(model)
         self.name, value = next(iter(values.items()))
         self.steps.append(step)
         self.minutes.append(self.progress.seconds() / 60)

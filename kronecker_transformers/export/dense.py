@@ -12,6 +12,7 @@ from ..checkpoint.teachers import check_finite, needs_pad_token
 from ..models import DENSE_CLASSES
 from ..models.kronecker_family import has_choices, longest_sequence
 from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from ..modes import evaluating
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
@@ -62,10 +63,9 @@ def _check_outputs(model: PreTrainedModel, dense: PreTrainedModel) -> None:
     length, rows = min(16, longest_sequence(model)), 1 if needs_pad_token(model) else 2
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     ids = ids.unsqueeze(0) if has_choices(model) else ids
-    training = model.training
     batch = {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
-    ours, twins = (dict(m.eval()(**batch)) for m in (model, dense))
-    model.train(training)
+    with evaluating(model, dense):
+        ours, twins = (dict(m(**batch, return_dict=True)) for m in (model, dense))
     tolerance = _TOLERANCE.get(model.dtype, 0.1)
     for name, output in ours.items():
         if isinstance(output, torch.Tensor):

@@ -114,6 +114,8 @@ def export_graphs(
     check_finite(model)
     check_new_folder(folder)
     model = copy.deepcopy(model).cpu().float().eval()
+    model.config.output_hidden_states = model.config.output_attentions = False  # a graph has the usual outputs alone
+    model.config.return_dict = True
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
         write_graphs(model, made, forms)

@@ -317,7 +317,8 @@ def _texts(options: Mapping[str, Any]) -> list[str]:
 def _datasets(options: Mapping[str, Any]) -> list[str]:
     """Those on the Hub."""
     task = _benchmark(options).get("dataset_type")
-    return sorted({*filter(_is_hub_name, _texts(options)), *([task] if task else [])})
+    names = {name.partition(":")[0] for name in _texts(options) if _is_hub_name(name)}  # without a configuration
+    return sorted({*names, *([task] if task else [])})
 
 
 def _data(options: Mapping[str, Any]) -> str | None:

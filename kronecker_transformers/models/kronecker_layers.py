@@ -221,8 +221,9 @@ class KroneckerLinear(_KroneckerLayer):
         self.init_factors(std=1 / math.sqrt(3 * in_features))  # as nn.Linear initialises itself
 
     def init_factors(self, std: float) -> None:
-        """As in the base class; the bias becomes 0."""
-        super().init_factors(std)
+        """As in the base class, but for the embedding's factors in a tied head; the bias becomes 0."""
+        if self.tied is None:
+            super().init_factors(std)
         if self.bias is not None:
             init.zeros_(self.bias)
 

@@ -111,11 +111,17 @@ class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, Pre
         """As the stock method, but what the config does not describe is refused, since it could not be loaded again.
 
         Raises:
-            ValueError: layers are not those of the plan, or the output head is not the one that the config says.
+            ValueError: layers are not those of the plan, or the output head is not the one that the config says; or
+                `push_to_hub=True` for a sentence encoder, of which the stock method would send the weights alone.
         """
         if not getattr(self, "_hf_peft_config_loaded", False):  # then adapters alone are saved
             self._check_config()
         modules = getattr(self, "sentence_modules", None)  # what the package took over from a sentence encoder
+        if modules is not None and kwargs.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub=True of save_pretrained would leave out the pooling and prompts of this sentence encoder; "
+                "call model.push_to_hub(name), or kronecker-transformers push"
+            )
         if modules is not None and is_main_process:
             modules.write(save_directory)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import sys
@@ -18,6 +19,7 @@ from ..compression.activations import Text, calibration_batches
 from ..compression.compress import is_searched, planned
 from ..compression.plan_file import read_plan
 from ..distillation import DistillationArguments, start_student
+from ..distillation.objective import Objective
 from ..distillation.optimizer import DENSE_RATE, FACTORED_RATE, rate_for_size
 from ..tasks.text import TextSource
 
@@ -106,19 +108,27 @@ class StudentOptions:
         tokenizer: PreTrainedTokenizerBase,
         recipe: Recipe,
         texts: Sequence[Text] | None = None,
+        arguments: DistillationArguments | None = None,
     ) -> None:
         """Refuse what would be refused only after the training of the teacher.
 
         Args:
             teacher, tokenizer, recipe, texts: as for `student`.
+            arguments: of the distillation.
 
         Raises:
             ValueError, OSError: a plan, a ratio or a student of an earlier stage that does not fit; or calibration text
-                that is missing, too little, or given beside such a student.
+                that is missing, too little, or given beside such a student; or losses that do not fit the models.
         """
         plan, chosen = read_plan(self.plan or recipe.plan), self._texts(recipe, texts)
+        student: PreTrainedModel | None = None
         if self.start is not None:
-            start_student(teacher, plan, self.start, ratio=self.ratio)
+            student = start_student(teacher, plan, self.start, ratio=self.ratio)
+        if arguments is not None:
+            like = student or copy.deepcopy(teacher)
+            smoothing = arguments.label_smoothing_factor
+            Objective(like, teacher, arguments.weights(), layer_map=arguments.layer_map, label_smoothing=smoothing)
+        if student is not None:
             return
         planned(teacher, plan, self.ratio, None, has_text=chosen is not None)
         if chosen is not None:
@@ -133,6 +143,8 @@ class StudentOptions:
             arguments.learning_rate = rate_for_size(rate, teacher.config.hidden_size)
 
     def _texts(self, recipe: Recipe, texts: Sequence[Text] | None) -> Sequence[Text] | None:
+        if self.start is not None and self.plan is not None:
+            raise ValueError(f"--start {self.start} has its own plan, and --plan {self.plan} was given; leave one out")
         if self.calibration is None:
             searched = self.start is None and is_searched(self.plan or recipe.plan)
             return texts if searched else None
@@ -258,6 +270,11 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
             raise ValueError(
                 "stage 3 of ZeRO divides teacher and student, which this script loads, saves and judges whole; choose "
                 "stage 1 or 2, or use DistillationTrainer in a script of your own"
+            )
+        if arguments.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {arguments.n_gpu} GPUs; start one process for each with torchrun, or choose one by "
+                "CUDA_VISIBLE_DEVICES"
             )
         set_seed(arguments.seed)  # a new head of a teacher is drawn before the Trainer sets it
         found: Any = script(**chosen)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.kronecker_family import longest_sequence
+from ..modes import evaluating
 
 
 def _detokenized(text: str) -> str:
@@ -111,14 +112,14 @@ def perplexity(
     pieces = [(begin, tokens[begin : begin + window]) for begin in begins]
     whole = pieces[:-1]  # the last one may be shorter
     groups = [*(whole[i : i + batch_size] for i in range(0, len(whole), batch_size)), pieces[-1:]]
-    was_training, nats = model.training, 0.0
-    model.eval()
-    for group in tqdm(groups, desc="perplexity", unit="batch", disable=not progress):
-        batch = torch.stack([piece for _, piece in group]).to(model.device)
-        for (begin, _), row, logits in zip(group, batch, model(input_ids=batch, use_cache=False).logits, strict=True):
-            new = window - stride if begin else 1  # its first token that no window before had
-            logits = logits[new - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))
-            nats += float(F.cross_entropy(logits, row[new:], reduction="none").double().sum())
-    model.train(was_training)
+    nats = 0.0
+    with evaluating(model):
+        for group in tqdm(groups, desc="perplexity", unit="batch", disable=not progress):
+            batch = torch.stack([piece for _, piece in group]).to(model.device)
+            found = model(input_ids=batch, use_cache=False).logits
+            for (begin, _), row, logits in zip(group, batch, found, strict=True):
+                new = window - stride if begin else 1  # its first token that no window before had
+                logits = logits[new - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))
+                nats += float(F.cross_entropy(logits, row[new:], reduction="none").double().sum())
     protocol = f"window {window}, stride {stride}, text normalisation: {normalisation}"
     return Perplexity(nats, len(ids), len(text.split()), protocol)

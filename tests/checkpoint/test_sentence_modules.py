@@ -377,6 +377,31 @@ def test_a_prompt_that_leaves_no_room_for_a_sentence_is_refused(include_prompt, 
     assert not (tmp_path / "out").exists()
 
 
+def test_embeddings_that_are_cut_are_refused(tmp_path):
+    teacher = encoder(tmp_path / "teacher", truncate_dim=16)
+    assert embeddings(teacher).shape == (4, 16)
+    with pytest.raises(ValueError, match=r"truncate_dim=16 of the teacher would cut the embeddings"):
+        encoder_settings(*load_teacher(teacher))
+
+
+def test_a_pooling_in_a_folder_of_another_name(tmp_path):
+    teacher = encoder(tmp_path / "teacher", mode="cls")
+    (teacher / "1_Pooling").rename(teacher / "pool")
+    edit(teacher / "modules.json", lambda m: m[1].update(path="pool"))
+    model, tokenizer = load_teacher(teacher)
+    settings = encoder_settings(model, tokenizer)
+    assert settings.pooling.modes == ("cls",)
+    wanted = embeddings(teacher, normalize_embeddings=True)
+    torch.testing.assert_close(encode(model, tokenizer, SENTENCES, 64, 9, settings), wanted)
+
+
+def test_a_way_of_pushing_that_would_leave_them_out_is_refused(tmp_path):
+    model = compress(encoder(tmp_path / "teacher"), "7.7x").model
+    with pytest.raises(ValueError, match="would leave out the pooling and prompts of this sentence encoder"):
+        model.save_pretrained(tmp_path / "student", push_to_hub=True)
+    assert not (tmp_path / "student").exists()
+
+
 def put_on_hub(hub, folder, name="org/encoder"):
     hub.repos[f"models/{name}"] = repo = hub.empty_repo()
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

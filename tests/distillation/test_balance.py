@@ -1,6 +1,7 @@
 """Weights of the losses by their gradients."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -104,6 +105,19 @@ def test_parameters_that_are_divided_are_refused(flag, tmp_path, monkeypatch):
         make_trainer(student, teacher, tmp_path, balanced=True)
     with pytest.raises(ValueError, match=refused):  # without a model, before a search
         DistillationArguments(str(tmp_path), balanced=True, fsdp="full_shard")
+
+
+def test_a_gradient_that_is_not_finite_is_an_error(tmp_path, monkeypatch):
+    teacher, student = pair(BertForSequenceClassification)
+    trainer = make_trainer(student, teacher, tmp_path, balanced=True)
+    own = torch.autograd.grad
+
+    def overflowing(value, *given, **options):
+        return tuple(gradient * math.inf for gradient in own(value, *given, **options))
+
+    monkeypatch.setattr(torch.autograd, "grad", overflowing)
+    with pytest.raises(FloatingPointError, match=r"the gradient of the loss \w+ is (nan|inf) in the first step, so it"):
+        trainer.train()
 
 
 def test_a_loss_that_is_almost_0_gets_no_weight_without_limit():

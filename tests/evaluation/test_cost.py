@@ -20,6 +20,7 @@ from kronecker_transformers import (
     KroneckerGPT2LMHeadModel,
     compress,
     describe,
+    to_dense,
 )
 from kronecker_transformers.display import layers_table, totals_table
 
@@ -70,8 +71,11 @@ def test_flops_by_hand():
 
 def test_mode_and_hooks_are_restored():
     model = compress(teacher(BertModel), "7.7x").model.train()
+    model.encoder.layer[1].eval()
+    modes = [module.training for module in model.modules()]
     describe(model)
-    assert model.training
+    to_dense(model)
+    assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_hooks for module in model.modules())
 
 

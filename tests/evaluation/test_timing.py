@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import BertForMultipleChoice, BertModel, GPT2LMHeadModel
 from kronecker_transformers import compress, describe
 from kronecker_transformers.cli import main
 from kronecker_transformers.evaluation import timing as package_benchmark
+from kronecker_transformers.evaluation.sessions import session_memory
 from kronecker_transformers.evaluation.timing import (
     Comparison,
     Measurement,
@@ -134,6 +136,12 @@ def test_memory_of_a_process_grows_with_the_model(folders, tmp_path):
     assert 50e6 < grown - small < 300e6  # allocators differ
     with pytest.raises(OSError, match="could not be measured"):
         process_memory(tmp_path / "nothing", 1, 8, "float32")
+
+
+def test_a_sandbox_that_tells_no_memory(folders, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: "clear_refs" not in str(path))
+    assert process_memory(folders / "dense", 1, 8, "float32") is None
+    assert session_memory(folders / "nothing", 1, 8) is None
 
 
 def side(name, milliseconds, parameters, spread=0.02):

@@ -33,7 +33,7 @@ def save_teacher(folder, dense_class):
 
 
 def run(workplace, out="out", **options):
-    defaults = {} if "layers" in options else {"plan": workplace / "plan.yaml"}
+    defaults = {} if {"layers", "start"} & options.keys() else {"plan": workplace / "plan.yaml"}
     return run_example(
         "run_clm_kd", workplace / out, **{"teacher": workplace / "teacher", "train_text": [workplace / "train.txt"],
         "validation_text": workplace / "held_out.txt", "max_length": 24, "window": 24, "stride": 7,
@@ -138,9 +138,13 @@ def test_without_validation_text_and_with_the_models_maximum(workplace):
         ({"window": 41}, "window=41 must be from 2 to the teacher's 40 tokens"),
         ({"stride": 24}, "stride=24 must be at least 1 and below window=24"),
         ({"layers": "0,3"}, r"layers=\[0, 3\] must be layers of the teacher"),
+        ({"save_strategy": "epoch"}, "--save_strategy epoch: a stream of examples has no end of an epoch; give steps"),
+        ({"validation_text": "white.txt"}, r"validation_text 'white\.txt' has 0 words; give another, or leave it out"),
     ],
 )
-def test_clear_refusals(options, message, workplace):
+def test_clear_refusals(options, message, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    (workplace / "white.txt").write_text(" \n\n")
     with pytest.raises(ValueError, match=message):
         run(workplace, **options)
 

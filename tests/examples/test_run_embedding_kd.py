@@ -96,9 +96,16 @@ def test_a_teacher_with_a_head_teaches_without_it_for_an_epoch(tmp_path):
     [
         ({"validation_text": ["missing.txt"]}, FileNotFoundError, r"'missing\.txt' does not exist"),
         ({"sts_file": "missing.csv"}, FileNotFoundError, r"'missing\.csv' does not exist"),
+        ({"sts_file": "pairs.csv"}, ValueError, r"'pairs\.csv' lacks the column 'label'; it has sentence1, sentence2"),
+        ({"sts_file": "words.csv"}, ValueError, r"'words\.csv' has the label 'near'; labels are numbers"),
+        ({"save_strategy": "epoch"}, ValueError, "--save_strategy epoch: a stream of examples has no end of an epoch"),
     ],
 )
-def test_bad_input_is_refused_before_the_training(teacher, tmp_path, options, error, message):
+def test_bad_input_is_refused_before_the_training(teacher, tmp_path, options, error, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DistillationTrainer, "__init__", lambda *_, **__: pytest.fail("training began"))
+    (tmp_path / "pairs.csv").write_text("sentence1,sentence2\na,b\n")
+    (tmp_path / "words.csv").write_text("sentence1,sentence2,label\na,b,near\n")
     (tmp_path / "train.txt").write_text("\n".join(SENTENCES))
     with pytest.raises(error, match=message):
         run_example(

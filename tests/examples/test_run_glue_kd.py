@@ -6,8 +6,10 @@ import pytest
 import tiny
 import torch
 from examples_runner import load_example, run_example
+from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BertModel,
@@ -16,7 +18,9 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerState
 
+from kronecker_transformers import compress
 from kronecker_transformers.distillation import DistillationTrainer
+from kronecker_transformers.distillation.start import keep_layers
 
 BERT_PLAN = "encoder.layer.*.intermediate.dense: {m1: 4, n1: 2}\nembeddings.word_embeddings: {m1: 64, n1: 8}\n"
 GPT2_PLAN = "wte: {m1: 72, n1: 16}\nh.1.mlp.c_proj: {m1: 16, n1: 96}\n"
@@ -386,10 +390,27 @@ def test_what_does_not_fit_is_refused_before_the_teacher_is_trained(workplace, m
     )
     with pytest.raises(ValueError, match=r"wte"):
         run_example("run_glue_kd", workplace / "out", **glue, plan=workplace / "gpt2.yaml")
+    compress(keep_layers(AutoModel.from_pretrained(teacher), [0, 1]), "7.7x").save_pretrained(workplace / "shallow")
+    with pytest.raises(ValueError, match="num_hidden_layers=2 of the student must be that of the teacher, 3; give a"):
+        run_example("run_glue_kd", workplace / "out", **glue, start=workplace / "shallow")
     (workplace / "few.txt").write_text("the dog\n" * 9)
     with pytest.raises(ValueError, match="calibration text of 9 texts gives 9 sequences"):
         run_example("run_glue_kd", workplace / "out", **glue, plan=workplace / "bert.yaml",
                     calibration=workplace / "few.txt")  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["layer", "positions"])
+def test_a_teacher_without_a_classifier_is_checked_as_any_other(damage, workplace):
+    teacher = save_teacher(workplace / "teacher", BertModel)
+    if damage == "layer":
+        tensors = load_file(teacher / "model.safetensors")
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("encoder.layer.1.")}
+        save_file(kept, teacher / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = json.loads((teacher / "config.json").read_text())
+        (teacher / "config.json").write_text(json.dumps({**config, "position_embedding_type": "relative_key"}))
+    with pytest.raises(ValueError, match=r"parameters, .* first; restore them|has position_embedding_type='relative"):
+        run_example("run_glue_kd", workplace / "out", teacher=teacher, task_name="sst2", data_dir=workplace / "glue")
 
 
 def test_clear_errors(workplace, capsys):
@@ -402,7 +423,11 @@ def test_clear_errors(workplace, capsys):
     ):
         run_example("run_glue_kd", workplace / "out", **glue, supervised_weight=1)
     for arguments, message in (
-        ({"teacher": teacher}, "give either --task_name or both --train_file and --validation_file"),
+        ({"teacher": teacher}, "give --task_name, with or without --data_dir, or both --train_file and --validation"),
+        ({"teacher": teacher, "train_file": "a", "validation_file": "b", "data_dir": "c"}, "give --task_name, with or"),
+        ({**glue, "train_file": "a"}, "--task_name sst2 has files of its own; leave it out, or your files"),
+        ({**glue, "max_train_samples": 0}, "--max_train_samples is 0; it must be at least 1"),
+        ({**glue, "max_train_samples": -5}, "--max_train_samples is -5; it must be at least 1"),
         ({**glue, "recipe": "kronecker"}, "--recipe 'kronecker' is not known for this stage; choose one of"),
         ({**glue, "hidden_weight": 1}, "unknown option '--hidden_weight'"),
         ({**glue, "temperature": -1}, "temperature=-1.0 must be a finite number > 0"),
@@ -411,6 +436,9 @@ def test_clear_errors(workplace, capsys):
         with pytest.raises(SystemExit):
             run_example("run_glue_kd", workplace / "out", **arguments)
         assert message in capsys.readouterr().err
+    for name in ("save", "eval", "logging"):
+        with pytest.raises(ValueError, match=f"--{name}_strategy epoch: a stream of examples has no end of an epoch"):
+            run_example("run_glue_kd", workplace / "out", **glue, **{f"{name}_strategy": "epoch"})
     assert not (workplace / "out").exists()
 
 

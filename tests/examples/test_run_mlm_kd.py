@@ -47,10 +47,11 @@ def save_teacher(folder, dense_class, **changes):
 def run(workplace, dense_class, text="documents.txt", out="out", **options):
     if not (workplace / "teacher").exists():
         save_teacher(workplace / "teacher", dense_class)
+    defaults = {} if "start" in options else {"plan": workplace / "plan.yaml"}
     return run_example(
         "run_mlm_kd", workplace / out, **{"teacher": workplace / "teacher", "train_text": [workplace / text],
-        "validation_text": [workplace / text], "plan": workplace / "plan.yaml", "max_length": 24, "disable_tqdm": True,
-        "per_device_train_batch_size": 4, **options},
+        "validation_text": [workplace / text], "max_length": 24, "disable_tqdm": True,
+        "per_device_train_batch_size": 4, **defaults, **options},
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import transformers
 from distilling_text import saved_teacher, text_file
 
 from kronecker_transformers.checkpoint.load import load_model
+from kronecker_transformers.cli import main
 from kronecker_transformers.experiments.distill import distill
 from kronecker_transformers.experiments.training import kept_layers
 
@@ -44,6 +45,16 @@ def test_a_student_with_fewer_layers(dense_class, tmp_path):
         assert words in card
     saved = load_model(tmp_path / "student")[0]
     torch.testing.assert_close(saved.state_dict(), found.model.state_dict(), rtol=0, atol=0)
+
+
+def test_the_command_of_a_single_layer_names_it(tmp_path):
+    teacher = saved_teacher(transformers.BertModel, tmp_path / "teacher")
+    found = distill(teacher, text_file(tmp_path), tmp_path / "a", ratio=4, layers=[2], steps=2)
+    command = json.loads((tmp_path / "a" / "results.json").read_text())["options"]["command"]
+    assert command[command.index("--layers") + 1] == "2,"
+    assert main([*command[1:], "--output", str(tmp_path / "b")]) == 0
+    again = load_model(tmp_path / "b")[0]
+    torch.testing.assert_close(again.state_dict(), found.model.state_dict(), rtol=0, atol=0)
 
 
 def test_a_dense_student_comes_nearer_before_it_is_factored(tmp_path):

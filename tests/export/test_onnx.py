@@ -208,6 +208,23 @@ def test_long_texts_are_cut_and_compared_some_at_a_time(tmp_path):
     assert all(batch["attention_mask"].any(1).all() for batch in batches)
 
 
+@pytest.mark.parametrize("flags", [{"output_hidden_states": True, "output_attentions": True}, {"return_dict": False}])
+def test_outputs_that_a_config_asks_for_or_not_do_not_matter(flags, tmp_path):
+    model = student(kt.KroneckerBertForSequenceClassification, **flags)
+    exporting.export_onnx(model, None, tmp_path / "graph")
+    ids = torch.randint(model.config.vocab_size, (2, 7))
+    (logits,) = session(tmp_path / "graph" / "onnx", "model.onnx").run(
+        None,
+        {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)},
+    )
+    with torch.no_grad():
+        wanted = model(ids, return_dict=True).logits
+        twins = kt.to_dense(model)(ids, return_dict=True).logits
+    torch.testing.assert_close(torch.tensor(logits), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(twins, wanted, rtol=1e-4, atol=1e-4)
+    assert [getattr(model.config, name) for name in flags] == list(flags.values())
+
+
 def test_refusals_come_before_the_work(monkeypatch, tmp_path):
     monkeypatch.setitem(exporting._WRITERS, "fp32", lambda *args: pytest.fail("too late"))
     (tmp_path / "full").mkdir()

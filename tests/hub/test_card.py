@@ -181,7 +181,7 @@ def test_what_is_known_is_taken_over(tmp_path):
         ({"train_text": ["/x/a.txt", "/x/b.txt"], "fraction": 0.1}, "a.txt, b.txt, 10% of it", None, False),
         ({"train_text": ["data/corpus.txt"]}, "corpus.txt", None, False),
         ({"train_text": ["wikimedia/wikipedia:20231101.en"]}, "wikimedia/wikipedia:20231101.en",
-         ["wikimedia/wikipedia:20231101.en"], False),
+         ["wikimedia/wikipedia"], False),
         ({"train_text": ["Salesforce/wikitext"], "fraction": 1.0}, "Salesforce/wikitext", ["Salesforce/wikitext"],
          False),
     ],

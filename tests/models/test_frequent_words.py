@@ -90,6 +90,15 @@ def test_a_tied_head_has_the_weight_of_the_embedding(model_class):
     assert len(keys) == 2  # they are the embedding's alone
 
 
+@pytest.mark.parametrize("model_class", [kt.KroneckerBertForMaskedLM, kt.KroneckerGPT2LMHeadModel])
+def test_the_twin_is_tied_and_as_large_as_described(model_class):
+    model = student(model_class)
+    twin = kt.to_dense(model)
+    assert twin.config.tie_word_embeddings
+    assert twin.get_output_embeddings().weight is twin.get_input_embeddings().weight
+    assert twin.num_parameters() == kt.describe(model).dense.parameters
+
+
 def test_a_head_follows_another_embedding():
     model, other = student(kt.KroneckerGPT2LMHeadModel), student(kt.KroneckerGPT2LMHeadModel)
     table = other.get_input_embeddings()

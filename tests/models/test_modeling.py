@@ -201,6 +201,10 @@ class TestInitialisation:
         table = model.get_input_embeddings()
         assert table.padding_idx == 7
         assert not table(torch.tensor(7)).any()
+        tied = kt.KroneckerBertForMaskedLM(kt.KroneckerBertConfig.from_dense(bert_config(pad_token_id=7), BERT_PLAN))
+        assert tied.get_output_embeddings().A is tied.get_input_embeddings().A
+        assert not tied.get_input_embeddings()(torch.tensor(7)).any()
+        assert tied.get_input_embeddings()(torch.tensor(8)).any()
 
     def test_seeded_and_in_the_asked_dtype(self):
         config = student(kt.KroneckerBertModel).config
@@ -242,7 +246,7 @@ class TestResize:
         old = model.get_input_embeddings().to_dense().detach()
         model.resize_token_embeddings(4000)
         new = model.get_input_embeddings()(torch.arange(old.shape[0], 4000)).detach()
-        torch.testing.assert_close(new.mean(0), old.mean(0), rtol=0, atol=0.15 * old.std().item())
+        torch.testing.assert_close(new.mean(0), old.mean(0), rtol=0, atol=0.25 * old.std().item())
 
     def test_without_mean_resizing_new_words_have_the_initial_variance(self, model_class):
         model = student(model_class)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from browser import ask, chromium, served
 from tiny import bert_tokenizer, gpt2_tokenizer, perturb, teacher
-from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel, pipeline
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2LMHeadModel,
+    RobertaForMaskedLM,
+    pipeline,
+)
 
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import save_folder
@@ -32,6 +39,7 @@ def similarity(model, tokenizer, *texts):
     [
         (BertForSequenceClassification, ["the quick fox"], best("text-classification")),
         (BertForMaskedLM, ["the quick [MASK] fox"], best("fill-mask")),
+        (RobertaForMaskedLM, ["the quick <mask> fox"], best("fill-mask")),
         (GPT2LMHeadModel, ["the"], best("text-generation", max_new_tokens=40, do_sample=False)),
         (BertModel, ["the quick fox", "a lazy dog"], similarity),
     ],
@@ -44,7 +52,10 @@ def test_both_models_answer(dense_class, texts, expected, tmp_path):
     pytest.importorskip("selenium")
     is_bert = dense_class is not GPT2LMHeadModel
     dense = teacher(dense_class, **({"max_position_embeddings" if is_bert else "n_positions": 64}))
-    tokenizer = (bert_tokenizer if is_bert else gpt2_tokenizer)(tmp_path)
+    if dense_class is RobertaForMaskedLM:
+        tokenizer = bert_tokenizer(tmp_path, ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "<mask>"))
+    else:
+        tokenizer = (bert_tokenizer if is_bert else gpt2_tokenizer)(tmp_path)
     student = perturb(compress(dense, "7.7x" if is_bert else "kngpt2").model, seed=3)
     folders = [
         save_folder(tmp_path / name, model, tokenizer) for name, model in (("student", student), ("bert", dense))

@@ -128,7 +128,7 @@ def bert_tokenizer(folder, special=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
     words = [*special, *sorted(set(TEXT.split())), *(f"##{c}" for c in "abcdefghij")]
     path = folder / "vocab.txt"
     path.write_text("\n".join(words))
-    return BertTokenizer(str(path))
+    return BertTokenizer(str(path), mask_token=special[-1])
 
 
 def tokenizer_for(name, folder):

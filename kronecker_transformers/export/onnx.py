@@ -178,7 +178,7 @@ def require_packages() -> None:
         missing.append("transformers 5.23 or newer")
     if missing:
         raise ImportError(
-            f"export to ONNX needs {', '.join(missing)}; pip install --upgrade 'kronecker-transformers[export]'"
+            f"export to ONNX needs {', '.join(missing)}; in a clone of the project, pip install --upgrade '.[export]'"
         )
 
 

@@ -17,7 +17,7 @@ def require_openvino(int8: bool = False) -> None:
     needed = ("openvino", "nncf") if int8 else ("openvino",)
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ImportError(
-            f"OpenVINO needs {', '.join(missing)}; pip install --upgrade 'kronecker-transformers[openvino]'"
+            f"OpenVINO needs {', '.join(missing)}; in a clone of the project, pip install --upgrade '.[openvino]'"
         )
 
 

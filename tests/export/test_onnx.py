@@ -254,7 +254,7 @@ def test_refusals_come_before_the_work(monkeypatch, tmp_path):
         exporting.export_onnx(model, None, tmp_path / "a")
     monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ImportError, match=r"needs onnx, onnxscript, .*; pip install --upgrade 'kronecker-transformers\[exp"
+        ImportError, match=r"needs onnx, onnxscript, .*; in a clone of the project, pip install --upgrade '\.\[export"
     ):
         exporting.export_onnx(student(kt.KroneckerBertModel), None, tmp_path / "a")
 

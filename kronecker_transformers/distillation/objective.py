@@ -61,6 +61,7 @@ class Objective:
         self._memory = memory if set(self.weights) == set(self._losses("sentences")) else None
         self.heads = outputs_of(student)
         self.causal = family_of(student).causal
+        self._looks_back = self.causal or getattr(student.config, "is_decoder", False)
         _check_family(student, teacher)
         depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
         self.layer_map = _checked_layer_map(*depths, layer_map)
@@ -228,7 +229,7 @@ class Objective:
                     scores = [scores_of(each) for each in pair]
                 for name in names:
                     loss: Any = losses.LOSSES[name]
-                    totals[name].append(loss.function(*scores, mask, self.causal))
+                    totals[name].append(loss.function(*scores, mask, self._looks_back))
         return {name: _total(layers) for name, layers in totals.items()}
 
     def _logit_loss(self, head: Output, student: Any, teacher: Any, mask: Tensor) -> Tensor:

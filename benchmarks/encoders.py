@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="one student by `distill`, with so many of the six layers")
     parser.add_argument("--sts", type=int, metavar="N", help="from STS-B's training sentences and N other lines")
     parser.add_argument("--one-rank", action="store_true", help="for all words of its embedding")
-    parser.add_argument("--as-they-are", action="store_true", help="alter no sentence")
+    parser.add_argument("--as-they-are", action="store_true", help="augment no sentence")
     parser.add_argument("--seed", type=int, default=0, help="of it (default: %(default)s)")
     parser.add_argument("--prepare", action="store_true", help="only make text and plans")
     parser.add_argument("--trials", action="store_true", help="only try the learning rates")

@@ -29,7 +29,7 @@ from kronecker_transformers.checkpoint.sentence_modules import encoder_settings,
 from kronecker_transformers.compression.activations import COUNTED
 from kronecker_transformers.display import results_table
 from kronecker_transformers.distillation import DistillationTrainer
-from kronecker_transformers.experiments.lessons import augmented_sentences, calibration_lines
+from kronecker_transformers.experiments.lessons import augmented_sentences, calibration_lines, spread
 from kronecker_transformers.experiments.run import (
     check_evaluation,
     check_output,
@@ -57,13 +57,18 @@ class Options(AugmentationOptions):
     validation_text: list[str] | None = field(
         default=None, metadata={"help": "Held-out text to judge fidelity on; of a dataset, its split validation."}
     )
-    validation_lines: int = field(default=2000, metadata={"help": "Lines of it that are read, at most."})
+    validation_lines: int = field(default=2000, metadata={"help": "Lines of it, from all over it, at most."})
     sts_file: str | None = field(
         default=None, metadata={"help": "Table with the columns sentence1, sentence2 and label (a similarity)."}
     )
     recipe: str = field(default="sentence-encoder", metadata={"help": "Defaults of plan and training."})
     fraction: float = field(default=1.0, metadata={"help": "Share of the training text, above 0, at most 1."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens; default: that of the recipe."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_lines < 3:
+            raise ValueError(f"--validation_lines {self.validation_lines} must be at least 3; some thousand do well")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out: list[str] = []
     if options.validation_text:
         source = TextSource(tuple(options.validation_text), split="validation")
-        held_out += source.lines(options.validation_lines)
+        held_out += spread(source.lines(), options.validation_lines)
         if len(held_out) < 3:
             raise ValueError(f"validation_text gives {len(held_out)} sentences; at least 3 are needed; give more text")
     sts = sts_table(options.sts_file) if options.sts_file else None

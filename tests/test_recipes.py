@@ -172,6 +172,13 @@ def test_bad_options_end_with_one_message(argv, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_several_gpus_in_one_process_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(DistillationArguments, "n_gpu", 2)
+    with pytest.raises(SystemExit):
+        parse_script(Options, "glue", ["--output_dir", str(tmp_path), "--recipe", "kngpt2"])
+    assert "one process sees 2 GPUs; start one process for each with torchrun" in capsys.readouterr().err
+
+
 def test_recipe_files_say_where_their_numbers_come_from():
     for path in (Path(recipes.__file__).parent).glob("*.yaml"):
         assert re.match(

@@ -28,8 +28,14 @@ _OLD_BUFFERS = (".position_ids", ".token_type_ids", ".attn.bias", ".attn.masked_
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 
 
-def load_teacher(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load_teacher(
+    source: str | os.PathLike[str], head: str = ""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """A dense teacher and its tokenizer, from a folder or the Hub.
+
+    Args:
+        source: folder, or name on the Hub.
+        head: how the names of the classes end whose head is wanted; any other model is loaded without its head.
 
     Raises:
         ValueError: another family or another head.
@@ -53,14 +59,15 @@ def load_teacher(source: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
     base_class = DENSE_CLASSES[FAMILIES[config.model_type].base_class]
     architecture = architecture_of(config) or base_class.__name__  # without a head, for all that is known
     modules = read_modules(source)
-    if modules is not None and "Pooling" in modules.kinds:  # whatever head its own teacher had
+    passed_over = not architecture.endswith(head)
+    if passed_over or (modules is not None and "Pooling" in modules.kinds):  # whatever head its own teacher had
         architecture = base_class.__name__
     if architecture not in classes:
         raise ValueError(
             f"teacher {str(source)!r} has the architecture {architecture!r}; supported: {', '.join(sorted(classes))}; "
             "load it as one of these and pass the model"
         )
-    return _load(classes[architecture], source, modules, knows_head=bool(config.architectures))
+    return _load(classes[architecture], source, modules, knows_head=passed_over or bool(config.architectures))
 
 
 def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:

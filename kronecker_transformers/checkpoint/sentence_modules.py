@@ -271,7 +271,8 @@ def read_modules(source: str | os.PathLike[str], local: bool = False) -> Sentenc
 def _architecture(source: str) -> str | None:
     """The class of the model in a folder, or in the Hub's cache."""
     content = _content(source, "config.json", local=True)
-    return ((_parsed(content, "config.json").get("architectures") or [None])[0]) if content else None
+    found = _parsed(content, "config.json").get("architectures") if content else None
+    return (found[0] if found else None) if isinstance(found, list) else found
 
 
 def _content(source: str | os.PathLike[str], name: str, local: bool) -> bytes | None:

@@ -61,7 +61,8 @@ class Objective:
         self._memory = memory if set(self.weights) == set(self._losses("sentences")) else None
         self.heads = outputs_of(student)
         self.causal = family_of(student).causal
-        self._looks_back = self.causal or getattr(student.config, "is_decoder", False)
+        modules = student.base_model.modules()  # not every family heeds the config
+        self._looks_back = self.causal or any(getattr(module, "is_decoder", False) for module in modules)
         _check_family(student, teacher)
         depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
         self.layer_map = _checked_layer_map(*depths, layer_map)

@@ -17,7 +17,7 @@ from ..models.kronecker_family import FACTORED_CLASSES, FAMILIES, family_of
 
 _SETTINGS = (
     "num_attention_heads", "hidden_act", "activation_function", "activation", "layer_norm_eps", "layer_norm_epsilon",
-    "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+    "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "is_decoder",
 )  # fmt: skip
 """Of a config, with which the same weights compute something else."""
 
@@ -54,8 +54,8 @@ def start_student(
         A student whose parameters all train.
 
     Raises:
-        ValueError, OSError: as `compress`; or `start` is of another family or of other sizes, has more layers, or was
-            given beside calibration text or a ratio.
+        ValueError, OSError: as `compress`; or `start` is of another family, of other sizes or of other settings, has
+            more layers, or was given beside calibration text or a ratio.
     """
     if start is None:
         result = compress(

@@ -82,9 +82,9 @@ def load_classifier(source: str, task: Task) -> tuple[PreTrainedModel, PreTraine
 
     They are None for a teacher that is not fine-tuned yet.
     """
-    teacher, tokenizer = teacher_and_tokenizer(source)
-    certain = None
-    if type(teacher).__name__.endswith("ForSequenceClassification"):
+    head, certain = "ForSequenceClassification", None
+    teacher, tokenizer = teacher_and_tokenizer(source, head)
+    if type(teacher).__name__.endswith(head):
         names = label_names(teacher)
         found = match_labels(names, task.labels or ("score",)) if task.labels or len(names) != 1 else None
         certain = found is None or found.is_certain

@@ -37,8 +37,8 @@ HELD_OUT_SHARE, HELD_OUT, WATCHED = 0.1, 2000, 500
 FEWEST = 50
 """Documents, of which a tenth is held out; of a text that has fewer, lines are."""
 CALIBRATION, CALIBRATION_TOKENS, TOKENS_PER_INPUT = 512, 4096, 2
-"""Texts on which the plan is searched and the factors are fitted; of short ones more, for so many tokens at least, and
-so many for each input of the largest layer.
+"""Texts on which the plan is searched and the factors are fitted; of short ones more, for about so many tokens, and so
+many for each input of the largest layer.
 """
 AUGMENTED = 0.5
 """Share of a task's rows that are augmented in each epoch; of plain sentences, which are from the second epoch on."""
@@ -179,17 +179,17 @@ def calibration_lines(
     beginning.
     """
     lines = [prompt + line for line in source.lines(20 * CALIBRATION)]
-    number = _enough(_spread(lines, CALIBRATION), teacher, tokenizer)
-    return [*_spread(lines, number)]
+    number = _enough(spread(lines, CALIBRATION), teacher, tokenizer)
+    return [*spread(lines, number)]
 
 
 def calibration_rows(rows: Sequence[Row], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     """Texts, or pairs of them, of a task, on which a plan is searched and factors are fitted."""
-    number = _enough([" ".join(row) for row in _spread(rows, CALIBRATION)], teacher, tokenizer)
-    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in _spread(rows, number)]
+    number = _enough([" ".join(row) for row in spread(rows, CALIBRATION)], teacher, tokenizer)
+    return [row[0] if len(row) == 1 else (row[0], row[1]) for row in spread(rows, number)]
 
 
-def _spread(rows: Sequence[_Row], number: int) -> list[_Row]:
+def spread(rows: Sequence[_Row], number: int) -> list[_Row]:
     """So many of the rows, from all over them, since they may be sorted."""
     number = min(number, len(rows))
     return [rows[place * len(rows) // number] for place in range(number)]

@@ -46,8 +46,9 @@ def load_questions(
 
 def load_answerer(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
     """The teacher with its output layer for spans, its tokenizer, and whether it is fine-tuned already."""
-    teacher, tokenizer = teacher_and_tokenizer(source)
-    trained = type(teacher).__name__.endswith("ForQuestionAnswering")
+    head = "ForQuestionAnswering"
+    teacher, tokenizer = teacher_and_tokenizer(source, head)
+    trained = type(teacher).__name__.endswith(head)
     if not trained:
         names = {0: "start", 1: "end"}
         teacher = AutoModelForQuestionAnswering.from_pretrained(

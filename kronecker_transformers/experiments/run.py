@@ -51,13 +51,13 @@ def check_output(folder: str | Path, resume: bool) -> Path:
     return Path(folder)
 
 
-def teacher_and_tokenizer(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def teacher_and_tokenizer(source: str, head: str = "") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_teacher`, for a teacher that must have its tokenizer; in float32, as the student will train in.
 
     Raises:
         ValueError, OSError: as there; or no tokenizer.
     """
-    teacher, tokenizer = load_teacher(source)
+    teacher, tokenizer = load_teacher(source, head)
     if tokenizer is None:
         raise ValueError(f"teacher {source!r} comes without a tokenizer; save its tokenizer in the same folder")
     return teacher.float(), tokenizer

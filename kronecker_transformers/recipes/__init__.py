@@ -271,7 +271,7 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
                 "stage 3 of ZeRO divides teacher and student, which this script loads, saves and judges whole; choose "
                 "stage 1 or 2, or use DistillationTrainer in a script of your own"
             )
-        if arguments.n_gpu > 1:
+        if arguments.n_gpu > 1 and not getattr(options, "teacher_only", False):
             raise ValueError(
                 f"one process sees {arguments.n_gpu} GPUs; start one process for each with torchrun, or choose one by "
                 "CUDA_VISIBLE_DEVICES"

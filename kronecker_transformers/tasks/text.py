@@ -243,14 +243,14 @@ def _text_documents(path: Path) -> Iterator[Document]:
 class TextStream(IterableDataset[Example]):
     """An endless dataset of the examples that a generator function makes, shuffled within a buffer.
 
-    Processes and workers divide each pass: each makes its own share of the examples, so that no text is tokenized
+    Processes and workers divide each epoch: each makes its own share of the examples, so that no text is tokenized
     twice. Groups of all shares have about the same length in the same step, so that no process waits for another.
 
     Args:
-        examples: makes a share of the examples of one pass, given a seed that is another one for each pass.
-        seed: of the first pass and of the order; the same seed gives the same stream.
+        examples: makes a share of the examples of one epoch, given a seed that is another one for each.
+        seed: of the first epoch and of the order; the same seed gives the same stream.
         buffer: examples.
-        group: number of examples of similar length of one pass that follow each other, so that a batch of them needs
+        group: number of examples of similar length of one epoch that follow each other, so that a batch of them needs
             little padding; 1 leaves them in random order.
         share: of the process.
 
@@ -317,11 +317,11 @@ def length_group(arguments: TrainingArguments) -> int:
 
 
 def training_steps(arguments: TrainingArguments, examples: Iterable[Any]) -> int:
-    """The steps of a training: `max_steps`, or those of `num_train_epochs` passes over examples that are counted here.
+    """The steps of a training: `max_steps`, or those of `num_train_epochs` epochs of examples that are counted here.
 
     Args:
         arguments: with the size of a batch.
-        examples: one pass; not read if `max_steps` is given.
+        examples: one epoch; not read if `max_steps` is given.
     """
     if arguments.max_steps > 0:
         return arguments.max_steps
@@ -330,5 +330,5 @@ def training_steps(arguments: TrainingArguments, examples: Iterable[Any]) -> int
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     steps = max(1, math.ceil(number * arguments.num_train_epochs / batch))
     seconds = bar.format_dict["elapsed"]
-    logger.info("%d examples in one pass, counted in %.0f s, so %d steps", number, seconds, steps)
+    logger.info("%d examples in one epoch, counted in %.0f s, so %d steps", number, seconds, steps)
     return steps

@@ -151,10 +151,15 @@ def test_a_run_that_stopped_among_augmented_sentences_goes_on(workers, teacher, 
     assert weights["parts"].read_bytes() == weights["whole"].read_bytes()
 
 
-def test_a_share_that_is_none_is_refused(teacher, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"augmented": 1.5}, "--augmented 1.5 must be from 0 to 1"),
+     ({"validation_lines": 2}, "--validation_lines 2 must be at least 3")],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(options, message, teacher, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[teacher], augmented=1.5)
-    assert "--augmented 1.5 must be from 0 to 1" in capsys.readouterr().err
+        run_example("run_embedding_kd", tmp_path / "out", teacher=teacher, train_text=[teacher], **options)
+    assert message in capsys.readouterr().err
 
 
 def test_a_search_on_too_little_text_is_refused(teacher, tmp_path):

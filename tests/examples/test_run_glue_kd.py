@@ -11,6 +11,7 @@ from scipy.stats import pearsonr
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     DataCollatorWithPadding,
@@ -397,6 +398,19 @@ def test_what_does_not_fit_is_refused_before_the_teacher_is_trained(workplace, m
     with pytest.raises(ValueError, match="calibration text of 9 texts gives 9 sequences"):
         run_example("run_glue_kd", workplace / "out", **glue, plan=workplace / "bert.yaml",
                     calibration=workplace / "few.txt")  # fmt: skip
+
+
+def test_a_head_that_is_not_wanted_is_passed_over(workplace):
+    teacher = save_teacher(workplace / "teacher", BertForMaskedLM)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "architectures": ["BertLMHeadModel"]}))
+    run_example(
+        "run_glue_kd", workplace / "out", teacher=teacher, task_name="sst2", data_dir=workplace / "glue",
+        teacher_only=True, teacher_epochs=0.1, teacher_learning_rate=1e-9, per_device_train_batch_size=4,
+    )  # fmt: skip
+    name = "encoder.layer.1.output.dense.weight"
+    before, after = (load_file(folder / "model.safetensors") for folder in (teacher, workplace / "out" / "teacher"))
+    torch.testing.assert_close(after[f"bert.{name}"], before[f"bert.{name}"])
 
 
 @pytest.mark.parametrize("damage", ["layer", "positions"])

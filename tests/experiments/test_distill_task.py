@@ -60,7 +60,7 @@ def test_a_task_of_pairs_is_calibrated_on_pairs(tmp_path):
     assert "accuracy" in found.rows
 
 
-def test_half_of_a_tasks_rows_are_augmented_anew_in_each_pass(glue, tmp_path):
+def test_half_of_a_tasks_rows_are_augmented_anew_in_each_epoch(glue, tmp_path):
     teacher = classifier(tmp_path / "teacher", "negative", "positive")
     _, tokenizer, lesson = task_lesson(str(teacher), "sst2", str(glue))
     lines = [line.split("\t")[0] for line in (glue / "SST-2" / "train.tsv").read_text().splitlines()[1:]]

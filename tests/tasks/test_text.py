@@ -264,7 +264,7 @@ def test_training_steps(tmp_path, caplog):
     same = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 4, "disable_tqdm": True}
     arguments = TrainingArguments(**same, gradient_accumulation_steps=2, num_train_epochs=1.5)
     assert training_steps(arguments, numbered(0)) == math.ceil(50 * 1.5 / 8)
-    assert re.search(r"50 examples in one pass, counted in \d+ s, so 10 steps", caplog.text)
+    assert re.search(r"50 examples in one epoch, counted in \d+ s, so 10 steps", caplog.text)
     arguments = TrainingArguments(**same, max_steps=17)
     assert training_steps(arguments, iter(lambda: pytest.fail("was read"), None)) == 17
 

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layers",
         type=_layers,
         metavar="N",
-        help="how many of the teacher's layers the student keeps, evenly spaced, or which: 0,2,5 or 2, (default: all)",
+        help="how many of the teacher's layers the student keeps, evenly spaced, or which, as 0,2,5 (of one: 2,)",
     )
     command.add_argument(
         "--no-frequent-words",
@@ -251,7 +251,7 @@ def _layers(text: str) -> int | list[int]:
         numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a number nor a list as 0,2,5, or 2, of one; give one of both"
+            f"{text!r} is neither a number of layers nor a list such as 0,2,5 (of one layer: 2,); correct it"
         ) from None
     return numbers if "," in text else numbers[0]
 

@@ -18,7 +18,7 @@ from ..models import DENSE_CLASSES, FACTORED_CLASSES
 from ..models.kronecker_family import FAMILIES, family_of, supported_families
 from ..models.kronecker_internals import WeightsError
 from .files import new_folder, to_json
-from .sentence_modules import SentenceModules, encoder_folder, modules_of, read_modules, share_modules
+from .sentence_modules import SentenceModules, encoder_folder, modules_of, read_modules, saved_class, share_modules
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def load_teacher(
             "transformers 5 does not compute; give one with absolute positions"
         )
     base_class = DENSE_CLASSES[FAMILIES[config.model_type].base_class]
-    architecture = architecture_of(config) or base_class.__name__  # without a head, for all that is known
+    architecture = saved_class(config.architectures) or base_class.__name__  # without a head, for all that is known
     modules = read_modules(source)
     passed_over = not architecture.endswith(head)
     if passed_over or (modules is not None and "Pooling" in modules.kinds):  # whatever head its own teacher had
@@ -78,7 +78,7 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
         OSError: nothing there, or unreadable weights.
     """
     config = _load_config(folder)
-    architecture = architecture_of(config) or "none"
+    architecture = saved_class(config.architectures) or "none"
     model_class: Any = {cls.__name__: cls for cls in DENSE_CLASSES}.get(architecture)
     if model_class is None or config.model_type != model_class.config_class.model_type:
         raise ValueError(
@@ -86,12 +86,6 @@ def load_student(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTr
             "compress it first"
         )
     return _load(model_class, folder, read_modules(folder))
-
-
-def architecture_of(config: PreTrainedConfig) -> str | None:
-    """The class that was saved, as its config says."""
-    found = config.architectures
-    return (found[0] if found else None) if isinstance(found, list) else found
 
 
 def source_name(source: str) -> str:

@@ -271,8 +271,12 @@ def read_modules(source: str | os.PathLike[str], local: bool = False) -> Sentenc
 def _architecture(source: str) -> str | None:
     """The class of the model in a folder, or in the Hub's cache."""
     content = _content(source, "config.json", local=True)
-    found = _parsed(content, "config.json").get("architectures") if content else None
-    return (found[0] if found else None) if isinstance(found, list) else found
+    return saved_class(_parsed(content, "config.json").get("architectures")) if content else None
+
+
+def saved_class(architectures: list[str] | str | None) -> str | None:
+    """The class that was saved, by what a config has as `architectures`."""
+    return next(iter(architectures), None) if isinstance(architectures, list) else architectures
 
 
 def _content(source: str | os.PathLike[str], name: str, local: bool) -> bytes | None:

@@ -225,7 +225,7 @@ def distill(
             text=text, text_column=None if column == "text" else column, task=task, data=data_dir, ratio=ratio,
             plan=None if plan == "search" else plan if isinstance(plan, str) else "plan.yaml",
             only=only if only is None or isinstance(only, str) else ",".join(only),
-            layers=layers if layers is None or isinstance(layers, int) else "".join(f"{layer}," for layer in layers),
+            layers=layers if layers is None or isinstance(layers, int) else _listed(layers),
             minutes=minutes, steps=steps,
             learning_rate=learning_rate, bf16=bf16, no_bf16=bf16 is False,
             no_frequent_words=not frequent_words, seed=seed or None,
@@ -258,6 +258,11 @@ def distill(
         except Exception as error:
             logger.warning("the student is saved, but without a card: %r", error)
     return Distilled(student.cpu(), tokenizer, result.report, rows, training, target, tuple(models))
+
+
+def _listed(layers: Sequence[int]) -> str:
+    """As the command line takes them: a list of one has a comma, without which it would be a number of layers."""
+    return ",".join(map(str, layers)) + "," * (len(layers) == 1)
 
 
 def _ratio_of_rest(

@@ -79,16 +79,12 @@ def test_refuses_an_earlier_student_of_other_sizes(changes, name, tmp_path):
         start_student(tiny.teacher(BertForSequenceClassification), start=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"num_attention_heads": 2}, "num_attention_heads=2, its teacher 4"),
-     ({"hidden_act": "relu"}, "hidden_act=relu, its teacher gelu"),
-     ({"layer_norm_eps": 1e-5}, "layer_norm_eps=1e-05, its teacher 1e-12"),
-     ({"is_decoder": True}, "is_decoder=True, its teacher False")],
-)  # fmt: skip
-def test_refuses_an_earlier_student_that_computes_something_else_with_the_same_weights(changes, message, tmp_path):
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 2}, {"hidden_act": "relu"}, {"is_decoder": True}], ids=str)
+def test_refuses_an_earlier_student_that_computes_something_else_with_the_same_weights(changes, tmp_path):
     saved_student(tmp_path, BertModel, plan={"encoder.layer.*.intermediate.dense": (4, 2, 1)}, **changes)
-    with pytest.raises(ValueError, match=f"start='.*' has {message}; take another"):
+    with pytest.raises(
+        ValueError, match=r"has other hidden states with its teacher's config .*; take a student of this"
+    ):
         start_student(tiny.teacher(BertForSequenceClassification), start=tmp_path)
 
 

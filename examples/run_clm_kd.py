@@ -32,6 +32,7 @@ from kronecker_transformers.experiments.run import (
     check_output,
     check_special_tokens,
     check_stream,
+    checked_length,
     finish,
     results_kept,
     teacher_and_tokenizer,
@@ -41,7 +42,7 @@ from kronecker_transformers.models.kronecker_family import longest_sequence
 from kronecker_transformers.recipes import RECIPES, StudentOptions, parse_script
 from kronecker_transformers.tasks.language_modeling import block_examples
 from kronecker_transformers.tasks.perplexity import NORMALISATIONS, perplexity
-from kronecker_transformers.tasks.text import WHOLE, Example, Share, TextSource, TextStream, training_steps
+from kronecker_transformers.tasks.text import WHOLE, Example, Share, TextSource, TextStream, stream_seed, training_steps
 
 
 @dataclass
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     check_evaluation(arguments.eval_strategy)
     check_stream(arguments)
     recipe = RECIPES[options.recipe]["clm"]
-    folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
+    folder = check_output(options.output_dir, arguments.resume_from_checkpoint)
     text = TextSource(tuple(options.train_text), options.fraction)
     held_out = TextSource((options.validation_text,), split="validation").text() if options.validation_text else None
     if held_out is not None and not held_out.split():
@@ -91,27 +92,29 @@ def main(argv: list[str] | None = None) -> None:
     teacher, tokenizer = teacher_and_tokenizer(options.teacher)
     longest = checked_maximum(teacher, options)
     check_special_tokens(tokenizer, "eos")
-    options.max_length = length = options.max_length or min(recipe.length, longest)
-    options.choose_rate(arguments, teacher, dense=options.layers is not None)
+    options.max_length = length = checked_length(teacher, options.max_length, recipe.length)
     if options.layers:
         arguments.muon = False  # there are no factors
         arguments.layer_map = [int(layer) for layer in options.layers.split(",")]
         student = keep_layers(teacher, arguments.layer_map)
     else:
         texts = calibration_lines(text, teacher, tokenizer)
+        options.check(teacher, tokenizer, recipe, texts, arguments)
         student = options.student(teacher, tokenizer, recipe, texts, progress=not arguments.disable_tqdm)
+    options.choose_rate(arguments, student)
     models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student), "student": student}
 
     def examples(seed: int, share: Share = WHOLE) -> Iterable[Example]:
         return block_examples(text, tokenizer, length, share)
 
-    arguments.max_steps = training_steps(arguments, examples(0))
+    first = stream_seed(arguments)
+    arguments.max_steps = training_steps(arguments, examples(first))
     arguments.accelerator_config.dispatch_batches = False  # each process reads the stream and takes its share
     trainer = DistillationTrainer(
         student,
         teacher,
         arguments,
-        train_dataset=TextStream(examples, arguments.seed),
+        train_dataset=TextStream(examples, first),
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
@@ -153,17 +156,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def checked_maximum(teacher: PreTrainedModel, options: Options) -> int:
-    """The teacher's longest sequence, in tokens, after a check of the teacher and the lengths that were asked for."""
+    """The teacher's longest sequence, in tokens, after a check of the teacher, the window and its stride."""
     if not isinstance(teacher, GPT2LMHeadModel):
         raise ValueError(
             f"teacher {options.teacher!r} is a {type(teacher).__name__}; a GPT2LMHeadModel is needed; give the model "
             "from before its fine-tuning"
         )
     longest: int = longest_sequence(teacher)
-    for name in ("max_length", "window"):
-        value = getattr(options, name)
-        if value is not None and not 2 <= value <= longest:
-            raise ValueError(f"{name}={value} must be from 2 to the teacher's {longest} tokens; choose another")
+    if options.window is not None and not 2 <= options.window <= longest:
+        raise ValueError(f"window={options.window} must be from 2 to the teacher's {longest} tokens; choose another")
     if options.stride is not None and not 1 <= options.stride < (options.window or longest):
         raise ValueError(
             f"stride={options.stride} must be at least 1 and below window={options.window or longest}; choose another"

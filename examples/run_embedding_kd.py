@@ -44,7 +44,7 @@ from kronecker_transformers.experiments.run import (
 from kronecker_transformers.recipes import RECIPES, AugmentationOptions, parse_script
 from kronecker_transformers.tasks.sentences import encode, neighbour_agreement, similarity_fidelity
 from kronecker_transformers.tasks.tables import read_table
-from kronecker_transformers.tasks.text import WHOLE, TextSource, TextStream, length_group, training_steps
+from kronecker_transformers.tasks.text import WHOLE, TextSource, TextStream, length_group, stream_seed, training_steps
 
 
 @dataclass
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     check_evaluation(arguments.eval_strategy)
     check_stream(arguments)
     recipe = RECIPES[options.recipe]["embedding"]
-    folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
+    folder = check_output(options.output_dir, arguments.resume_from_checkpoint)
     text = TextSource(tuple(options.train_text), options.fraction)
 
     held_out: list[str] = []
@@ -98,17 +98,18 @@ def main(argv: list[str] | None = None) -> None:
         teacher, options.max_length, min(recipe.length, settings.max_length or recipe.length)
     )
     settings.check_length(length, tokenizer)
-    options.choose_rate(arguments, teacher)
     texts, counted = calibration_lines(text, teacher, tokenizer, settings.prompt), text.lines(COUNTED)
     prompted = [settings.prompt + line for line in counted]
+    options.check(teacher, tokenizer, recipe, texts, arguments)
     student = options.student(teacher, tokenizer, recipe, texts, prompted, progress=not arguments.disable_tqdm)
+    options.choose_rate(arguments, student)
     judges = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).eval().to(arguments.device),
         "student": student,
     }
 
-    first, augmented = arguments.seed, options.choose_augmented(recipe)
+    first, augmented = stream_seed(arguments), options.choose_augmented(recipe)
     examples = augmented_sentences(text, augmented, first, counted, teacher, tokenizer, length, settings.prompt)
     arguments.max_steps = training_steps(arguments, examples(first, WHOLE))
     arguments.accelerator_config.dispatch_batches = False  # each process reads the stream and takes its share

@@ -46,7 +46,7 @@ from kronecker_transformers.experiments.run import (
 )
 from kronecker_transformers.recipes import RECIPES, AugmentationOptions, parse_script
 from kronecker_transformers.tasks.glue import glue_task, write_predictions
-from kronecker_transformers.tasks.text import TextStream, training_steps
+from kronecker_transformers.tasks.text import TextStream, stream_seed, training_steps
 
 
 @dataclass
@@ -98,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     if augmented:
         check_stream(arguments)
-    folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
+    if not arguments.eval_do_concat_batches:
+        raise ValueError("--eval_do_concat_batches false: metrics are those of a whole evaluation set; leave it out")
+    folder = check_output(options.output_dir, arguments.resume_from_checkpoint)
     task = load_task(options.task_name, options.data_dir, options.train_file, options.validation_file)
 
     teacher, tokenizer, task, certain = load_classifier(options.teacher, task)
@@ -111,9 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     texts = calibration_rows(train_rows, teacher, tokenizer)
     if certain is False:
         check_unnamed_labels(teacher.to(arguments.device), task, data, collator)
+    if not options.teacher_only:
+        options.check(teacher, tokenizer, recipe, texts, arguments)
     if certain is None:
-        if not options.teacher_only:  # what does not fit is refused now, not after the training
-            options.check(teacher, tokenizer, recipe, texts, arguments)
         teacher = fine_tune_teacher(
             teacher,
             tokenizer,
@@ -137,8 +139,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
 
-    options.choose_rate(arguments, teacher)
     student = options.student(teacher, tokenizer, recipe, texts, progress=not arguments.disable_tqdm)
+    options.choose_rate(arguments, student)
     models = {
         "teacher": teacher,
         "student, undistilled": copy.deepcopy(student).to(arguments.device),
@@ -148,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     if augmented:
         arguments.max_steps = training_steps(arguments, train_rows)
         examples = augmented_examples(train_rows, augmented, teacher, tokenizer, length)
-        train = TextStream(examples, arguments.seed, group=arguments.train_batch_size)
+        train = TextStream(examples, stream_seed(arguments), group=arguments.train_batch_size)
         arguments.accelerator_config.dispatch_batches = False  # each process makes its share of the examples
     trainer = distiller(student, teacher, arguments, task, data, train, collator, tokenizer)
     seen = train_and_save(trainer, tokenizer, folder)

@@ -31,9 +31,10 @@ from kronecker_transformers.experiments.masked_language import (
     collator_for,
     fixed_batches,
     has_next_sentence,
+    headed,
     last_layer_distance,
     masked_quality,
-    with_heads,
+    train_heads,
 )
 from kronecker_transformers.experiments.run import (
     check_evaluation,
@@ -56,6 +57,7 @@ from kronecker_transformers.tasks.text import (
     TextSource,
     TextStream,
     length_group,
+    stream_seed,
     training_steps,
 )
 
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     check_evaluation(arguments.eval_strategy)
     check_stream(arguments)
     recipe = RECIPES[options.recipe]["mlm"]
-    folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
+    folder = check_output(options.output_dir, arguments.resume_from_checkpoint)
     text = TextSource(tuple(options.train_text), options.fraction)
     notes: list[str] = []
 
@@ -107,10 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     def examples(seed: int, share: Share = WHOLE) -> Iterable[Example]:
         return masked_examples(text.share(share), tokenizer, length, next_sentence, seed, options.short_fraction)
 
-    stream = TextStream(examples, arguments.seed, group=length_group(arguments))
     if options.train_heads:
-        teacher = with_heads(teacher, tokenizer, next_sentence, stream, options.train_heads, arguments, folder)
-        note(f"the heads of the teacher were trained here, in {options.train_heads:,} steps; the rest of it was frozen")
+        teacher = headed(teacher, next_sentence)
     has_head = bool(heads_of(teacher))
     if not has_head:
         arguments.supervised_weight = arguments.logits_weight = 0.0
@@ -120,9 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if not arguments.weights():
         raise ValueError("all weights that are left are 0; give an intermediate term a weight, or use --train_heads")
-    student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
-    collator = collator_for(student, tokenizer, arguments)
-    models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student).eval(), "student": student}
+    options.check(teacher, tokenizer, recipe, arguments=arguments)
     kept: list[Example] = []
     if options.validation_text:
         held_out = TextSource(tuple(options.validation_text), split="validation")
@@ -131,7 +129,15 @@ def main(argv: list[str] | None = None) -> None:
         if not kept:
             raise ValueError(f"validation_text={options.validation_text} gives 0 examples; give more text")
 
-    arguments.max_steps = training_steps(arguments, examples(arguments.seed))
+    first = stream_seed(arguments)
+    stream = TextStream(examples, first, group=length_group(arguments))
+    if options.train_heads:
+        teacher = train_heads(teacher, tokenizer, stream, options.train_heads, arguments, folder)
+        note(f"the heads of the teacher were trained here, in {options.train_heads:,} steps; the rest of it was frozen")
+    student = options.student(teacher, tokenizer, recipe, progress=not arguments.disable_tqdm)
+    collator = collator_for(student, tokenizer, arguments)
+    models = {"teacher": teacher, "student, undistilled": copy.deepcopy(student).eval(), "student": student}
+    arguments.max_steps = training_steps(arguments, examples(first))
     arguments.remove_unused_columns = False  # the collator needs what the model does not take
     arguments.accelerator_config.dispatch_batches = False  # each process reads the stream and takes its share
     trainer = DistillationTrainer(

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     """Fine-tune a teacher if need be, distil its student, and judge both."""
     options, arguments = parse_script(Options, "squad", argv)
     recipe = RECIPES[options.recipe]["squad"]
-    folder = check_output(options.output_dir, bool(arguments.resume_from_checkpoint))
+    folder = check_output(options.output_dir, arguments.resume_from_checkpoint)
     train, held_out = load_questions(
         options.version,
         options.data_dir,
@@ -97,8 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         collator,
         options.no_answer_threshold or 0.0,
     )
+    options.check(teacher, tokenizer, recipe, arguments=arguments)
     if not trained:
-        options.check(teacher, tokenizer, recipe, arguments=arguments)  # refused now, not after the training
         teacher = fine_tune_teacher(
             teacher,
             tokenizer,

@@ -107,11 +107,29 @@ def test_our_recipe_for_a_language_model_reads_blocks_as_distill_does(tmp_path):
 def test_the_learning_rate_is_that_for_the_hidden_size_where_nobody_chose_one(hidden, argv, rate, tmp_path):
     argv = ["--output_dir", str(tmp_path), "--recipe", "classifier", "--use_cpu", *argv]
     options, arguments = parse_script(Script, "glue", argv)
-    options.choose_rate(arguments, tiny.teacher(BertModel, hidden_size=hidden))
+    teacher = tiny.teacher(BertModel, hidden_size=hidden)
+    options.choose_rate(arguments, teacher)  # as a student that is not factored
+    assert math.isclose(arguments.learning_rate, rate if "--learning_rate" in argv else 0.3 * rate)
+    options.choose_rate(arguments, compress(teacher, {"pooler.dense": (8, 8, 1)}).model)
     assert math.isclose(arguments.learning_rate, rate)
     options, arguments = parse_script(Script, "glue", [*argv, "--recipe", "kngpt2"])
     options.choose_rate(arguments, tiny.teacher(BertModel, hidden_size=hidden))
     assert arguments.learning_rate == (5e-5)  # of the recipe
+
+
+@pytest.mark.parametrize(("given", "expected"), [("true", True), ("True", True), ("false", False), (None, False)])
+def test_whether_to_resume_is_a_truth_value(given, expected, tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--recipe", "classifier", "--use_cpu"]
+    resume = [] if given is None else ["--resume_from_checkpoint", given]
+    assert parse_script(Script, "glue", [*argv, *resume])[1].resume_from_checkpoint is expected
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_at_once(tmp_path, capsys):
+    argv = ["--output_dir", str(tmp_path), "--recipe", "classifier", "--use_cpu"]
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(SystemExit):
+        parse_script(Script, "glue", [*argv, "--resume_from_checkpoint", str(tmp_path / "checkpoint-3")])
+    assert "is no folder of a complete checkpoint" in capsys.readouterr().err
 
 
 def test_tokens_are_in_no_record(tmp_path):

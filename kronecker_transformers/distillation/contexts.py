@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from .arguments import DistillationArguments
 
 _SHORT = 128
 """Tokens; with twice as many the plain form gains little, and keeps large matrices (benchmarks/attention.py)."""
@@ -58,8 +57,11 @@ def plain_attention() -> Iterator[None]:
         backends.allow_fp16_bf16_reduction_math_sdp(reduced)
 
 
-def training_attention(arguments: DistillationArguments, length: int) -> AbstractContextManager[None]:
+def is_bf16_on_cpu(accelerator: Accelerator) -> bool:
+    """Whether this is a training in bfloat16 on a CPU."""
+    return accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
+
+
+def training_attention(accelerator: Accelerator, length: int) -> AbstractContextManager[None]:
     """For short sequences in bf16 on a CPU the plain form: flash attention has a slow backward pass there."""
-    if arguments.bf16 and arguments.device.type == "cpu" and length <= _SHORT:
-        return plain_attention()
-    return nullcontext()
+    return plain_attention() if is_bf16_on_cpu(accelerator) and length <= _SHORT else nullcontext()

@@ -29,8 +29,22 @@ class Output(Head):
     """
 
     def targets(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The labels in the form in which the supervised loss counts and compares them."""
+        """The labels in the form in which the supervised loss counts and compares them.
+
+        Raises:
+            ValueError: they are numbers where classes are needed, or no truth values of several labels.
+        """
         labels = inputs[self.labels]
+        if self.kind == "binary" and (labels.ndim != 2 or not labels.is_floating_point()):
+            raise ValueError(
+                f"{self.labels} of shape {tuple(labels.shape)} and {labels.dtype} must be floating-point truth values "
+                "(examples, labels) for problem_type='multi_label_classification'; convert them, or set another"
+            )
+        if self.kind in ("classes", "tokens", "next_token") and labels.is_floating_point():
+            raise ValueError(
+                f"{self.labels} of {labels.dtype} must be the whole numbers of classes; convert them, or set the "
+                "config's problem_type to 'multi_label_classification' or 'regression' before the teacher is compressed"
+            )
         if self.kind == "next_token":
             return labels[:, 1:]
         if self.kind == "span":  # an answer that was cut off points beyond the last real position

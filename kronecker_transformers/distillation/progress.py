@@ -53,7 +53,9 @@ class Progress(TrainerCallback, ExportableState):
         return self.max_minutes is not None and self.seconds() >= 60 * self.max_minutes
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start the clock; of a new training it may be another try, with smaller batches."""
+        if not state.global_step:
+            self.restore(TrainerState())
         self._started = time.monotonic()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

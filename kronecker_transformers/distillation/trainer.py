@@ -24,7 +24,7 @@ from ..checkpoint.sentence_modules import modules_of
 from ..hub.trainer import STATE_FILE, PublishingTrainer
 from .arguments import DistillationArguments
 from .checkpoints import is_complete, newest_checkpoint
-from .contexts import training_attention, unchanged_cache, unchanged_forward
+from .contexts import is_bf16_on_cpu, training_attention, unchanged_cache, unchanged_forward
 from .memory import TeacherMemory
 from .objective import Objective, balanced_weights, check_tokenizers
 from .optimizer import MuonAdamW, muon_factors, scale_learning_rates
@@ -82,7 +82,8 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         for name in ("model_init", "compute_loss_func"):
             if trainer.get(name) is not None:
                 raise ValueError(f"{name} cannot be used in a distillation, which has its own; leave it out")
-        if args.muon and (trainer.get("optimizers") or (None,))[0] is not None:
+        own = (trainer.get("optimizers") or (None,))[0] is not None or trainer.get("optimizer_cls_and_kwargs")
+        if args.muon and own:
             raise ValueError("muon=True and an optimizer of your own were given; leave one of them out")
         check_tokenizers(trainer.get("processing_class"), teacher_processing_class)
         self.objective = Objective(
@@ -178,13 +179,14 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         """As the base class; then every factor gets the learning rate that suits it (see `optimizer`)."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.optimizer_cls_and_kwargs:
+            self._own_optimizer = optimizer
         if fresh and self.args.factor_learning_rates:
-            if any(name in type(optimizer).__name__.lower() for name in ("adam", "lion")):
+            kind = type(optimizer).__name__
+            if any(name in kind.lower() for name in ("adam", "lion")):
                 scale_learning_rates(optimizer, self.model)
             else:
-                logger.warning(
-                    "factor_learning_rates is for Adam; with optim=%s all learn at one rate", self.args.optim
-                )
+                logger.warning("factor_learning_rates is for Adam; with %s all learn at one rate", kind)
         if fresh and self.args.muon:
             optimizer = self.optimizer = MuonAdamW(optimizer.param_groups, self.model)
         return optimizer
@@ -269,7 +271,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         size = sum(parameter.numel() for parameter in trained)
         sums = {name: torch.zeros(size, device=self.args.device) for name in weights}
         for inputs in map(self._prepare_inputs, samples):
-            with training_attention(self.args, inputs["input_ids"].shape[-1]):
+            with training_attention(self.accelerator, inputs["input_ids"].shape[-1]):
                 values = self.objective.values(self.model, inputs, counts)
                 self._check_finite(values)
                 for name, value in values.items():
@@ -287,14 +289,14 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the base class, with the attention that is the faster one, in the backward pass too."""
-        with training_attention(self.args, inputs["input_ids"].shape[-1]):
+        with training_attention(self.accelerator, inputs["input_ids"].shape[-1]):
             return super().training_step(model, inputs, num_items_in_batch)
 
     @contextmanager
     def _teacher_context(self) -> Iterator[None]:
         """The precision of the training; in bf16 on a CPU flash attention, which without gradients is mostly faster."""
-        flash = self.args.bf16 and self.args.device.type == "cpu"
-        attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if flash else nullcontext()
+        flash = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+        attention = flash if is_bf16_on_cpu(self.accelerator) else nullcontext()
         with self.accelerator.autocast(), attention:
             yield
 
@@ -330,15 +332,16 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         tokens are counted where the arguments ask for it.
         """
         args, whole = self.args, str(self.model.dtype).removeprefix("torch.")
+        precisions = {"no": whole, "bf16": "bfloat16", "fp16": "float16"}
         return {
             "steps": self.state.global_step,
             "samples": self.progress.samples,
             "tokens": self.state.num_input_tokens_seen if self._counts_tokens() else None,
             "seconds": round(self.progress.seconds(), 1),
-            "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "batch": self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "learning_rate": getattr(self._own_optimizer, "defaults", {}).get("lr", args.learning_rate),
             "optimizer": self._optimizer_name(),
-            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else whole,
+            "precision": precisions.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
             "objective": self.loss_weights,
             "seed": args.seed,
         }
@@ -357,7 +360,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         """As the base class: the teacher, the training, and the evaluation of the model as it is, if there was one."""
         step = self.state.best_global_step if self._has_best else self.state.global_step
         evaluations = [log for log in self.state.log_history if any(name.startswith("eval_") for name in log)]
-        scores = next((log for log in reversed(evaluations) if log["step"] == step), {})
+        scores = {name: value for log in evaluations if log["step"] == step for name, value in log.items()}
         unscored = ("_runtime", "_per_second")
         rows = {
             name.removeprefix("eval_"): [value] for name, value in scores.items()

@@ -106,27 +106,34 @@ def collator_for(
     return collate
 
 
-def with_heads(
-    base: PreTrainedModel,
+def headed(base: PreTrainedModel, next_sentence: bool) -> PreTrainedModel:
+    """The teacher with new heads, which alone require a gradient.
+
+    The words' embeddings are also the output layer of the new head.
+    """
+    cls = _classes(base)[_STAGES[0] if next_sentence else _STAGES[1]]
+    config: Any = copy.deepcopy(base.config)
+    config.tie_word_embeddings = True
+    model: PreTrainedModel = cls(config)
+    model.base_model.load_state_dict(base.state_dict(), strict=False)  # a masked LM has no pooler
+    model.base_model.requires_grad_(False)
+    return model
+
+
+def train_heads(
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    next_sentence: bool,
     stream: TextStream,
     steps: int,
     like: DistillationArguments,
     folder: Path,
 ) -> PreTrainedModel:
-    """The teacher with heads that were trained on it, saved in ``folder/teacher``; if that is there already, that one.
+    """The teacher with its new heads trained, saved in ``folder/teacher``; if that is there already, that one.
 
-    All that it had stays bit by bit as it was; the words' embeddings are also the output layer of the new head.
+    All that it had before stays bit by bit as it was.
     """
     saved = folder / TEACHER
     if not saved.exists():
-        cls = _classes(base)[_STAGES[0] if next_sentence else _STAGES[1]]
-        config: Any = copy.deepcopy(base.config)
-        config.tie_word_embeddings = True
-        model: PreTrainedModel = cls(config)
-        model.base_model.load_state_dict(base.state_dict(), strict=False)  # a masked LM has no pooler
-        model.base_model.requires_grad_(False)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # what is frozen needs none

@@ -38,8 +38,12 @@ STUDENT, TEACHER = "student", "teacher"
 """Folders of an experiment: the finished student, and the teacher where it was trained here."""
 
 
-def check_output(folder: str | Path, resume: bool) -> Path:
+def check_output(folder: str | Path, resume: str | bool | None) -> Path:
     """The folder of an experiment, before long work begins.
+
+    Args:
+        folder: where it is to be.
+        resume: `resume_from_checkpoint` of its training.
 
     Raises:
         FileExistsError: it holds something and is not to be resumed, or already holds a finished student.
@@ -77,10 +81,10 @@ def check_evaluation(strategy: Any) -> None:
 
 
 def check_stream(arguments: TrainingArguments) -> None:
-    """Refuse what happens at the end of each epoch in a training on a stream, whose epochs the Trainer does not know.
+    """Refuse what a training on a stream cannot do: it has an order of its own, and epochs unknown to the Trainer.
 
     Raises:
-        ValueError: a strategy is "epoch".
+        ValueError: a strategy is "epoch"; or another order is asked for, or a size of batches that is found on the way.
     """
     for name in ("save", "eval", "logging"):
         if getattr(arguments, f"{name}_strategy") == "epoch":
@@ -88,6 +92,16 @@ def check_stream(arguments: TrainingArguments) -> None:
                 f"--{name}_strategy epoch: a stream of examples has no end of an epoch; give steps, for example "
                 f"--{name}_strategy steps --{name}_steps 500"
             )
+    if arguments.train_sampling_strategy not in ("random", "group_by_length"):
+        raise ValueError(
+            f"--train_sampling_strategy {arguments.train_sampling_strategy}: a stream of examples is shuffled in a "
+            "buffer; choose random or group_by_length"
+        )
+    if arguments.auto_find_batch_size:
+        raise ValueError(
+            "--auto_find_batch_size: the steps of a stream are counted for the batches that were asked for; leave it "
+            "out, and give a smaller --per_device_train_batch_size"
+        )
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerBase, *names: str) -> None:
@@ -192,8 +206,8 @@ def train_and_save(trainer: DistillationTrainer, tokenizer: PreTrainedTokenizerB
     Returns:
         Samples and tokens (padding not counted) that the student has seen, seconds, and how it has learned.
     """
-    resume: str | bool | None = trainer.args.resume_from_checkpoint
-    if str(resume).lower() == "true":  # a run may have stopped before its first checkpoint was whole
+    resume: Any = trainer.args.resume_from_checkpoint
+    if resume is True:  # a run may have stopped before its first checkpoint was whole
         resume = any(map(is_complete, Path(trainer.args.output_dir or "").glob("checkpoint-*")))
     trainer.train(resume_from_checkpoint=resume)
     save_once(folder / STUDENT, trainer.model, tokenizer)

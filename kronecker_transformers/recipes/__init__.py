@@ -19,8 +19,10 @@ from ..compression.activations import Text, calibration_batches
 from ..compression.compress import is_searched, planned
 from ..compression.plan_file import read_plan
 from ..distillation import DistillationArguments, start_student
+from ..distillation.checkpoints import is_complete
 from ..distillation.objective import Objective
 from ..distillation.optimizer import DENSE_RATE, FACTORED_RATE, rate_for_size
+from ..models.kronecker_family import FACTORED_CLASSES
 from ..tasks.text import TextSource
 
 
@@ -110,7 +112,7 @@ class StudentOptions:
         texts: Sequence[Text] | None = None,
         arguments: DistillationArguments | None = None,
     ) -> None:
-        """Refuse what would be refused only after the training of the teacher.
+        """Refuse what would be refused only after the training of the teacher, or the search for a plan.
 
         Args:
             teacher, tokenizer, recipe, texts: as for `student`.
@@ -134,13 +136,11 @@ class StudentOptions:
         if chosen is not None:
             calibration_batches(chosen, tokenizer, teacher)
 
-    def choose_rate(self, arguments: DistillationArguments, teacher: PreTrainedModel, dense: bool = False) -> None:
-        """Set the learning rate for the teacher's hidden size, of a factored student or a dense one, where nobody has
-        chosen another.
-        """
+    def choose_rate(self, arguments: DistillationArguments, student: PreTrainedModel) -> None:
+        """Set the learning rate for a student of this hidden size, factored or dense, where nobody has chosen one."""
         if self.rate_by_size:
-            rate = DENSE_RATE if dense else FACTORED_RATE
-            arguments.learning_rate = rate_for_size(rate, teacher.config.hidden_size)
+            rate = DENSE_RATE if type(student) in FACTORED_CLASSES else FACTORED_RATE
+            arguments.learning_rate = rate_for_size(rate, student.config.hidden_size)
 
     def _texts(self, recipe: Recipe, texts: Sequence[Text] | None) -> Sequence[Text] | None:
         if self.start is not None and self.plan is not None:
@@ -266,6 +266,7 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
         if by_size:
             del wanted["learning_rate"]
         arguments = DistillationArguments(**wanted)
+        arguments.resume_from_checkpoint = _checked_resume(arguments.resume_from_checkpoint)
         if arguments.deepspeed_plugin is not None and arguments.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
                 "stage 3 of ZeRO divides teacher and student, which this script loads, saves and judges whole; choose "
@@ -285,6 +286,18 @@ def parse_script(script: type[_Script], stage: str, argv: Sequence[str] | None =
     except (ValueError, OSError) as error:
         parser.error(str(error))
         raise  # parser.error does not return
+
+
+def _checked_resume(given: Any) -> Any:
+    """A truth value as such, or the folder of a checkpoint that is whole."""
+    if str(given).lower() in ("none", "true", "false"):
+        return str(given).lower() == "true"
+    if not is_complete(Path(given)):
+        raise ValueError(
+            f"--resume_from_checkpoint {given!r} is no folder of a complete checkpoint (no readable "
+            "trainer_state.json); give another, or true for the newest one in the output folder"
+        )
+    return given
 
 
 def _without_tokens(argv: list[str]) -> list[str]:

@@ -73,7 +73,7 @@ class Augmentation:
             near = self._nearest.get(piece) or self._nearest.get(piece.lower())
             if near and generator.random() < REPLACED:
                 word = generator.choice(near)
-                pieces[place] = word.capitalize() if piece[0].isupper() else word
+                pieces[place] = word[:1].upper() + word[1:] if piece[0].isupper() else word
         words = [place for place, piece in enumerate(pieces) if piece[0].isalnum()]
         if len(words) > 2 and generator.random() < BROKEN:
             number = generator.randrange(len(words) - 1)

@@ -110,13 +110,18 @@ _Pieces = list[list[int]]  # the sentences of a document, or parts of them, as t
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, document: Document, longest: int) -> _Pieces:
-    """The lines of a document; a longer one divided into its sentences, and these into parts of `longest` tokens."""
+    """The lines of a document; a longer one divided into its sentences, and these into parts of `longest` tokens.
+
+    What follows begins with a space, for tokenizers that have other tokens there.
+    """
 
     def encoded(lines: list[str]) -> _Pieces:
         return tokenizer(lines, add_special_tokens=False, verbose=False).input_ids
 
+    first, *following = document
+    lines = [first, *(f" {line}" for line in following)]
     pieces = []
-    for line, ids in zip(document, encoded(document), strict=True):
+    for line, ids in zip(lines, encoded(lines), strict=True):
         for part in [ids] if len(ids) <= longest else encoded(SENTENCE_END.split(line)):
             pieces += [part[start : start + longest] for start in range(0, len(part), longest)]
     return pieces

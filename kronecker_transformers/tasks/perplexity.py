@@ -94,7 +94,7 @@ def perplexity(
         progress: show a progress bar.
 
     Raises:
-        ValueError: an argument out of range, or a text without words.
+        ValueError: an argument out of range, a text without words, or a tokenizer without a token to begin with.
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"normalisation={normalisation!r} is not known; choose one of {', '.join(NORMALISATIONS)}")
@@ -106,6 +106,8 @@ def perplexity(
     if not text.split():
         raise ValueError("text has 0 words, so there is nothing to predict; give another")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError("tokenizer has neither a bos nor an eos token for the text to begin with; set its bos_token")
     ids = tokenizer(NORMALISATIONS[normalisation](text), add_special_tokens=False, verbose=False).input_ids
     tokens = torch.tensor([start, *ids])
     begins = range(0, max(len(tokens) - window, 0) + stride, stride)

@@ -30,7 +30,7 @@ Document = list[str]
 Example = dict[str, Any]
 """One example without padding, by the names of the model's inputs."""
 _T = TypeVar("_T")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)")
 BUFFERED = 1000
 """Documents that are looked at, or held, at a time."""
 
@@ -309,6 +309,11 @@ def _grouped(examples: Iterator[Example], size: int, generator: random.Random) -
         groups = [held[start : start + size] for start in range(0, len(held) - len(rest), size)]
         generator.shuffle(groups)
         yield from chain(*groups, rest)
+
+
+def stream_seed(arguments: TrainingArguments) -> int:
+    """The `seed` of a `TextStream`: that of the data, where there is one of its own."""
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
 
 
 def length_group(arguments: TrainingArguments) -> int:

@@ -99,6 +99,20 @@ def test_missing_labels_and_inputs_are_errors(tmp_path):
         make_trainer(student, teacher, tmp_path).objective.count({"labels": torch.zeros(3)})
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        (None, [1.0, 0.0, 1.0], "labels of torch.float32 must be the whole numbers of classes; convert them, or set"),
+        ("multi_label_classification", 1, r"labels of shape \(8,\) and torch.int64 must be floating-point truth value"),
+    ],
+)
+def test_labels_of_another_kind_are_errors(kind, labels, message, tmp_path):
+    teacher, student = pair(BertForSequenceClassification, problem_type=kind)
+    rows = [{**row, "labels": labels} for row in examples(student)]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(student, teacher, tmp_path, rows=rows).train()
+
+
 def test_modules_that_are_not_run_are_an_error(tmp_path):
     teacher, student = pair(BertForSequenceClassification)
     trainer = make_trainer(student, teacher, tmp_path)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2LMHeadModel, TrainerCallback
 
-from kronecker_transformers.distillation import DistillationArguments, contexts
+from kronecker_transformers.distillation import DistillationArguments, DistillationTrainer, contexts
 from kronecker_transformers.distillation.checkpoints import is_complete, newest_checkpoint
 
 _NAME = next(
@@ -452,8 +452,56 @@ def test_the_record_says_what_was_done(tmp_path):
     assert (found["optimizer"], found["learning_rate"]) == ("SGD", 0.5)
     assert found["precision"] == "bfloat16"
     assert found["tokens"] is None
-    with pytest.raises(ValueError, match="muon=True and an optimizer of your own were given; leave one of them out"):
-        make_trainer(student, teacher, tmp_path, muon=True, trainer={"optimizers": (own, None)})
+    given = torch.optim.Adam, {"lr": 0.25}
+    trainer = make_trainer(student, teacher, tmp_path, trainer={"optimizer_cls_and_kwargs": given})
+    trainer.train()
+    found = trainer.training_summary()
+    assert (found["optimizer"], found["learning_rate"]) == ("Adam", 0.25)
+    for own_optimizer in ({"optimizers": (own, None)}, {"optimizer_cls_and_kwargs": given}):
+        with pytest.raises(ValueError, match="muon=True and an optimizer of your own were given; leave one of them"):
+            make_trainer(student, teacher, tmp_path, muon=True, trainer=own_optimizer)
+
+
+def test_the_record_has_the_precision_of_the_launcher(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` sets it
+    teacher, student = pair(BertForSequenceClassification)
+    trainer = make_trainer(student, teacher, tmp_path)
+    dtypes = set()
+    student.classifier.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    trainer.train()
+    assert dtypes == {torch.bfloat16}
+    assert trainer.training_summary()["precision"] == "bfloat16"
+
+
+def test_the_record_has_the_scores_of_all_evaluation_sets(tmp_path):
+    teacher, student = pair(BertForSequenceClassification)
+    sets = {name: examples(student, 4, seed) for seed, name in enumerate(("matched", "mismatched"))}
+    trainer = make_trainer(
+        student, teacher, tmp_path, eval_strategy="steps", eval_steps=1, trainer={"eval_dataset": sets}
+    )
+    trainer.train()
+    for name, rows in sets.items():
+        loss = trainer.evaluate(rows)["eval_loss"]
+        assert trainer.record()["rows"][f"{name}_loss"] == [pytest.approx(loss)], name
+
+
+def test_batches_that_were_too_large_are_not_counted(tmp_path, monkeypatch):
+    teacher, student = pair(BertForSequenceClassification)
+    tried = []
+    whole = DistillationTrainer.training_step
+
+    def training_step(self, model, inputs, *args):
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > 4 and len(tried) > 1:  # after a step that went well
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(self, model, inputs, *args)
+
+    monkeypatch.setattr(DistillationTrainer, "training_step", training_step)
+    trainer = make_trainer(student, teacher, tmp_path, max_steps=3, auto_find_batch_size=True)
+    trainer.train()
+    found = trainer.training_summary()
+    assert tried[-3:] == [4, 4, 4]
+    assert (found["steps"], found["batch"], found["samples"]) == (3, 4, 12)
 
 
 def test_folders_that_are_no_checkpoints_of_a_step_are_passed_over(tmp_path):

@@ -139,6 +139,9 @@ def test_without_validation_text_and_with_the_models_maximum(workplace):
         ({"stride": 24}, "stride=24 must be at least 1 and below window=24"),
         ({"layers": "0,3"}, r"layers=\[0, 3\] must be layers of the teacher"),
         ({"save_strategy": "epoch"}, "--save_strategy epoch: a stream of examples has no end of an epoch; give steps"),
+        ({"train_sampling_strategy": "sequential"}, "_strategy sequential: a stream of examples is shuffled in a buff"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size: the steps of a stream are counted for the batches"),
+        ({"layer_map": [0, 1]}, r"layer_map=\[0, 1\] must give for each of the 3 layers"),
         ({"validation_text": "white.txt"}, r"validation_text 'white\.txt' has 0 words; give another, or leave it out"),
     ],
 )

@@ -98,6 +98,7 @@ def test_a_teacher_with_a_head_teaches_without_it_for_an_epoch(tmp_path):
         ({"sts_file": "missing.csv"}, FileNotFoundError, r"'missing\.csv' does not exist"),
         ({"sts_file": "pairs.csv"}, ValueError, r"'pairs\.csv' lacks the column 'label'; it has sentence1, sentence2"),
         ({"sts_file": "words.csv"}, ValueError, r"'words\.csv' has the label 'near'; labels are numbers"),
+        ({"supervised_weight": 1}, ValueError, "supervised_weight=1.0 needs a student with a head"),
         ({"save_strategy": "epoch"}, ValueError, "--save_strategy epoch: a stream of examples has no end of an epoch"),
     ],
 )

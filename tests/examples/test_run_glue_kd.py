@@ -400,6 +400,21 @@ def test_what_does_not_fit_is_refused_before_the_teacher_is_trained(workplace, m
                     calibration=workplace / "few.txt")  # fmt: skip
 
 
+def test_what_does_not_fit_is_refused_before_a_plan_is_searched(workplace, monkeypatch):
+    teacher = save_teacher(workplace / "teacher", BertForSequenceClassification, id2label=None, label2id=None)
+    monkeypatch.setattr("kronecker_transformers.recipes.start_student", lambda *_, **__: pytest.fail("is searched"))
+    glue = {"teacher": teacher, "task_name": "sst2", "data_dir": workplace / "glue"}
+    for option, message in (
+        ({"layer_map": [0, 1]}, r"layer_map=\[0, 1\] must give for each of the 3 layers"),
+        (
+            {"eval_do_concat_batches": False},
+            "--eval_do_concat_batches false: metrics are those of a whole evaluation set",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_example("run_glue_kd", workplace / "out", **glue, **option)
+
+
 def test_a_head_that_is_not_wanted_is_passed_over(workplace):
     teacher = save_teacher(workplace / "teacher", BertForMaskedLM)
     config = json.loads((teacher / "config.json").read_text())

@@ -211,12 +211,16 @@ def test_what_it_judges_on_is_missed_before_the_training(workplace):
         (BertForMaskedLM, {"max_length": 41}, "max_length=41 must be from 2 to the teacher's 40 tokens"),
         (BertModel, {"supervised_weight": 0, "embedding_mse_weight": 0, "attention_mse_weight": 0,
                      "hidden_mse_weight": 0, "logits_weight": 1}, "all weights that are left are 0; give"),
+        (BertModel, {"train_heads": 2, "validation_text": ["missing.txt"]}, r"'missing\.txt' does not exist"),
+        (BertModel, {"train_heads": 2, "plan": "30y"}, "plan='30y' is neither one of"),
+        (BertModel, {"train_heads": 2, "layer_map": [0, 1]}, r"layer_map=\[0, 1\] must give for each of the 3 layers"),
         (GPT2LMHeadModel, {}, "is a GPT2LMHeadModel, whose family predicts no masked words; distil it with run_clm_kd"),
     ],
 )  # fmt: skip
 def test_clear_refusals(dense_class, options, message, workplace):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(workplace, dense_class, **options)
+    assert not (workplace / "out").exists()
 
 
 def test_refuses_options_that_are_not_its_own(workplace, capsys):

@@ -76,6 +76,15 @@ def test_words_are_replaced_by_near_ones_and_all_else_stays(family, monkeypatch)
             assert new[0].isupper() == old[0].isupper()
 
 
+def test_a_word_at_the_place_of_a_capitalized_one_keeps_its_other_capitals(monkeypatch, tmp_path):
+    changed(monkeypatch, REPLACED=1.0, BROKEN=0.0)
+    vocabulary = tmp_path / "cased.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "NATO", "USA", "went"]))
+    tokenizer = transformers.BertTokenizer(str(vocabulary), do_lower_case=False)
+    augmented = Augmentation([("USA",)], tiny.teacher(transformers.BertModel), tokenizer)
+    assert {augmented.text("USA", random.Random(seed)) for seed in range(50)} == {"NATO", "Went"}
+
+
 def test_broken_texts_have_a_word_dropped_or_two_swapped(family, monkeypatch):
     changed(monkeypatch, REPLACED=0.0, BROKEN=1.0)
     augmented = Augmentation(ROWS, *family)

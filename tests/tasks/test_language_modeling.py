@@ -5,7 +5,12 @@ import math
 import pytest
 import tiny
 import torch
-from transformers import BertTokenizer, DataCollatorForLanguageModeling
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import BertTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from kronecker_transformers.tasks.language_modeling import block_examples, masked_examples, sentence_examples
 from kronecker_transformers.tasks.text import WHOLE, Share, TextSource
@@ -59,6 +64,20 @@ def test_blocks_hold_every_token_in_order(length, blank, gpt2_tokenizer, tmp_pat
         assert block["labels"] == block["input_ids"]
         assert block["labels"] is not block["input_ids"]
         assert block["attention_mask"] == [1] * length
+
+
+@pytest.mark.parametrize(
+    "lines", [["the fox jumps. the lazy dog! a model?"], ["the fox jumps.", "the lazy dog!", "a model?"]]
+)
+def test_sentences_keep_the_space_before_them(lines, tmp_path):
+    words = Tokenizer(BPE())
+    words.pre_tokenizer, words.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    words.train_from_iterator(lines, BpeTrainer(special_tokens=["<s>", "</s>"], show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, cls_token="<s>", sep_token="</s>")
+    source = TextSource((write(tmp_path / "text.txt", "\n".join([*lines, "", "a dog"])),))
+    found = list(masked_examples(source, tokenizer, 12, next_sentence=False, short=0))
+    ids = itertools.chain.from_iterable(example["input_ids"] for example in found)
+    assert tokenizer.decode(list(ids), skip_special_tokens=True) == "the fox jumps. the lazy dog! a model?a dog"
 
 
 DOCUMENTS, LINES = 40, 12

@@ -11,7 +11,15 @@ import tiny
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from kronecker_transformers.tasks.text import WHOLE, Share, TextSource, TextStream, length_group, training_steps
+from kronecker_transformers.tasks.text import (
+    WHOLE,
+    Share,
+    TextSource,
+    TextStream,
+    length_group,
+    stream_seed,
+    training_steps,
+)
 
 WORDS = tiny.TEXT.split()
 # on a machine with one core, PyTorch warns of two workers
@@ -243,6 +251,11 @@ def test_streams_follow_the_sampling_strategy(tmp_path, strategy, group):
         str(tmp_path), use_cpu=True, per_device_train_batch_size=4, train_sampling_strategy=strategy
     )
     assert length_group(arguments) == group
+
+
+@pytest.mark.parametrize(("own", "seed"), [({}, 3), ({"data_seed": 7}, 7), ({"data_seed": 0}, 0)])
+def test_streams_have_the_seed_of_the_data(own, seed, tmp_path):
+    assert stream_seed(TrainingArguments(str(tmp_path), use_cpu=True, seed=3, **own)) == seed
 
 
 @on_one_core

@@ -21,13 +21,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from kronecker_transformers.display import distillation_table
+from kronecker_transformers.display import console, distillation_table
 from kronecker_transformers.evaluation.timing import environment
 from kronecker_transformers.experiments.distill import distill
 from kronecker_transformers.tasks.docstrings import docstring_sentences
@@ -83,13 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     length.add_argument("--minutes", type=float, help="of distillation (default: 6)")
     length.add_argument("--steps", type=int, help="of distillation, instead of minutes")
     options = parser.parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    terminal = console(None if sys.stdout.isatty() else 100)
     disable_progress_bar()  # of loading and saving
-    console.print(environment(), highlight=False)
+    terminal.print(environment(), highlight=False)
     teacher = teacher_folder()
-    console.print(f"Teacher: all-MiniLM-L6-v2, weights checked ({WEIGHTS_SHA256[:12]}...)", highlight=False)
+    terminal.print(f"Teacher: all-MiniLM-L6-v2, weights checked ({WEIGHTS_SHA256[:12]}...)", highlight=False)
     sentences = docstring_sentences()
-    console.print(f"Text: {len(sentences):,} sentences from the documentation of installed packages", highlight=False)
+    terminal.print(f"Text: {len(sentences):,} sentences from the documentation of installed packages", highlight=False)
     shutil.rmtree(OUTPUT, ignore_errors=True)  # of an earlier demo
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "documentation.txt"
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = distill(
             teacher, text, OUTPUT, ratio=RATIO, layers=LAYERS, steps=options.steps,
             minutes=6.0 if options.minutes is None and options.steps is None else options.minutes, progress=True,
-            base_model="sentence-transformers/all-MiniLM-L6-v2", show=lambda line: console.print(line, highlight=False),
+            base_model="sentence-transformers/all-MiniLM-L6-v2", show=partial(terminal.print, highlight=False),
         )  # fmt: skip
     batch = found.tokenizer(
         ["Opened in another process.", "It has never heard of this package."], padding=True, return_tensors="pt"
@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         here = found.model(**batch).last_hidden_state
     torch.testing.assert_close(open_elsewhere(OUTPUT, dict(batch)), here)
-    console.print(distillation_table(found.training["steps"], found.models, found.rows))
-    console.print(
+    terminal.print(distillation_table(found.training["steps"], found.models, found.rows))
+    terminal.print(
         f"Saved in {OUTPUT}, with model card, plan, plots and record. A new process without this package has opened "
         "it and computed the same.",
         highlight=False,

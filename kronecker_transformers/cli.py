@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from rich.console import Console
 
-from . import __version__, commands
+from . import __version__, commands, display
 from .compression.latency import ENGINES, Runtime
 from .evaluation.timing import DTYPES
 from .models.kronecker_family import FAMILIES
@@ -175,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
             help="for onnx and openvino: compare the graphs with PyTorch on the first 32 sentences or "
             "documents of this file (default: on a few English sentences)",
         )
+        command.add_argument("--text-column", metavar="NAME", help="text column of a table or dataset (default: text)")
         command.add_argument("--output", required=True, metavar="DIR", help="new folder for the result")
         command.set_defaults(run=commands.run_export)
 
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         # into a file or a pipe, lines are as long as the longest module names need
-        arguments.run(arguments, Console(width=None if sys.stdout.isatty() else 110))
+        arguments.run(arguments, display.console(None if sys.stdout.isatty() else 110))
     except (OSError, ValueError, TypeError, ImportError, FloatingPointError, torch.OutOfMemoryError) as error:
         message = " ".join(str(error).split())
         print(f"kronecker-transformers {arguments.command}: error: {message}", file=sys.stderr)

@@ -21,7 +21,7 @@ from .evaluation.cost import Report, describe, recorded_errors
 from .evaluation.timing import Comparison, benchmark
 from .export.dense import to_dense
 from .hub.card import has_own_card, model_card
-from .hub.push import Pushed, card_metadata, files_to_push, full_name, push, push_space
+from .hub.push import Pushed, card_metadata, check_branch, files_to_push, full_name, push, push_space
 from .tasks.text import TextSource
 
 CALIBRATION_TEXTS = 512
@@ -128,10 +128,14 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> None:
 def run_export(arguments: argparse.Namespace, console: Console) -> None:
     """Write a model as a stock dense one, or as graphs."""
     check_new_folder(arguments.output)
-    formats = {"int8": ("onnx", "openvino"), "int4": ("onnx",), "fp16": ("onnx",), "text": ("onnx", "openvino")}
+    graphs = "onnx", "openvino"
+    formats = {"int8": graphs, "int4": ("onnx",), "fp16": ("onnx",), "text": graphs, "text_column": graphs}
     for option, able in formats.items():
         if getattr(arguments, option) and arguments.format not in able:
-            raise ValueError(f"--{option} is for --format {' or '.join(able)}; add that, or leave --{option} out")
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for --format {' or '.join(able)}; add that, or leave --{name} out")
+    if arguments.text_column is not None and not arguments.text:
+        raise ValueError("--text-column is of a text; give --text, or leave --text-column out")
     if arguments.format != "dense":
         _export_graphs(arguments, console)
         return
@@ -150,7 +154,8 @@ def _export_graphs(arguments: argparse.Namespace, console: Console) -> None:
     else:
         forms = ["openvino", "openvino_int8"] if arguments.int8 else ["openvino"]
         runtime = "openvino"
-    texts = TextSource((arguments.text,)).lines(32) if arguments.text else SENTENCES
+    column = arguments.text_column or "text"
+    texts = TextSource((arguments.text,), column=column).lines(32) if arguments.text else SENTENCES
     model, tokenizer = load_model(arguments.model)
     console.print("The model is traced and written; this takes up to a minute.")
     found = export_graphs(model, tokenizer, arguments.output, forms, texts=texts)
@@ -179,17 +184,18 @@ def run_benchmark(arguments: argparse.Namespace, console: Console) -> None:
         options = {"dtype": arguments.dtype, "device": arguments.device}
         compiled = arguments.runtime == "torch-compile"
         found = benchmark(arguments.model, arguments.against, compiled=compiled, **options, **sizes)
+    if arguments.json:
+        write_text(arguments.json, to_json(found.to_dict()))
     console.print(found.environment, highlight=False)
     console.print(display.comparison_table(found))
     console.print(found.verdict(), highlight=False)
-    if arguments.json:
-        write_text(arguments.json, to_json(found.to_dict()))
     if arguments.picture:
         display.comparison_picture(found, arguments.picture)
 
 
 def run_push(arguments: argparse.Namespace, console: Console) -> None:
     """Publish a model."""
+    check_branch(arguments.revision, arguments.create_pr)
     name = full_name(arguments.repository)
     twin_name = full_name(f"{name}-dense") if arguments.with_dense_twin else ""
     known: dict[str, Any] = {key: getattr(arguments, key) for key in ("base_model", "license", "language")}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from .checkpoint.files import check_file
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from .evaluation.timing import Comparison
     from .export.parity import ExportedFile
     from .hub.files import PublishedFile
+
+
+def console(width: int | None = None) -> Console:
+    """For a terminal; brackets and colons in names are no markup.
+
+    Args:
+        width: of the lines, in characters; default: that of the terminal.
+    """
+    return Console(width=width, markup=False, emoji=False)
 
 
 def layers_table(report: Report) -> Table:

@@ -24,15 +24,16 @@ def main() -> None:
     """Write the card and, beside it, the record."""
     parser = argparse.ArgumentParser(description="Make a card of this folder.")
     parser.add_argument("folder", nargs="?", type=Path, default=DEMO, help="of the student (default: the demo's)")
-    parser.add_argument("name", nargs="?", default=DEMO.name, help="of the model (default: %(default)s)")
+    parser.add_argument("name", nargs="?", help="of the model (default: that of the folder)")
     options = parser.parse_args()
+    name = options.name or options.folder.resolve().name
     if not options.folder.is_dir():
         parser.error(f"{str(options.folder)!r} does not exist; make the student first")
     (HERE / "records").mkdir(exist_ok=True)
     record = without_local_paths(options.folder / RESULTS_FILE).decode()
-    write_text(HERE / "records" / f"{options.name}.json", record)
-    card = str(model_card(options.folder, f"your-name/{options.name}"))
-    write_text(HERE / f"{options.name}.md", re.sub(r"!\[.*\]\(.*\.png\)\n\n", "", card))
+    write_text(HERE / "records" / f"{name}.json", record)
+    card = str(model_card(options.folder, f"your-name/{name}"))
+    write_text(HERE / f"{name}.md", re.sub(r"!\[.*\]\(.*\.png\)\n\n", "", card))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,9 +29,9 @@ from .timing import (
     in_turn,
     machine_rates,
     median_and_spread,
+    memory_of,
     name_of,
     peak_memory,
-    tells_memory,
 )
 
 ENGINES = {"onnxruntime": ("fp32", "int8"), "openvino": ("openvino", "openvino_int8")}
@@ -100,9 +98,11 @@ def benchmark_sessions(
                 limit_milliseconds=middle * (1 - share_of_products(path, batch, length, words=words[key], dtype=dtype)),
                 peak_bytes=session_memory(path, batch, length, words[key], dtype),
             )  # fmt: skip
+    computed = dtype if dtype != "float32" or not int8 else ""
+    precision = ", ".join(filter(None, ["int8" if int8 else "", computed]))
     rates, machine = machine_rates(torch.float32), f"{environment()}, {engine} {version(engine)}"
     return Comparison(
-        **measurements, batch=batch, length=length, dtype="int8" if int8 else dtype, device="cpu", compiled=False,
+        **measurements, batch=batch, length=length, dtype=precision, device="cpu", compiled=False,
         gemm_rate=rates[0], copy_rate=rates[1], environment=machine, runtime=engine,
     )  # fmt: skip
 
@@ -176,13 +176,7 @@ def session_memory(
     Raises:
         OSError: the process failed.
     """
-    if not tells_memory():
-        return None
-    code = f"from {__name__} import _print_memory; _print_memory(*{(os.fspath(path), batch, length, words, dtype)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"memory of {os.fspath(path)!r} could not be measured: {done.stderr.strip()[-500:]}")
-    return int(done.stdout.split()[-1])
+    return memory_of(_print_memory, path, batch, length, words, dtype)
 
 
 def _print_memory(path: str, batch: int, length: int, words: int, dtype: str) -> None:

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,10 +19,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.load import load_model
+from ..checkpoint.teachers import check_pad_token
 from ..models.kronecker_family import family_of, has_choices, longest_sequence
 from ..models.kronecker_layers import KroneckerLinear
 from .cost import describe
@@ -177,11 +179,15 @@ def benchmark(
     for key, source in sources.items():
         side: Any = copy.deepcopy(source) if isinstance(source, PreTrainedModel) else load_model(source)[0]
         check_length(side, length, source)
+        if batch > 1:
+            check_pad_token(side)
         sides[key] = side.to(dtype=getattr(torch, dtype), device=device).eval()
     costs = {key: describe(side, length).factored for key, side in sides.items()}
+    passes = {key: forward_pass(side, batch, length, compiled) for key, side in sides.items()}
+    if compiled:
+        check_compiler(passes.values())
     rates = machine_rates(getattr(torch, dtype), device)
     with torch.inference_mode():
-        passes = {key: forward_pass(side, batch, length, compiled) for key, side in sides.items()}
         seconds = in_turn(passes, rounds, device=device)
     limits = {key: limit_seconds(side, batch, length, rates, rounds) for key, side in sides.items()}
     measurements: dict[str, Any] = {}
@@ -198,6 +204,23 @@ def benchmark(
         **measurements, batch=batch, length=length, dtype=dtype, device=device, compiled=compiled,
         gemm_rate=rates[0], copy_rate=rates[1], environment=environment(),
     )  # fmt: skip
+
+
+def check_compiler(passes: Iterable[Callable[[], Any]]) -> None:
+    """Compile these passes.
+
+    Raises:
+        ValueError: it cannot be done here.
+    """
+    try:
+        with torch.inference_mode():
+            for forward in passes:
+                forward()
+    except TorchDynamoException as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"torch.compile cannot be used here ({reason}); install a C++ compiler, or measure without it"
+        ) from error
 
 
 def check_sizes(batch: int, length: int, rounds: int) -> None:
@@ -296,9 +319,19 @@ def process_memory(source: str | os.PathLike[str], batch: int, length: int, dtyp
     Raises:
         OSError: the process failed.
     """
+    return memory_of(_print_memory, source, batch, length, dtype)
+
+
+def memory_of(function: Callable[..., None], source: str | os.PathLike[str], *arguments: Any) -> int | None:
+    """The number that a function of a module prints in a process of its own; None where the system tells no memory.
+
+    Raises:
+        OSError: the process failed.
+    """
     if not tells_memory():
         return None
-    code = f"from {__name__} import _print_memory; _print_memory(*{(os.fspath(source), batch, length, dtype)!r})"
+    name = function.__name__
+    code = f"from {function.__module__} import {name}; {name}(*{(os.fspath(source), *arguments)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"memory of {os.fspath(source)!r} could not be measured: {done.stderr.strip()[-500:]}")

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from ..checkpoint.files import check_new_folder, to_json, write_text
 from ..checkpoint.load import load_teacher, save_folder
+from ..display import console
 from ..distillation.arguments import DistillationArguments
 from ..distillation.checkpoints import is_complete
 from ..distillation.contexts import unchanged_cache, unchanged_forward
@@ -252,7 +252,7 @@ def finish(folder: Path, table: Table, results: Mapping[str, Any]) -> None:
     """Show the table, and keep the figures in ``results.json``, in the main process only."""
     if PartialState().is_main_process:
         _write_results(folder, results)
-        Console(width=None).print(table)
+        console().print(table)
 
 
 @contextlib.contextmanager

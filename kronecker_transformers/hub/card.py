@@ -9,8 +9,10 @@ from __future__ import annotations
 import ast
 import logging
 import os
+import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +37,8 @@ _SIZE_AND_SPEED = ("megabytes", "examples per second")
 """Rows of a record, of the factored model and not of its dense twin."""
 _DATA_FILES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
 """Endings that no name on the Hub has."""
+_SPLIT = re.compile(r"(.+?)(_(?:mis)?matched)?")
+"""A score, and which of MNLI's two validation sets it is of."""
 _SENTENCE = "The students were proud of what their teacher had taught them."
 
 
@@ -119,7 +123,12 @@ def model_card(
             f"{str(folder)!r} holds a {type(model).__name__}, not a factored model; push the factored folder, with "
             "--with-dense-twin for its twin, or write a README.md of your own beside a dense model"
         )
+    factored = load_model(records)[0] if twin_of else model
     record = _read(records / RESULTS_FILE)
+    with _as_recorded(records / RESULTS_FILE):
+        told = _told(record, twin_of is not None)
+    with _as_recorded(folder / BENCHMARK_FILE):
+        speed = _speed(folder, model)
     options, training = record.get("options", {}), record.get("training", {})
     source = options.get("teacher") or _read(records / REPORT_FILE).get("teacher")
     given = {"base_model": base_model, "license": license, "language": language}
@@ -133,11 +142,7 @@ def model_card(
     use = _USES[heads[0].kind if heads else None]
     modules = read_modules(folder)
     is_sentence_encoder = modules is not None and "Pooling" in modules.kinds
-    if twin_of:  # the twin has the same quality, but not the size and the speed of the factored model
-        rows = {name: row for name, row in record.get("rows", {}).items() if name not in _SIZE_AND_SPEED}
-        record = {**record, "rows": rows}
-    quality, models = _quality(record)
-    results = _eval_results(record, options)
+    results: list[EvalResult] = told.pop("results")
     data = ModelCardData(
         model_name=repo_id.rpartition("/")[2],
         base_model=base_model,
@@ -153,7 +158,7 @@ def model_card(
             *(["sentence-transformers"] if is_sentence_encoder else []),
             *(["dense-twin"] if twin_of else ["custom_code"]),
         ],
-        datasets=_datasets(options) or None,
+        datasets=told.pop("datasets") or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
         widget=[_SIMILARITY] if is_sentence_encoder else [_with_mask(example, tokenizer) for example in use.widget],
@@ -172,23 +177,49 @@ def model_card(
         architecture=architecture,
         auto_class=auto_class(model),
         is_sentence_encoder=is_sentence_encoder,
-        only_factored=not training and bool(recorded_errors(records, describe(model).factors_sha256)),
+        has_tokenizer=tokenizer is not None,
+        only_factored=not training and bool(recorded_errors(records, describe(factored).factors_sha256)),
         trust="" if twin_of else ", trust_remote_code=True",
         **_costs(model, twin_of is not None),
-        speed=_speed(folder),
-        has_rate="examples per second" in record.get("rows", {}),
-        quality=quality,
-        quality_models=models,
-        protocol=record.get("protocol"),
+        **told,
+        speed=speed,
         figures=[file.name for file in published_files(folder) if file.name.endswith(".png")],
-        data=_data(options),
-        training=_training(training),
-        dense_training=_dense_training(record.get("dense_training", {})),
-        **_depth(record),
-        environment=record.get("environment"),
-        command=_command(options.get("command")),
         code=[(file.name, _first_line(file.content()), file.sha256()) for file in code],
     )
+
+
+@contextmanager
+def _as_recorded(path: Path) -> Iterator[None]:
+    """Refuse a file of a common name that holds something else."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no record of this package ({type(error).__name__}: {error}); rename or remove it"
+        ) from error
+
+
+def _told(record: Mapping[str, Any], is_twin: bool) -> dict[str, Any]:
+    """What the record of a training says, for the template; `results` and `datasets` are for the metadata."""
+    options = record.get("options", {})
+    if is_twin:  # it has the same quality, but not the size and the speed of the factored model
+        rows = {name: row for name, row in record.get("rows", {}).items() if name not in _SIZE_AND_SPEED}
+        record = {**record, "rows": rows}
+    quality, models = _quality(record)
+    return {
+        "results": _eval_results(record, options),
+        "datasets": _datasets(options),
+        "has_rate": "examples per second" in record.get("rows", {}),
+        "quality": quality,
+        "quality_models": models,
+        "protocol": record.get("protocol"),
+        "data": _data(options),
+        "training": _training(record.get("training", {})),
+        "dense_training": _dense_training(record.get("dense_training", {})),
+        **_depth(record),
+        "environment": record.get("environment"),
+        "command": _command(options.get("command")),
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -256,11 +287,16 @@ def _costs(model: Any, is_twin: bool) -> dict[str, Any]:
     }
 
 
-def _speed(folder: Path) -> str | None:
+def _speed(folder: Path, published: Any) -> str | None:
     found = _read(folder / BENCHMARK_FILE)
     if not found:
         return None
     model, against = found["model"], found["against"]
+    if model["parameters"] != (own := describe(published).factored.parameters):
+        raise ValueError(
+            f"{BENCHMARK_FILE} is of a model of {model['parameters']:,} parameters, and {str(folder)!r} has {own:,}; "
+            f"run `kronecker-transformers benchmark {folder} --against ...` again, or remove it"
+        )
     return (
         f"{model['milliseconds']:.1f} ms for {found['batch']} x {found['length']} tokens in {found['dtype']} on "
         f"{found['device']}{_engine(found)}, {found['speedup']:.2f} times as fast as {Path(against['name']).name} with "
@@ -303,10 +339,14 @@ def _eval_results(record: Mapping[str, Any], options: Mapping[str, Any]) -> list
     if not where or options.get("max_eval_samples"):
         return []
     scores = record.get("metrics", {}).get("student", {})
-    return [
-        EvalResult(metric_type=name, metric_value=value, dataset_split="validation", **where)
-        for name, value in scores.items() if "total" not in name
-    ]  # fmt: skip
+    found = []
+    for name, value in scores.items():
+        metric, split = _SPLIT.fullmatch(name).groups()  # type: ignore[union-attr]  # of any name
+        if "total" not in name:
+            found.append(
+                EvalResult(metric_type=metric, metric_value=value, dataset_split=f"validation{split or ''}", **where)
+            )
+    return found
 
 
 def _texts(options: Mapping[str, Any]) -> list[str]:
@@ -325,8 +365,10 @@ def _data(options: Mapping[str, Any]) -> str | None:
     """What it was trained on."""
     names = [name if _is_hub_name(name) else Path(name).name for name in _texts(options)]
     known = options.get("data") or ", ".join(names) or _benchmark(options).get("dataset_name")
-    parts = [(options.get("fraction"), "{:.0%} of it"), (options.get("max_train_samples"), "{:,} examples of it")]
-    return known and ", ".join([known, *(form.format(part) for part, form in parts if part and part != 1)])
+    fraction, samples = options.get("fraction"), options.get("max_train_samples")
+    parts = [f"{100 * fraction:.3g}% of it"] if fraction and fraction != 1 else []
+    parts += [f"{samples:,} examples of it"] if samples else []
+    return known and ", ".join([known, *parts])
 
 
 def _training(training: Mapping[str, Any]) -> str | None:

@@ -36,6 +36,8 @@ from .files import CARD, WEIGHTS, PublishedFile, published_files
 
 ATTEMPTS = 5
 """At a push that the Hub, or the line to it, fails."""
+PYTHON = "3.11"
+"""Of a Space, whose default is an older one than the code of a model needs."""
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers after which it is worth to try again
 
 logger = logging.getLogger(__name__)
@@ -85,8 +87,7 @@ def push(
         FileNotFoundError, ValueError: see `published_files`; or a name that the Hub does not allow.
         OSError: the Hub refuses, or cannot be reached; then nothing of the push is visible, and it can be made again.
     """
-    if create_pr and revision not in (None, constants.DEFAULT_REVISION):
-        raise ValueError(f"revision={revision!r} cannot be combined with a pull request, which goes to main; leave one")
+    check_branch(revision, create_pr)
     repo_id = full_name(repo_id, token)
     sources = {file.name: file.source for file in files_to_push(folder, repo_id, card=card, token=token)}
     sources.update(also or {})
@@ -94,6 +95,16 @@ def push(
     return _publish(
         HfApi(token=token), repo_id, files, message or "Upload model", {"private": private}, revision, create_pr
     )
+
+
+def check_branch(revision: str | None, create_pr: bool) -> None:
+    """Refuse a pull request to another branch than main.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if create_pr and revision not in (None, constants.DEFAULT_REVISION):
+        raise ValueError(f"revision={revision!r} cannot be combined with a pull request, which goes to main; leave one")
 
 
 def files_to_push(
@@ -159,8 +170,9 @@ def push_space(
     files["space.json"] = (json.dumps(settings, indent=2) + "\n").encode()
     title = model.rpartition("/")[2]
     data = SpaceCardData(
-        title=title, sdk="gradio", app_file="app.py", models=[model, teacher], tags=["kronecker", "compression"]
-    )
+        title=title, sdk="gradio", python_version=PYTHON, app_file="app.py", models=[model, teacher],
+        tags=["kronecker", "compression"],
+    )  # fmt: skip
     text = f"{title} beside its teacher {teacher}: answers, sizes and times on one CPU server."
     files["README.md"] = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n".encode()
     options = {"private": private, "repo_type": "space", "space_sdk": "gradio"}

@@ -10,6 +10,7 @@ from transformers import BertModel
 
 from kronecker_transformers import compress
 from kronecker_transformers.cli import main
+from kronecker_transformers.evaluation import sessions
 from kronecker_transformers.evaluation.sessions import (
     benchmark_sessions,
     session_memory,
@@ -78,6 +79,25 @@ def test_on_the_command_line(dense, tmp_path, capsys):
 def test_options_that_do_not_go_together(options, message, capsys):
     assert main(["benchmark", "a", "--against", "b", *options]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("int8", "dtype", "name"),
+    [
+        (False, "float32", "float32"),
+        (False, "bfloat16", "bfloat16"),
+        (True, "float32", "int8"),
+        (True, "bfloat16", "int8, bfloat16"),
+    ],
+)
+def test_the_name_of_a_precision_says_both_of_weights_and_of_activations(int8, dtype, name, dense, monkeypatch):
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    for slow, value in (("in_turn", {"model": [1.0] * 4, "against": [1.0] * 4}), ("share_of_products", 0.5),
+                        ("session_memory", None), ("machine_rates", (1.0, 1.0))):  # fmt: skip
+        monkeypatch.setattr(sessions, slow, lambda *_, found=value, **__: found)
+    found = benchmark_sessions(dense, dense, length=8, engine="openvino", int8=int8, dtype=dtype)
+    assert found.dtype == name
 
 
 def test_refusals_come_before_the_export(dense):

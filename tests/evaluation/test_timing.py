@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 from tiny import teacher
-from transformers import BertForMultipleChoice, BertModel, GPT2LMHeadModel
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers import BertForMultipleChoice, BertModel, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from kronecker_transformers import compress, describe
 from kronecker_transformers.cli import main
@@ -78,6 +79,26 @@ def test_compiled_measures_both_compiled(monkeypatch):
     dense = teacher(BertModel)
     assert benchmark(compress(dense).model, dense, length=8, rounds=2, compiled=True).compiled
     assert sorted(compiled) == ["BertModel", "KroneckerBertModel"]
+
+
+def test_a_compiler_that_is_missing_is_named_before_the_measuring(monkeypatch):
+    def compile_(model):
+        def forward(*args, **kwargs):
+            raise BackendCompilerFailed("inductor", RuntimeError("No working C++ compiler found"), None)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(package_benchmark, "machine_rates", lambda *_: pytest.fail("is measured"))
+    dense = teacher(BertModel)
+    with pytest.raises(ValueError, match=r"torch.compile cannot be used here \(.*\); install a C\+\+ compiler"):
+        benchmark(dense, dense, length=8, compiled=True)
+
+
+def test_several_texts_need_a_padding_token():
+    dense = teacher(GPT2ForSequenceClassification, pad_token_id=None)
+    with pytest.raises(ValueError, match="has no pad_token_id in its config, so it cannot read several texts at once"):
+        benchmark(dense, dense, length=8, batch=2)
 
 
 @pytest.mark.parametrize("dense_class", [BertModel, GPT2LMHeadModel])
@@ -199,6 +220,15 @@ def test_command_line(folders, tmp_path, capsys):
         assert wanted in shown
     assert figures["speedup"] == figures["against"]["milliseconds"] / figures["model"]["milliseconds"]
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+@LINUX
+def test_names_with_brackets_come_out_as_they_are(folders, tmp_path, capsys):
+    name = tmp_path / "m[/v2]:cat:"
+    name.parent.mkdir()
+    name.symlink_to(folders / "student")
+    assert main(["benchmark", str(name), "--against", str(folders / "dense"), "--length", "8", "--rounds", "2"]) == 0
+    assert "m[/v2]:cat:" in capsys.readouterr().out
 
 
 def test_command_line_refuses_before_it_measures(folders, tmp_path, capsys, monkeypatch):

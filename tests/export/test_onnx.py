@@ -208,7 +208,8 @@ def test_long_texts_are_cut_and_compared_some_at_a_time(tmp_path):
     assert all(batch["attention_mask"].any(1).all() for batch in batches)
 
 
-@pytest.mark.parametrize("flags", [{"output_hidden_states": True, "output_attentions": True}, {"return_dict": False}])
+@pytest.mark.parametrize("flags", [{"output_hidden_states": True, "output_attentions": True}, {"return_dict": False},
+                                   {"chunk_size_feed_forward": 1}])  # fmt: skip
 def test_outputs_that_a_config_asks_for_or_not_do_not_matter(flags, tmp_path):
     model = student(kt.KroneckerBertForSequenceClassification, **flags)
     exporting.export_onnx(model, None, tmp_path / "graph")
@@ -262,3 +263,6 @@ def test_refusals_come_before_the_work(monkeypatch, tmp_path):
 def test_options_of_onnx_are_refused_for_a_dense_twin(tmp_path, capsys):
     assert main(["export", "x", "--int8", "--output", str(tmp_path / "out")]) == 1
     assert "--int8 is for --format onnx or openvino; add that, or leave --int8 out" in capsys.readouterr().err
+    onnx = ["export", "x", "--format", "onnx", "--output", str(tmp_path / "out")]
+    assert main([*onnx, "--text-column", "body"]) == 1
+    assert "--text-column is of a text; give --text, or leave --text-column out" in capsys.readouterr().err

@@ -52,6 +52,10 @@ def student_folder(dense_class, tmp_path):
     return save_folder(tmp_path / "model", result.model, tokenizer, result.report.to_dict()), result.model
 
 
+def benchmark_of(model):
+    return {**BENCHMARK, "model": {**BENCHMARK["model"], "parameters": model.num_parameters()}}
+
+
 def write(folder, name, content):
     (folder / name).write_text(json.dumps(content))
 
@@ -68,7 +72,7 @@ def test_every_class_and_its_twin(dense_class, tmp_path):
         tag = card.data.pipeline_tag
         assert tag in SUPPORTED_TASKS or tag in ("question-answering", "multiple-choice")
         assert card.data.widget[0]["text"]
-        auto_class = re.search(r"import (AutoModel\w*), AutoTokenizer", card.text)[1]
+        auto_class = re.search(r"import (AutoModel\w*)", card.text)[1]
         loaded = getattr(transformers, auto_class).from_pretrained(place)
         assert type(loaded).__name__ == type(model).__name__.removeprefix("" if twin_of is None else "Kronecker")
         assert ("trust_remote_code=True" in card.text) == (twin_of is None)
@@ -122,6 +126,62 @@ def test_sizes_are_those_of_the_files(tmp_path):
     assert f"| {parameters:,} |" in model_card(folder, "org/tiny").text
 
 
+def test_a_twin_that_was_not_distilled_says_so_too(tmp_path):
+    folder, model = student_folder(BertForMaskedLM, tmp_path)
+    twin = save_folder(tmp_path / "twin", to_dense(model))
+
+    def of_twin():
+        return model_card(twin, "org/tiny-dense", twin_of="org/tiny", records=folder).text
+
+    assert "**It has not been distilled, and is poor as it is.** Distil the factored model before use." in of_twin()
+    assert "Only factored, not trained" in of_twin()
+    write(folder, "results.json", RECORD)
+    assert "distilled, and is poor" not in of_twin()
+
+
+def test_a_model_without_a_tokenizer_names_none(tmp_path):
+    model = compress(teacher(BertModel), "7.7x").model
+    card = model_card(save_folder(tmp_path / "model", model, None), "org/tiny")
+    assert "from transformers import AutoModel\n" in card.text
+    assert "AutoTokenizer" not in card.text
+
+
+def test_a_time_of_another_model_is_refused(tmp_path):
+    folder, model = student_folder(BertModel, tmp_path)
+    write(folder, "benchmark.json", {**BENCHMARK, "model": {**BENCHMARK["model"], "parameters": 1234}})
+    with pytest.raises(
+        ValueError, match=f"is of a model of 1,234 parameters, and .* has {model.num_parameters():,}; run"
+    ):
+        model_card(folder, "org/tiny")
+
+
+def test_mnli_has_a_score_for_each_of_its_validation_sets(tmp_path):
+    folder, _ = student_folder(BertForSequenceClassification, tmp_path)
+    scores = {"accuracy_matched": 0.75, "accuracy_mismatched": 0.5}
+    options = {**RECORD["options"], "task_name": "mnli"}
+    write(folder, "results.json", {**RECORD, "options": options, "metrics": {"student": scores}})
+    data = model_card(folder, "org/tiny").data
+    found = [(result.dataset_split, result.metric_type, result.metric_value) for result in data.eval_results]
+    assert found == [("validation_matched", "accuracy", 0.75), ("validation_mismatched", "accuracy", 0.5)]
+    assert data.metrics == ["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("benchmark.json", {"latency_ms": 3}),
+        ("results.json", {"rows": [1, 2]}),
+        ("results.json", {"training": {"epochs": 3}}),
+        ("results.json", {"rows": {"accuracy": 0.9}, "models": ["student"]}),
+    ],
+)
+def test_a_file_of_the_same_name_that_holds_something_else_is_refused(name, content, tmp_path):
+    folder, _ = student_folder(BertForSequenceClassification, tmp_path)
+    write(folder, name, content)
+    with pytest.raises(ValueError, match=f"{name}' is no record of this package .*; rename or remove it"):
+        model_card(folder, "org/tiny")
+
+
 def test_what_is_not_known_is_said(tmp_path):
     folder, _ = student_folder(BertForSequenceClassification, tmp_path)
     card = model_card(folder, "org/tiny")
@@ -135,9 +195,9 @@ def test_what_is_not_known_is_said(tmp_path):
 
 
 def test_what_is_known_is_taken_over(tmp_path):
-    folder, _ = student_folder(BertForSequenceClassification, tmp_path)
+    folder, model = student_folder(BertForSequenceClassification, tmp_path)
     write(folder, "results.json", RECORD)
-    write(folder, "benchmark.json", BENCHMARK)
+    write(folder, "benchmark.json", benchmark_of(model))
     (folder / "training.png").write_bytes(b"")
     card = model_card(folder, "org/tiny", license="mit", language="en")
     for line in (
@@ -179,6 +239,7 @@ def test_what_is_known_is_taken_over(tmp_path):
         ({"version": "v1.1", "train_file": "/x/mine.json"}, "mine.json", None, False),
         ({"version": "v1.1", "validation_file": "/x/mine.json"}, "not recorded", None, False),
         ({"train_text": ["/x/a.txt", "/x/b.txt"], "fraction": 0.1}, "a.txt, b.txt, 10% of it", None, False),
+        ({"train_text": ["a.txt"], "fraction": 0.004}, "a.txt, 0.4% of it", None, False),
         ({"train_text": ["data/corpus.txt"]}, "corpus.txt", None, False),
         ({"train_text": ["wikimedia/wikipedia:20231101.en"]}, "wikimedia/wikipedia:20231101.en",
          ["wikimedia/wikipedia"], False),
@@ -249,7 +310,7 @@ def test_the_snippet_asks_no_question_and_says_what_it_needs(tmp_path):
     assert 'AutoTokenizer.from_pretrained("org/m", trust_remote_code=True)' in text
     assert "It needs transformers >= 5.17 and Python >= 3.11." in text
     assert "Quantisers (torchao, torch.ao, bitsandbytes) and PEFT's `all-linear` look for `nn.Linear`" in text
-    save_folder(tmp_path / "twin", to_dense(compress(teacher(BertForMaskedLM)).model))
+    save_folder(tmp_path / "twin", to_dense(compress(teacher(BertForMaskedLM)).model), bert_tokenizer(tmp_path))
     text = str(model_card(tmp_path / "twin", "org/m-dense", twin_of="org/m"))
     assert 'AutoTokenizer.from_pretrained("org/m-dense")' in text
     assert "trust_remote_code" not in text
@@ -295,8 +356,8 @@ def test_first_lines_that_are_not_yaml_are_left_out_with_a_warning(tmp_path, cap
      ({"runtime": "torch", "compiled": False}, "on cpu, 2.50 times")],
 )  # fmt: skip
 def test_a_time_says_what_computed(how, said, tmp_path):
-    folder, _ = student_folder(BertForMaskedLM, tmp_path)
-    write(folder, "benchmark.json", {**BENCHMARK, **how})
+    folder, model = student_folder(BertForMaskedLM, tmp_path)
+    write(folder, "benchmark.json", {**benchmark_of(model), **how})
     assert said in model_card(folder, "org/tiny-new").text
 
 

@@ -332,6 +332,8 @@ def test_both_names_are_looked_at_before_the_work(hub, folder, monkeypatch, caps
     for name in ("org/bad name", f"org/{'x' * 91}"):
         assert main(["push", str(folder), name, "--with-dense-twin", "--dry-run"]) == 1
         assert "is no name that the Hub allows" in capsys.readouterr().err
+    assert main(["push", str(folder), "org/tiny", "--create-pr", "--revision", "dev", "--dry-run"]) == 1
+    assert "revision='dev' cannot be combined with a pull request" in capsys.readouterr().err
     assert not hub.requests
 
 
@@ -397,6 +399,8 @@ def test_space(hub, folder, monkeypatch, capsys):
     assert files["app.py"] == (SPACE / "app.py").read_bytes()
     assert json.loads(files["space.json"]) == {"model": "org/tiny", "teacher": "org/bert", "revision": commit}
     settings = SpaceCard(files["README.md"].decode()).data
+    python = tuple(map(int, settings.python_version.split(".")))
+    assert python >= (3, 11)  # which the code of a model asks for
     assert (settings.sdk, settings.app_file, settings.models) == ("gradio", "app.py", ["org/tiny", "org/bert"])
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     arguments = ["push-space", "org/show", "--model", "org/tiny", "--teacher", "org/bert", "--folder", str(SPACE)]

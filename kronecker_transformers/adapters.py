@@ -77,13 +77,21 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
         The model without PEFT's layers; it can be saved.
 
     Raises:
-        ValueError: an adapted layer is not of low rank (nothing is changed), or an adapter's numbers are not finite.
+        ValueError: an adapted layer is not of low rank or would have too many terms (nothing is changed), or an
+            adapter's numbers are not finite.
     """
     merged: Any = model.get_base_model()
     adapted: list[tuple[str, Any]] = [(name, m) for name, m in merged.named_modules() if isinstance(m, LoraLayer)]
     for name, layer in adapted:
         if isinstance(base := layer.get_base_layer(), KroneckerLinear):
             _check_low_rank(base, name)
+            rank = sum(layer.r.get(adapter, 0) for adapter in layer.active_adapters)
+            most = min(base.in_features, base.out_features)
+            if base.terms + rank > most:
+                raise ValueError(
+                    f"{name} of {base.terms} terms and its adapter of rank {rank} would have more than {most} terms, "
+                    "the most that a plan allows; keep the adapter apart, or train one of a smaller rank"
+                )
     for name, layer in adapted:
         layer.merge(safe_merge=True)
         merged.set_submodule(name, layer.get_base_layer())
@@ -116,7 +124,16 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[str]:
             yield prefix + name
 
 
+_STARTS = (True, False, "gaussian", "eva")
+"""Initial values of an adapter that do not need the weight as a matrix."""
+
+
 def _registered(config: LoraConfig) -> LoraConfig:
+    if config.init_lora_weights not in _STARTS:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} needs the matrix of a layer, which a factored one does "
+            f"not hold; choose from {', '.join(map(str, _STARTS))}"
+        )
     config._register_custom_module({KroneckerLinear: LoraKroneckerLinear})
     return config
 

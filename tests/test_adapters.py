@@ -115,6 +115,27 @@ def test_low_rank_layers_are_merged_into_a_larger_rank(tmp_path):
     torch.testing.assert_close(logits(loaded), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_more_terms_than_a_plan_allows_are_refused_and_nothing_changes(tmp_path):
+    plan = {"encoder.layer.*.attention.self.*": (32, 1, 30)}
+    model = student(KroneckerBertForSequenceClassification, plan)
+    adapted = trained(model)
+    wanted = logits(adapted)
+    with pytest.raises(
+        ValueError, match="of 30 terms and its adapter of rank 3 would have more than 32 terms, the most"
+    ):
+        merge_adapter(adapted)
+    torch.testing.assert_close(logits(adapted), wanted)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal"])
+def test_initial_values_that_need_the_matrix_are_refused(start):
+    model = student(KroneckerBertForSequenceClassification)
+    with pytest.raises(
+        ValueError, match=f"init_lora_weights='{start}' needs the matrix of a layer, .* True, False, gauss"
+    ):
+        lora_config(model, r=2, init_lora_weights=start)
+
+
 def test_numbers_that_are_not_finite_are_not_merged():
     adapted = trained(low_rank_student())
     layer = next(m for m in adapted.modules() if isinstance(m, LoraKroneckerLinear))

@@ -100,7 +100,7 @@ class SentenceModules:
 
         Raises:
             ValueError: as `pooling`; or embeddings that are cut, or are compared neither by their cosine nor by their
-                product.
+                product; or sentences that are not encoded as the tokenizer does it.
         """
         pooling, general = self.pooling(), self._object(SETTINGS_FILE)
         similarity = general.get("similarity_fn_name") or "cosine"
@@ -124,8 +124,15 @@ class SentenceModules:
                 "do_lower_case=True in the settings of the teacher's encoder is not what its tokenizer does; give the "
                 "tokenizer a Lowercase normalizer, or remove the setting, in a copy of the teacher"
             )
+        given = encoder.get("processing_kwargs") or {}
+        chosen = {**(given.get("common") or {}), **(given.get("text") or {})}
+        longest = chosen.pop("max_length", None) or encoder.get("max_seq_length") or tokenizer.model_max_length
+        if other := {key: v for key, v in chosen.items() if key != "padding" and (key, v) != ("truncation", True)}:
+            raise ValueError(
+                f"processing_kwargs of the teacher's encoder has {other}, which a distillation does not follow; remove "
+                "it in a copy of the teacher"
+            )
         is_unit = similarity == "cosine" or "Normalize" in self.kinds
-        longest = encoder.get("max_seq_length") or tokenizer.model_max_length
         return EncoderSettings(pooling, prompt, None if longest >= LARGE_INTEGER else longest, is_unit)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.kronecker_family import FACTORED_CLASSES, family_of, heads_of, supported_classes
+from .convert import model_like
 from .load import load_teacher
 
 
@@ -35,8 +37,23 @@ def check_teacher(
             f"teacher has {depth} layers, and its config says num_hidden_layers={teacher.config.num_hidden_layers}; "
             "make both agree first"
         )
+    _check_parameters(teacher)
     check_finite(teacher)
     return teacher, tokenizer
+
+
+def _check_parameters(teacher: PreTrainedModel) -> None:
+    """Refuse a teacher whose modules are not those of its class and config."""
+    with torch.device("meta"):
+        stock = model_like(teacher, type(teacher), copy.deepcopy(teacher.config))
+    found = {name: tuple(p.shape) for name, p in teacher.named_parameters(remove_duplicate=False)}
+    for name, parameter in stock.named_parameters(remove_duplicate=False):
+        if found.get(name) != (wanted := tuple(parameter.shape)):
+            own = f"has shape {found[name]}" if name in found else "is missing or no parameter"
+            raise ValueError(
+                f"{name!r} of the {type(teacher).__name__} {own}, and its config says {wanted}; make both agree (for "
+                "an embedding by resize_token_embeddings), and remove parametrizations, adapters and quantization first"
+            )
 
 
 def needs_pad_token(model: PreTrainedModel) -> bool:

@@ -74,7 +74,8 @@ def calibration_batches(
 
     Raises:
         TypeError: a text is neither a string nor a pair of them, or all is one string.
-        ValueError: too few texts, or a causal classifier that does not know its padding token.
+        ValueError: too few texts, words that the embedding does not have, or a causal classifier that does not know its
+            padding token.
     """
     checked = list(_parts(texts, "calibration"))
     check_pad_token(model)
@@ -91,6 +92,7 @@ def calibration_batches(
             rows += map(_Row, _pieces(single, tokenizer, length))
         if pairs := [text for text in texts if not isinstance(text, str)]:
             rows += _pairs(pairs, tokenizer, length, "token_type_ids" in inspect.signature(model.forward).parameters)
+    _check_vocabulary(model, max((max(row.ids) for row in rows), default=0))
     if len(rows) < HELD_OUT:
         raise ValueError(
             f"calibration text of {len(texts)} texts gives {len(rows)} sequences of at most {length} tokens; at least "
@@ -114,14 +116,20 @@ def word_counts(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, model
     left = chain.from_iterable(_parts(texts, "counted"))
     while some := list(islice(left, _COUNTED_AT_ONCE)):
         ids = list(chain.from_iterable(tokenizer(some, verbose=False)["input_ids"]))  # long texts too, as a whole
-        if ids and max(ids) >= len(counts):
-            raise ValueError(
-                f"the tokenizer gives token {max(ids)}, but the teacher's embedding has {len(counts)} rows; use its own"
-            )
+        _check_vocabulary(model, max(ids, default=0))
         counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(counts))
     if not counts.any():
         raise ValueError("counted text has no words; give some ten thousand texts, or leave it out")
     return counts
+
+
+def _check_vocabulary(model: PreTrainedModel, token: int) -> None:
+    embedding: Any = model.get_input_embeddings()
+    if token >= embedding.num_embeddings:
+        raise ValueError(
+            f"the tokenizer gives token {token}, but the teacher's embedding has {embedding.num_embeddings} rows; use "
+            "its own"
+        )
 
 
 def _parts(texts: Iterable[Text], what: str) -> Iterator[tuple[str, ...]]:

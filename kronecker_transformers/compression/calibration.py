@@ -23,7 +23,7 @@ from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear, farth
 from ..modes import evaluating
 from .activations import CalibrationBatch, Stream, enter, groups_of, layers_of, recording, seeing, weight_of
 from .calibrated import calibrated_kronecker, weighted_kronecker
-from .moments import Moments, MomentSums, kronecker_product
+from .moments import Moments, SplitSums, kronecker_product
 from .outputs import HeldOutOutputs, check_held_out
 
 logger = logging.getLogger(__name__)
@@ -71,13 +71,8 @@ def calibrate(
         Errors of the factored layers, by their names in `student`.
 
     Raises:
-        ValueError: less text than the largest layer needs, a feed-forward layer that computes in chunks, or activations
-            that are not finite; the student is then not fit for use.
+        ValueError: activations that are not finite; the student is then not fit for use.
     """
-    if chunk := getattr(teacher.config, "chunk_size_feed_forward", 0):
-        raise ValueError(
-            f"chunk_size_feed_forward={chunk} must be 0 for calibration; set it so in the teacher's config"
-        )
     student.eval()
     factored = [module for module in student.modules() if _is_factored(module)]
     nearest = {t: t.detach().clone() for module in factored for t in (*module.parameters(), *module.buffers())}
@@ -148,8 +143,13 @@ def check_text(teacher: PreTrainedModel, batches: Sequence[CalibrationBatch], mo
     """Refuse, before long work, what `calibrate` would refuse for these layers of a student.
 
     Raises:
-        ValueError: too little text.
+        ValueError: too little text, or a feed-forward layer that computes in chunks.
     """
+    if chunk := getattr(teacher.config, "chunk_size_feed_forward", 0):
+        raise ValueError(
+            f"chunk_size_feed_forward={chunk} must be 0 for calibration; set it so in the teacher's config and load "
+            "the teacher again"
+        )
     check_amount(batches, modules)
     check_held_out(teacher, batches)
 
@@ -206,18 +206,15 @@ def group_moments(
     Raises:
         ValueError: activations that are not finite.
     """
-    sums = {held_out: MomentSums() for held_out in (False, True)}
+    sums = SplitSums(f"layer {group[0]!r}")
     for stream, student_stream in zip(streams, student_streams, strict=True):
         with seeing({name: layer.get_submodule(name) for name in group}, outputs=True) as outputs:
             stream.through(layer)
         with seeing({"x": student_layer.get_submodule(group[0])}) as inputs:
             student_stream.through(student_layer)
         y = torch.cat([outputs[name][stream.real] for name in group], -1)
-        sums[stream.held_out].add(inputs["x"][0][0][stream.real], y)
-    try:
-        return sums[False].finish(), sums[True].finish()
-    except ValueError as error:
-        raise ValueError(f"layer {group[0]!r}: {error}") from error
+        sums.add(stream.held_out, inputs["x"][0][0][stream.real], y)
+    return sums.finish()
 
 
 def layer_moments(
@@ -228,23 +225,20 @@ def layer_moments(
     Raises:
         ValueError: activations that are not finite.
     """
-    sums = [{held_out: MomentSums() for held_out in (False, True)} for _ in groups]
+    sums = [SplitSums(f"layer {group[0]!r}") for group in groups]
     modules = {name: layer.get_submodule(name) for group in groups for name in group}
     for stream in streams:
         with recording(modules) as seen:
             stream.advance(layer)
         for group, both in zip(groups, sums, strict=True):
             x, _ = seen[group[0]]
-            both[stream.held_out].add(x[stream.real], torch.cat([seen[name][1][stream.real] for name in group], -1))
-    try:
-        return [(both[False].finish(), both[True].finish()) for both in sums]
-    except ValueError as error:
-        raise ValueError(f"layer with {', '.join(modules)}: {error}") from error
+            both.add(stream.held_out, x[stream.real], torch.cat([seen[name][1][stream.real] for name in group], -1))
+    return [both.finish() for both in sums]
 
 
 def projection_moments(dense: Any, factored: Any, batches: Sequence[CalibrationBatch]) -> tuple[Moments, Moments]:
     """The same for the projection after the embedding."""
-    sums = {held_out: MomentSums() for held_out in (False, True)}
+    sums = SplitSums("the projection of the embedding")
     for batch in batches:
         inputs = batch.inputs(dense.device)
         real = inputs["attention_mask"].bool()
@@ -252,17 +246,17 @@ def projection_moments(dense: Any, factored: Any, batches: Sequence[CalibrationB
             dense(**inputs)
         with seeing({"x": projection_of(factored)}) as seen:
             factored(**inputs)
-        sums[batch.held_out].add(seen["x"][0][0][real], outputs["y"][real])
-    return sums[False].finish(), sums[True].finish()
+        sums.add(batch.held_out, seen["x"][0][0][real], outputs["y"][real])
+    return sums.finish()
 
 
 def pooler_moments(dense: Any, streams: list[Stream], student_streams: list[Stream]) -> tuple[Moments, Moments]:
     """The same for the pooler, which sees the first token only; streams are at the end of the last layer."""
-    sums = {held_out: MomentSums() for held_out in (False, True)}
+    sums = SplitSums("the pooler")
     pooler = dense.get_submodule(family_of(dense).pooler)
     for stream, student_stream in zip(streams, student_streams, strict=True):
-        sums[stream.held_out].add(student_stream.hidden[:, 0], pooler(stream.hidden[:, 0]))
-    return sums[False].finish(), sums[True].finish()
+        sums.add(stream.held_out, student_stream.hidden[:, 0], pooler(stream.hidden[:, 0]))
+    return sums.finish()
 
 
 def _fit(module: KroneckerLinear, dense: nn.Module, text: Moments, held_out: Moments, fit: bool) -> LayerErrors:

@@ -154,14 +154,9 @@ def compress(
         if isinstance(m, (KroneckerLinear, KroneckerEmbedding)) and f"{name}.A" not in student.all_tied_weights_keys
     ]
     for name, module in tqdm(factored, desc="factoring", unit="layer", disable=not progress):
-        dense = _plain_weight(name, dense_modules[name])
+        dense: Any = dense_modules[name].weight
         weight = weight_of(dense_modules[name]).detach()  # (m, n)
-        (m1, terms, n1), (m2, _, n2) = module.A.shape, module.B.shape
-        if weight.shape != (m1 * m2, n1 * n2):
-            raise ValueError(
-                f"weight of {name!r} has shape {tuple(weight.shape)}, not {(m1 * m2, n1 * n2)} as in the teacher's "
-                "config; make both agree first, for an embedding with resize_token_embeddings"
-            )
+        m1, terms, n1 = module.A.shape
         result = nearest_kronecker(weight, m1, n1, terms)
         set_parameter(module, "A", result.A, dense)
         set_parameter(module, "B", result.B, dense)
@@ -259,13 +254,3 @@ def _restricted(teacher: PreTrainedModel, student_class: Any, plan: Any, names: 
 def _relative_error(module: Any, dense: nn.Module) -> float:
     product, weight = module.to_dense(), weight_of(dense)
     return float((product - weight).double().norm() / weight.double().norm().clamp_min(1e-300))
-
-
-def _plain_weight(name: str, module: nn.Module) -> nn.Parameter:
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise ValueError(
-            f"weight of {name!r} in the teacher is not a plain parameter; "
-            "remove parametrizations, adapters and quantization first"
-        )
-    return weight

@@ -82,8 +82,8 @@ class LatencyTable:
         self.runtime = runtime
         rows = runtime.batch
         self._family = family_of(teacher)
-        in_blocks = runtime.engine == "torch" and not self._family.causal and teacher.device.type == "cpu"
-        if in_blocks:
+        causal = self._family.causal or getattr(teacher.config, "is_decoder", False)
+        if runtime.engine == "torch" and not causal and teacher.device.type == "cpu":  # in blocks
             rows = min(rows, max(1, BLOCK // (runtime.length * teacher.config.hidden_size)))
         self._rows, self._length, self._blocks = rows, runtime.length, runtime.batch / rows
         self._known: dict[tuple[Any, ...], float] = {}

@@ -95,6 +95,32 @@ class MomentSums:
         return moments
 
 
+class SplitSums:
+    """The same for one part of a model, with the tokens that are held out apart.
+
+    Args:
+        what: the part, for errors.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what, self._sums = what, {held_out: MomentSums() for held_out in (False, True)}
+
+    def add(self, held_out: bool, x: Tensor, y: Tensor) -> None:
+        """As `MomentSums.add`."""
+        self._sums[held_out].add(x, y)
+
+    def finish(self) -> tuple[Moments, Moments]:
+        """The moments to fit on, and those that are held out.
+
+        Raises:
+            ValueError: as `MomentSums.finish`.
+        """
+        try:
+            return self._sums[False].finish(), self._sums[True].finish()
+        except ValueError as error:
+            raise ValueError(f"{self._what}: {error}") from error
+
+
 def kronecker_product(A: Tensor, B: Tensor) -> Tensor:
     """The sum of A_r (x) B_r (m, n), float64."""
     (m1, _, n1), (m2, _, n2) = A.shape, B.shape

@@ -151,7 +151,7 @@ def _lost(wanted: Tensor, got: Tensor) -> float:
 def _states(model: Any, batch: CalibrationBatch) -> list[Tensor]:
     """The last hidden states, a row for each token."""
     causal = {"use_cache": False} if family_of(model).causal else {}
-    hidden: Tensor = model.base_model(**batch.inputs(model.device), **causal).last_hidden_state
+    hidden: Tensor = model.base_model(**batch.inputs(model.device), **causal, return_dict=True).last_hidden_state
     return [hidden[batch.real.to(hidden.device)].float()]
 
 
@@ -160,10 +160,10 @@ def _outputs_that_count(model: Any, batch: CalibrationBatch) -> list[Tensor]:
     inputs, heads = batch.inputs(model.device), heads_of(model)
     real = inputs["attention_mask"].bool()
     if any(head.kind == "choices" for head in heads):
-        output = model.base_model(**inputs)
+        output = model.base_model(**inputs, return_dict=True)
         pooled = output.last_hidden_state[:, 0] if pooler_of(model.base_model) is None else output.pooler_output
         return [pooled.float()]
-    output = model(**inputs, **({"use_cache": False} if family_of(model).causal else {}))
+    output = model(**inputs, return_dict=True, **({"use_cache": False} if family_of(model).causal else {}))
     if not heads:
         hidden = output.last_hidden_state.float()
         return [hidden[real], torch.stack([row[kept].mean(0) for row, kept in zip(hidden, real, strict=True)])]

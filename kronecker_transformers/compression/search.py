@@ -169,11 +169,14 @@ def check_budgets(given: Mapping[str, float]) -> None:
     """Refuse budgets, by their names, before long work begins.
 
     Raises:
+        TypeError: one is no number.
         ValueError: none, more than two, or one out of range.
     """
     if not 1 <= len(given) <= 2:
         raise ValueError(f"budgets given: {', '.join(given) or 'none'}; give one or two of {', '.join(BUDGETS)}")
     for name, value in given.items():
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name}={value!r} must be a number; give one")
         if not (math.isfinite(value) and value > (1 if name == "ratio" else 0)):
             raise ValueError(f"{name}={value} must be above {1 if name == 'ratio' else 0}; give a larger number")
 

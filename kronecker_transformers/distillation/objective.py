@@ -147,6 +147,7 @@ class Objective:
         """
         label_names = {head.labels for head in self.heads}
         features: dict[str, Any] = {key: value for key, value in inputs.items() if key not in label_names}
+        features["return_dict"] = True
         mask = real_positions(inputs).flatten(0, -2)  # (S, L)
         if self.causal:
             features["use_cache"] = False

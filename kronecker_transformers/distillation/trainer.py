@@ -244,7 +244,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         """
         if not model.training:
             labels = {head.labels for head in self.objective.heads}
-            output = model(**{key: value for key, value in inputs.items() if key not in labels})
+            output = model(**{key: value for key, value in inputs.items() if key not in labels}, return_dict=True)
             counts = {head.labels: head.count(inputs) for head in self.objective.heads}
             loss = self.objective.supervised(output, inputs, counts)
             logits = {head.logits: output[head.logits] for head in self.objective.heads}  # no hidden states

@@ -241,7 +241,7 @@ def predict(
         for start in tqdm(range(0, len(order), batch_size), desc="predicting", unit="batch", leave=False):
             rows = order[start : start + batch_size]
             batch = {key: value.to(model.device) for key, value in collator([dataset[i] for i in rows]).items()}
-            output = model(**{key: value for key, value in batch.items() if "label" not in key})
+            output = model(**{key: value for key, value in batch.items() if "label" not in key}, return_dict=True)
             for name, values in found.items():
                 for row, value in zip(rows, output[name].float().cpu().numpy(), strict=True):
                     values[row] = value

@@ -23,8 +23,13 @@ logger = logging.get_logger(__name__)
 _ENTRY = "(m1, n1, terms, frequent, frequent_terms)"
 
 
-def factor_module(module: nn.Module, entry: FactorEntry) -> KroneckerLinear | KroneckerEmbedding:
+def factor_module(module: nn.Module, entry: FactorEntry, name: str = "") -> KroneckerLinear | KroneckerEmbedding:
     """An uninitialised factored layer with the sizes of a dense one (`nn.Linear`, `Conv1D` or `nn.Embedding`).
+
+    Args:
+        module: the dense one.
+        entry: of a plan.
+        name: of the module, for errors.
 
     Raises:
         TypeError: a module of another class.
@@ -36,7 +41,8 @@ def factor_module(module: nn.Module, entry: FactorEntry) -> KroneckerLinear | Kr
         return KroneckerEmbedding(*sizes, frequent=entry.frequent, frequent_terms=entry.frequent_terms)
     if entry.frequent:
         raise ValueError(
-            f"frequent={entry.frequent} is for embeddings, but the module is a {type(module).__name__}; leave it out"
+            f"frequent={entry.frequent} is for embeddings, but {name or 'the module'} is a {type(module).__name__}; "
+            "leave it out"
         )
     if isinstance(module, Conv1D):
         return KroneckerLinear(module.nx, module.nf, m1, n1, terms, bias=True)
@@ -80,7 +86,7 @@ class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, Pre
         for name, entry in matched_plan(self, self.config.factor_plan).items():
             parent, _, leaf = name.rpartition(".")
             if name in modules:  # a model may have been built without its pooler
-                setattr(modules[parent], leaf, factor_module(modules[name], entry))
+                setattr(modules[parent], leaf, factor_module(modules[name], entry, name))
 
     def _allocate(self, device: torch.device) -> None:
         """Give the skeleton its memory; buffers get their values too, which nothing else would restore.

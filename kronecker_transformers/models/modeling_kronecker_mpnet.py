@@ -91,7 +91,11 @@ class KroneckerMPNetSelfAttention(MPNetSelfAttention):
         attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa" if kind in ("eager", None) else kind]
         heads = (*hidden_states.shape[:-1], -1, self.attention_head_size)
         q, k, v = (layer(hidden_states).view(heads).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        mask = position_bias if attention_mask is None else position_bias + attention_mask
+        mask = position_bias
+        if attention_mask is not None and attention_mask.dtype == torch.bool:  # True where a token may be looked at
+            mask = mask.masked_fill(~attention_mask, torch.finfo(mask.dtype).min)
+        elif attention_mask is not None:
+            mask = mask + attention_mask
         dropout, scaling = self.dropout.p if self.training else 0.0, self.attention_head_size**-0.5
         found, _ = attend(self, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=False)
         return (self.o(found.flatten(-2)),)

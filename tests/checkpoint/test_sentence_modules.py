@@ -384,6 +384,25 @@ def test_embeddings_that_are_cut_are_refused(tmp_path):
         encoder_settings(*load_teacher(teacher))
 
 
+@pytest.mark.parametrize("kind", ["text", "common"])
+def test_settings_of_the_processing_count(kind, tmp_path):
+    folder = encoder(tmp_path / "teacher")
+    given = json.loads((folder / "sentence_bert_config.json").read_text())
+    processing = {"processing_kwargs": {kind: {"max_length": 6, "truncation": True, "padding": True}}}
+    (folder / "sentence_bert_config.json").write_text(json.dumps({**given, **processing}))
+    model, tokenizer = load_teacher(folder)
+    settings = encoder_settings(model, tokenizer)
+    assert settings.max_length == 6
+    found = encode(model, tokenizer, SENTENCES, max_length=settings.max_length, settings=settings)
+    torch.testing.assert_close(found, embeddings(folder, normalize_embeddings=True), rtol=1e-5, atol=1e-5)
+    processing["processing_kwargs"]["text"] = {"add_special_tokens": False}
+    (folder / "sentence_bert_config.json").write_text(json.dumps({**given, **processing}))
+    with pytest.raises(
+        ValueError, match=r"processing_kwargs of the teacher's encoder has \{'add_special_tokens': False"
+    ):
+        encoder_settings(*load_teacher(folder))
+
+
 def test_a_pooling_in_a_folder_of_another_name(tmp_path):
     teacher = encoder(tmp_path / "teacher", mode="cls")
     (teacher / "1_Pooling").rename(teacher / "pool")

@@ -294,6 +294,15 @@ def test_layers_in_chunks_are_refused(tmp_path):
     dense = teacher(BertModel, chunk_size_feed_forward=4)
     with pytest.raises(ValueError, match="chunk_size_feed_forward=4 must be 0 for calibration"):
         compress(dense, BERT_PLAN, calibration=texts(), tokenizer=bert_tokenizer(tmp_path))
+    with pytest.raises(ValueError, match="chunk_size_feed_forward=4 must be 0 for calibration"):
+        compress(dense, ratio=2, calibration=texts(), tokenizer=bert_tokenizer(tmp_path))
+
+
+def test_words_that_the_embedding_does_not_have_are_refused(tmp_path):
+    tokenizer = bert_tokenizer(tmp_path)
+    dense = teacher(BertModel, vocab_size=16)
+    with pytest.raises(ValueError, match="the tokenizer gives token 20, but the teacher's embedding has 16 rows; use"):
+        calibration_batches(texts(), tokenizer, dense)
 
 
 def test_long_texts_are_cut_and_nothing_is_lost(tmp_path):

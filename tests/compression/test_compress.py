@@ -3,16 +3,19 @@ import logging
 import re
 import sys
 
+import peft
 import pytest
 import torch
 from oracles import kronecker_sum
 from safetensors.torch import load_file, save_file
 from students import factorable_modules
-from tiny import BERT_SIZES, bert_config, inputs, teacher
+from tiny import BERT_SIZES, bert_config, bert_tokenizer, inputs, teacher, texts, tokenizer_for
 from torch import nn
 from transformers import (
     AutoModel,
     BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
     BertModel,
     CamembertConfig,
     CamembertForMaskedLM,
@@ -230,10 +233,46 @@ def test_teacher_without_weights():
 def test_teacher_whose_weights_are_not_those_of_its_config():
     dense = teacher(BertModel)
     dense.embeddings.word_embeddings = nn.Embedding(128, 32)
-    with pytest.raises(ValueError, match=r"'embeddings.word_embeddings' has shape \(128, 32\), not \(64, 32\)"):
-        compress(dense)
-    with pytest.raises(ValueError, match=r"'embeddings.word_embeddings.weight' .* does not have the shape"):
-        compress(dense, {"pooler.dense": (16, 16)})
+    for plan in ("7.7x", {"pooler.dense": (16, 16)}):
+        with pytest.raises(
+            ValueError, match=r"'embeddings.word_embeddings.weight' .* \(128, 32\), and its config says \(64, 32\)"
+        ):
+            compress(dense, plan)
+
+
+def with_adapter(dense):
+    dense.add_adapter(peft.LoraConfig(r=2, target_modules=["query"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda dense: setattr(dense, "classifier", nn.Linear(32, 7)), "classifier.weight"),
+        (lambda dense: dense.bert.pooler.dense.register_parameter("bias", None), "bert.pooler.dense.bias"),
+        (with_adapter, "bert.encoder.layer.0.attention.self.query.weight"),
+        (lambda dense: torch.ao.quantization.quantize_dynamic(dense, inplace=True), "bert.encoder.layer.0.attention"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
+def test_what_is_not_of_the_class_and_config_is_refused_before_the_search(change, name, monkeypatch, tmp_path):
+    searched = "kronecker_transformers.compression.compress.search_batches"
+    monkeypatch.setattr(searched, lambda *_, **__: pytest.fail("is searched"))
+    dense = teacher(BertForSequenceClassification)
+    change(dense)
+    with pytest.raises(ValueError, match=f"'{name}.* of the BertForSequenceClassification .*, and its config says"):
+        compress(dense, ratio=2, calibration=texts(150), tokenizer=bert_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("dense_class", [BertModel, BertForSequenceClassification, BertForMultipleChoice])
+def test_a_config_that_asks_for_tuples_changes_nothing(dense_class, tmp_path):
+    found = []
+    for return_dict in (True, False):
+        dense = teacher(dense_class, return_dict=return_dict)
+        tokenizer = tokenizer_for(dense.config.model_type, tmp_path)
+        result = compress(dense, ratio=1.3, calibration=texts(150), tokenizer=tokenizer)
+        found.append(result.model.config.factor_plan)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("layers", [2, 4])

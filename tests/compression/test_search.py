@@ -268,6 +268,24 @@ def test_times_are_those_of_the_blocks_that_a_batch_goes_through_in(monkeypatch)
     assert sum(tokens == 64 for tokens in seen) == 4 + 4  # dense and 1, 5, 6 terms, linear and of the words
 
 
+@pytest.mark.parametrize(("changes", "rows"), [({}, 8), ({"is_decoder": True}, 24)])
+def test_a_decoder_is_timed_as_a_whole(changes, rows, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(latency, "BLOCK", 8 * 32)
+    monkeypatch.setattr(
+        latency, "_milliseconds", lambda work, device: sizes.append(work.args[0].shape[:1].numel()) or 1
+    )
+    layer = MeasuredLayer(
+        "encoder.layer.0.output.dense",
+        torch.ones(32, 32),
+        [Candidate(None, 1024, 0, 0.0), Candidate(FactorEntry(32, 1, 1), 64, 0, 0.5)],
+        (None,) * 3,
+        0.1,
+    )
+    LatencyTable(teacher(BertModel, **changes), Runtime(3, 8)).timed([layer])
+    assert set(sizes) == {rows}
+
+
 def test_sizes_of_a_pass_are_checked_before_anything_is_measured(bert, monkeypatch):
     dense, tokenizer, _ = bert
     monkeypatch.setattr(search, "measured_layers", None)
@@ -375,6 +393,12 @@ def test_file_and_picture(bert, tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} == {name, "search.png"}
     with pytest.raises(ValueError, match=r"must end in \.yaml, \.yml or \.json"):
         found.save(tmp_path / "plan.txt")
+
+
+def test_a_budget_that_is_no_number_is_named(bert):
+    dense, tokenizer, _ = bert
+    with pytest.raises(TypeError, match="ratio='2' must be a number; give one"):
+        search_plan(dense, texts(40), tokenizer=tokenizer, ratio="2")
 
 
 @pytest.mark.parametrize(

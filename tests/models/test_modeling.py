@@ -5,7 +5,9 @@ import torch
 import transformers
 from students import ALL_MODELS, BERT_PLAN, MODELS, factored_modules, first_output, student
 from tiny import bert_config, gpt2_config, inputs
-from transformers import AutoModel, BertConfig, GPT2Config, GPT2LMHeadModel, MPNetConfig
+from transformers import AttentionInterface, AutoModel, BertConfig, GPT2Config, GPT2LMHeadModel, MPNetConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import kronecker_transformers as kt
 from kronecker_transformers import to_dense
@@ -91,6 +93,20 @@ def test_padding_does_not_change_the_rest(model_class):
     if padded.shape != short.shape:
         padded = padded[:, :7]
     torch.testing.assert_close(padded, short, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("model_class", [kt.KroneckerMPNetModel, kt.KroneckerBertModel])
+def test_an_attention_of_ones_own_whose_mask_is_boolean(model_class, monkeypatch):
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", dict(AttentionMaskInterface._global_mapping))
+    AttentionInterface.register("mine", sdpa_attention_forward)
+    AttentionMaskInterface.register("mine", sdpa_mask)
+    model = student(model_class, dtype=torch.float64)
+    batch = inputs(model)
+    real = batch["attention_mask"].bool()
+    wanted = model(**batch).last_hidden_state[real]
+    model.set_attn_implementation("mine")
+    torch.testing.assert_close(model(**batch).last_hidden_state[real], wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("model_class", [kt.KroneckerBertForMaskedLM, kt.KroneckerGPT2LMHeadModel])

@@ -1,0 +1,123 @@
+"""Learning rates at BERT-base's size: students of one start, trained for equally many minutes.
+
+    python benchmarks/base_rates.py --data DIR --work WORK > benchmarks/logs/base_rates.txt
+
+The teacher is all-mpnet-base-v2, fine-tuned as in distilled_tasks.py, whose WORK may be used again. A dense student
+with six of its twelve layers is distilled first, then factored by a searched plan, as `distill --task NAME --layers 6
+--minutes 20` does it (8 of the minutes for the dense student); then the factored one learns for the other 12 minutes,
+at several rates, on one thread each. Judged as in task_plans.py. WORK keeps dense students and starts; finished runs
+are lines of logs/base_rates.jsonl, and are not made again. --table shows them without a run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from common import RunLog, runs_parser, spread
+from datasets import disable_progress_bars
+from distilled_tasks import BASE, LAYERS, fine_tune
+from rich.console import Console
+from task_plans import compared, watching
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from kronecker_transformers import compress
+from kronecker_transformers.checkpoint.load import load_student, load_teacher
+from kronecker_transformers.display import results_table
+from kronecker_transformers.experiments.lessons import Lesson, task_lesson
+from kronecker_transformers.experiments.training import Schedule, kept_layers, shallow, train
+from kronecker_transformers.tasks.glue import glue_task
+
+LOG = RunLog("base_rates")
+RATIO, MINUTES = 7.7, 20.0
+TASKS = ("cola", "mrpc")
+RATES = (2.5e-4, 5e-4, 7e-4, 1e-3, 1.5e-3)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student of a task, by Muon or AdamW, at a learning rate."""
+
+    task: str
+    muon: bool
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"{'Muon' if self.muon else 'AdamW'}, {self.rate:g}"
+
+
+def starts(
+    task: str, teacher: PreTrainedModel, tokenizer: Any, lesson: Lesson, schedule: Schedule, options: Any
+) -> tuple[PreTrainedModel, Any]:
+    """The dense student, and the untrained factored one, the same for all."""
+    folder, kept = options.work / "rates", kept_layers(teacher, LAYERS[BASE]) or []
+    dense_folder, start_folder = folder / f"dense-{task}", folder / f"start-{task}"
+    if not dense_folder.exists():
+        dense, _ = shallow(teacher, kept, lesson, schedule, *watching(teacher, lesson))
+        dense.save_pretrained(dense_folder)
+        tokenizer.save_pretrained(dense_folder)
+    dense = load_teacher(str(dense_folder))[0].float().eval()
+    if not start_folder.exists():
+        left, whole = (sum(p.numel() for p in model.base_model.parameters()) for model in (dense, teacher))
+        compress(
+            dense, "search", ratio=RATIO * left / whole, calibration=lesson.calibration, tokenizer=tokenizer
+        ).save_pretrained(start_folder)
+    return dense, load_student(str(start_folder))[0].float().requires_grad_(True)
+
+
+def perform(run: Run, options: Any) -> None:
+    """Make and judge one student."""
+    source = fine_tune(BASE, run.task, options)
+    loaded, tokenizer, lesson = task_lesson(str(source), run.task, str(options.data / "glue"))
+    teacher = loaded.float().eval()
+    first, second = Schedule(MINUTES, None, None, True, run.seed).divided()
+    dense, student = starts(run.task, teacher, tokenizer, lesson, first, options)
+    kept = kept_layers(teacher, LAYERS[BASE])
+    lesson = replace(lesson, muon=run.muon)
+    summary = train(student, teacher, lesson, replace(second, learning_rate=run.rate), *watching(teacher, lesson), kept)
+    quality = compared(run.task, lesson, teacher=teacher, dense=dense, student=student)
+    LOG.add(asdict(run), {**quality, "training": summary})
+
+
+def rows() -> dict[str, list[Any]]:
+    """Teacher and dense student, then the rates."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in LOG.lines():
+        task = line["task"]
+        for name, row in (("teacher", "teacher"), ("dense", f"{LAYERS[BASE]} of 12 layers, dense")):
+            found[row][f"{task} near"] = [line["correlations"][name]]
+            found[row][f"{task} score"] = [line["scores"][name]]
+        found["start"][f"{task} near"] = [line["training"]["curve"]["values"][0]]
+        row = Run(task, line["muon"], line["rate"], line["seed"]).name
+        found[row][f"{task} steps"].append(line["training"]["steps"])
+        found[row][f"{task} near"].append(line["correlations"]["student"])
+        found[row][f"{task} score"].append(line["scores"]["student"])
+    columns = [f"{task} {kind}" for task in TASKS for kind in ("steps", "near", "score")]
+    return {name: [spread(values[column]) for column in columns] for name, values in found.items()}
+
+
+def main() -> None:
+    """Run what is missing, then show it."""
+    parser = runs_parser("Learning rates at BERT-base's size.", "teachers, dense students and starts")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS, help="(default: both)")
+    parser.add_argument("--rates", nargs="*", type=float, default=RATES, help="(default: %(default)s)")
+    parser.add_argument("--adamw", action="store_true", help="AdamW for the factors of linear layers too, not Muon")
+    options = parser.parse_args()
+    disable_progress_bar()
+    disable_progress_bars()
+    if not options.table:
+        runs = [Run(task, not options.adamw, rate, 0) for task in options.tasks for rate in options.rates]
+        LOG.finish(runs, perform, options)
+    headings = [f"{task}\n{what}" for task in TASKS for what in ("steps", "correlation", glue_task(task).headline)]
+    console = Console(width=150)
+    console.print(LOG.environments(), highlight=False)
+    console.print(results_table(f"{BASE} on tasks, students of {RATIO:g}x, per cent", headings, rows()))
+
+
+if __name__ == "__main__":
+    main()

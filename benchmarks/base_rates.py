@@ -51,35 +51,43 @@ class Run:
         return f"{'Muon' if self.muon else 'AdamW'}, {self.rate:g}"
 
 
-def starts(
-    task: str, teacher: PreTrainedModel, tokenizer: Any, lesson: Lesson, schedule: Schedule, options: Any
-) -> tuple[PreTrainedModel, Any]:
-    """The dense student, and the untrained factored one, the same for all."""
-    folder, kept = options.work / "rates", kept_layers(teacher, LAYERS[BASE]) or []
-    dense_folder, start_folder = folder / f"dense-{task}", folder / f"start-{task}"
-    if not dense_folder.exists():
-        dense, _ = shallow(teacher, kept, lesson, schedule, *watching(teacher, lesson))
-        dense.save_pretrained(dense_folder)
-        tokenizer.save_pretrained(dense_folder)
-    dense = load_teacher(str(dense_folder))[0].float().eval()
-    if not start_folder.exists():
-        left, whole = (sum(p.numel() for p in model.base_model.parameters()) for model in (dense, teacher))
-        compress(
-            dense, "search", ratio=RATIO * left / whole, calibration=lesson.calibration, tokenizer=tokenizer
-        ).save_pretrained(start_folder)
-    return dense, load_student(str(start_folder))[0].float().requires_grad_(True)
+def prepared(task: str, options: Any) -> tuple[PreTrainedModel, PreTrainedModel, Any, Lesson]:
+    """The teacher of a task, its dense student, their tokenizer, and the lesson."""
+    source = fine_tune(BASE, task, options)
+    loaded, tokenizer, lesson = task_lesson(str(source), task, str(options.data / "glue"))
+    teacher, target = loaded.float().eval(), options.work / "rates" / f"dense-{task}"
+    if not target.exists():
+        schedule, _ = Schedule(MINUTES, None, None, True, 0).divided()
+        kept = kept_layers(teacher, LAYERS[BASE]) or []
+        student, _ = shallow(teacher, kept, lesson, schedule, *watching(teacher, lesson))
+        student.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return teacher, load_teacher(str(target))[0].float().eval(), tokenizer, lesson
+
+
+def ratio_of_rest(teacher: PreTrainedModel, dense: PreTrainedModel) -> float:
+    """How many times smaller than the dense student the factored one is."""
+    left, whole = (sum(p.numel() for p in model.base_model.parameters()) for model in (dense, teacher))
+    return RATIO * left / whole
+
+
+def start_of(task: str, teacher: PreTrainedModel, dense: PreTrainedModel, lesson: Lesson, options: Any) -> Any:
+    """The untrained factored student, the same for all rates."""
+    target = options.work / "rates" / f"start-{task}"
+    if not target.exists():
+        ratio, source = ratio_of_rest(teacher, dense), options.work / "rates" / f"dense-{task}"
+        compress(source, "search", ratio=ratio, calibration=lesson.calibration).save_pretrained(target)
+    return load_student(str(target))[0].float().requires_grad_(True)
 
 
 def perform(run: Run, options: Any) -> None:
     """Make and judge one student."""
-    source = fine_tune(BASE, run.task, options)
-    loaded, tokenizer, lesson = task_lesson(str(source), run.task, str(options.data / "glue"))
-    teacher = loaded.float().eval()
-    first, second = Schedule(MINUTES, None, None, True, run.seed).divided()
-    dense, student = starts(run.task, teacher, tokenizer, lesson, first, options)
-    kept = kept_layers(teacher, LAYERS[BASE])
-    lesson = replace(lesson, muon=run.muon)
-    summary = train(student, teacher, lesson, replace(second, learning_rate=run.rate), *watching(teacher, lesson), kept)
+    teacher, dense, _, lesson = prepared(run.task, options)
+    student = start_of(run.task, teacher, dense, lesson, options)
+    _, schedule = Schedule(MINUTES, None, None, True, run.seed).divided()
+    kept, lesson = kept_layers(teacher, LAYERS[BASE]), replace(lesson, muon=run.muon)
+    schedule = replace(schedule, learning_rate=run.rate)
+    summary = train(student, teacher, lesson, schedule, *watching(teacher, lesson), kept)
     quality = compared(run.task, lesson, teacher=teacher, dense=dense, student=student)
     LOG.add(asdict(run), {**quality, "training": summary})
 

@@ -281,7 +281,7 @@ def _add_calibration(command: argparse.ArgumentParser, required: bool) -> None:
         "--calibration-texts",
         type=int,
         metavar="N",
-        help=f"number of texts used (default: {commands.CALIBRATION_TEXTS})",
+        help="number of texts used, from the start (default: enough for this teacher, from all over)",
     )
 
 

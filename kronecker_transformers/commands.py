@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import display
 from .checkpoint.files import check_file, check_new_folder, to_json, write_text
 from .checkpoint.load import load_model, load_student, save_folder
+from .checkpoint.teachers import check_teacher
+from .compression.activations import Text
 from .compression.compress import compress
 from .compression.latency import Runtime
 from .compression.plan_file import check_plan_path, read_plan
@@ -23,9 +26,6 @@ from .export.dense import to_dense
 from .hub.card import has_own_card, model_card
 from .hub.push import Pushed, card_metadata, check_branch, files_to_push, full_name, push, push_space
 from .tasks.text import TextSource
-
-CALIBRATION_TEXTS = 512
-"""That are read where nothing else is asked for."""
 
 
 def run_distill(arguments: argparse.Namespace, console: Console) -> None:
@@ -63,10 +63,12 @@ def run_compress(arguments: argparse.Namespace, console: Console) -> None:
         if getattr(arguments, option) is not None and not arguments.calibration:
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is of a calibration text; give --calibration, or leave --{name} out")
-    texts = _calibration_texts(arguments) if arguments.calibration else None
     plan = None if arguments.plan is None else read_plan(arguments.plan)
+    teacher, tokenizer, texts = arguments.teacher, None, None
+    if arguments.calibration:
+        teacher, tokenizer, texts = _calibration(arguments)
     result = compress(
-        arguments.teacher, plan, ratio=arguments.ratio, only=arguments.only, calibration=texts, progress=True
+        teacher, plan, ratio=arguments.ratio, only=arguments.only, calibration=texts, tokenizer=tokenizer, progress=True
     )
     result.save_pretrained(arguments.output)
     _show(result.report, console)
@@ -75,11 +77,18 @@ def run_compress(arguments: argparse.Namespace, console: Console) -> None:
     console.print(f"Saved in {arguments.output}. Compression alone loses much of the quality: distil it before use.")
 
 
-def _calibration_texts(arguments: argparse.Namespace) -> list[str]:
-    number = CALIBRATION_TEXTS if arguments.calibration_texts is None else arguments.calibration_texts
-    if number < 1:
-        raise ValueError(f"calibration-texts={number} must be at least 1; some hundred do well")
-    return TextSource((arguments.calibration,), column=arguments.calibration_column or "text").lines(number)
+def _calibration(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, list[Text]]:
+    """The teacher, its tokenizer, and as much text as was asked for, or as is enough for this teacher."""
+    from .experiments.lessons import calibration_lines
+
+    number = arguments.calibration_texts
+    if number is not None and number < 1:
+        raise ValueError(f"calibration-texts={number} must be at least 1; leave it out to have enough of them")
+    source = TextSource((arguments.calibration,), column=arguments.calibration_column or "text")
+    teacher, tokenizer = check_teacher(arguments.teacher)
+    if tokenizer is None:
+        raise ValueError(f"teacher {arguments.teacher!r} comes without a tokenizer; save its tokenizer in its folder")
+    return teacher, tokenizer, calibration_lines(source, teacher, tokenizer, number=number)
 
 
 def run_search(arguments: argparse.Namespace, console: Console) -> None:
@@ -90,9 +99,11 @@ def run_search(arguments: argparse.Namespace, console: Console) -> None:
     names = ("batch", "length", "engine", "int8")
     timed = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     runtime = Runtime(**timed) if timed else None
+    teacher, tokenizer, texts = _calibration(arguments)
     found = search_plan(
-        arguments.teacher,
-        _calibration_texts(arguments),
+        teacher,
+        texts,
+        tokenizer=tokenizer,
         ratio=arguments.ratio,
         parameters=arguments.parameters,
         size_bytes=arguments.size_bytes,

@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 UNSEEN = 1.0
 """Occurrences that every row of an embedding is taken to have beside those in the text (Laplace smoothing)."""
+TOKENS_PER_INPUT = 8
+"""Tokens of calibration text for each input of the largest layer: with fewer, factors fit their own text alone
+(benchmarks/calibration_texts.py).
+"""
 EVENED = 2 / 3
 """Power of these numbers by which words count that were counted in more text: rare ones say more than common ones."""
 
@@ -152,6 +156,18 @@ def check_text(teacher: PreTrainedModel, batches: Sequence[CalibrationBatch], mo
         )
     check_amount(batches, modules)
     check_held_out(teacher, batches)
+
+
+def warn_of_little_text(batches: Sequence[CalibrationBatch], modules: Iterable[nn.Module]) -> None:
+    """Say so where layers will fit the text, and not what it is a sample of."""
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    wanted = TOKENS_PER_INPUT * largest_inputs(modules)
+    if tokens < wanted:
+        logger.warning(
+            "calibration text of %s tokens is little: %s are better, %d for each input of the largest layer, or the "
+            "factors fit this text better than any other; give %.1f times as much",
+            f"{tokens:,}", f"{wanted:,}", TOKENS_PER_INPUT, wanted / tokens,
+        )  # fmt: skip
 
 
 def check_amount(batches: Sequence[CalibrationBatch], modules: Iterable[nn.Module]) -> None:

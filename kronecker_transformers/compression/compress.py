@@ -32,7 +32,7 @@ from ..models.kronecker_layers import KroneckerEmbedding, KroneckerLinear, farth
 from ..models.kronecker_matching import matched_plan, selected_modules
 from ..models.kronecker_nearest import nearest_kronecker
 from .activations import CalibrationBatch, Text, calibration_batches, modules_named, weight_of, word_counts
-from .calibration import calibrate, check_text
+from .calibration import calibrate, check_text, warn_of_little_text
 from .moments import kronecker_product
 from .plan_file import SEARCHES
 from .search import PlanSearch, check_budgets, check_reach, search_batches
@@ -99,9 +99,10 @@ def compress(
             1.48.
         only: patterns (fnmatch) of the modules that are factored, relative to the base model; "embedding" is the word
             embedding. What a plan has for others is left out. Default: all modules.
-        calibration: texts on which the factors are fitted to the teacher's layers; some hundred sentences like those
-            that the student will meet, or pairs (tuples) of them for a classifier of pairs. A tenth of them is held out
-            and decides, layer by layer, whether the nearest factors are kept. Without any, all layers get their nearest
+        calibration: texts on which the factors are fitted to the teacher's layers, like those that the student will
+            meet, or pairs (tuples) of them for a classifier of pairs: some thousand sentences, so that there are eight
+            tokens for each input of the largest layer (24,576 tokens for BERT-base). A tenth of them is held out and
+            decides, layer by layer, whether the nearest factors are kept. Without any, all layers get their nearest
             factors.
         counted: more texts like these, some ten thousand, of which only the words are counted: the word embedding is
             fitted to them, and a search may give frequent words a product of their own. Default: words are counted in
@@ -135,8 +136,9 @@ def compress(
         if tokenizer is None:
             raise ValueError("calibration needs the teacher's tokenizer; pass it as tokenizer=")
         batches = calibration_batches(calibration, tokenizer, teacher)
-        layers = modules_named(teacher.base_model, names) if student is None else student.modules()
+        layers = list(modules_named(teacher.base_model, names) if student is None else student.modules())
         check_text(teacher, batches, layers)
+        warn_of_little_text(batches, layers)
         counts = None if counted is None else word_counts(counted, tokenizer, teacher)
     found = None
     if student is None:

@@ -33,7 +33,7 @@ from ..models.kronecker_family import longest_sequence
 from ..models.kronecker_matching import matched_plan, selected_modules
 from ..modes import evaluating
 from .activations import CalibrationBatch, Text, calibration_batches, modules_named, weight_of, word_counts
-from .calibration import check_text
+from .calibration import check_text, warn_of_little_text
 from .candidates import Candidate, influences, least_parameters, measured_layers, noise_to_signal
 from .estimates import UNITS, best_choice, factor_shapes
 from .latency import LatencyTable, Runtime, latency_table
@@ -162,6 +162,7 @@ def search_plan(
     names = selected_modules(model.base_model, only)
     batches = calibration_batches(calibration, tokenizer, model)
     counts = None if counted is None else word_counts(counted, tokenizer, model)
+    warn_of_little_text(batches, modules_named(model.base_model, names))
     return search_batches(model, batches, given, runtime, names, progress, low_rank, counts)
 
 

@@ -21,7 +21,7 @@ from transformers import (
 from ..checkpoint.pooling import Pooling
 from ..checkpoint.sentence_modules import encoder_settings
 from ..compression.activations import COUNTED, Text
-from ..compression.calibration import largest_inputs
+from ..compression.calibration import TOKENS_PER_INPUT, largest_inputs
 from ..distillation import TeacherMemory
 from ..models.kronecker_family import heads_of, longest_sequence
 from ..tasks.augmentation import Augmentation, Row
@@ -36,9 +36,9 @@ HELD_OUT_SHARE, HELD_OUT, WATCHED = 0.1, 2000, 500
 """Share of the documents that is held out; examples of it for the end, and to watch meanwhile."""
 FEWEST = 50
 """Documents, of which a tenth is held out; of a text that has fewer, lines are."""
-CALIBRATION, CALIBRATION_TOKENS, TOKENS_PER_INPUT = 512, 4096, 2
-"""Texts on which the plan is searched and the factors are fitted; of short ones more, for about so many tokens, and so
-many for each input of the largest layer.
+CALIBRATION, CALIBRATION_TOKENS = 512, 4096
+"""Texts on which the plan is searched and the factors are fitted; of short ones more, for about so many tokens, which
+are some blocks for a causal model, and for `TOKENS_PER_INPUT`.
 """
 AUGMENTED = 0.5
 """Share of a task's rows that are augmented in each epoch; of plain sentences, which are from the second epoch on."""
@@ -173,14 +173,20 @@ def task_lesson(
 
 
 def calibration_lines(
-    source: TextSource, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = ""
+    source: TextSource,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str = "",
+    number: int | None = None,
 ) -> list[Text]:
-    """Lines of a text, each after the prompt, on which a plan is searched and factors are fitted; from all over its
-    beginning.
+    """Lines of a text, each after the prompt, on which a plan is searched and factors are fitted.
+
+    So many from its start, or enough for this teacher, from all over the beginning of the text.
     """
+    if number is not None:
+        return [prompt + line for line in source.lines(number)]
     lines = [prompt + line for line in source.lines(20 * CALIBRATION)]
-    number = _enough(spread(lines, CALIBRATION), teacher, tokenizer)
-    return [*spread(lines, number)]
+    return [*spread(lines, _enough(spread(lines, CALIBRATION), teacher, tokenizer))]
 
 
 def calibration_rows(rows: Sequence[Row], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Text]:

@@ -22,6 +22,7 @@ from ..distillation import DistillationArguments, start_student
 from ..distillation.checkpoints import is_complete
 from ..distillation.objective import Objective
 from ..distillation.optimizer import DENSE_RATE, FACTORED_RATE, rate_for_size
+from ..experiments.lessons import calibration_lines
 from ..models.kronecker_family import FACTORED_CLASSES
 from ..tasks.text import TextSource
 
@@ -66,7 +67,10 @@ class StudentOptions:
         default=None,
         metadata={"help": "Text for which the first factors are fitted; default: for a search, that of the training."},
     )
-    calibration_texts: int = field(default=512, metadata={"help": "Sentences of it that are read."})
+    calibration_texts: int | None = field(
+        default=None,
+        metadata={"help": "Sentences of it, from its start; default: enough for the teacher, from all over it."},
+    )
     command: list[str] = field(init=False, default_factory=list)
     """The command line, for the record."""
     rate_by_size: bool = field(init=False, default=False)
@@ -96,7 +100,7 @@ class StudentOptions:
         """
         if self.start is None:
             self.plan = self.plan or recipe.plan  # for the record
-        plan, chosen = read_plan(self.plan or recipe.plan), self._texts(recipe, texts)
+        plan, chosen = read_plan(self.plan or recipe.plan), self._texts(teacher, tokenizer, recipe, texts)
         if self.calibration is not None or chosen is None:
             counted = None  # of other texts
         return start_student(
@@ -122,7 +126,7 @@ class StudentOptions:
             ValueError, OSError: a plan, a ratio or a student of an earlier stage that does not fit; or calibration text
                 that is missing, too little, or given beside such a student; or losses that do not fit the models.
         """
-        plan, chosen = read_plan(self.plan or recipe.plan), self._texts(recipe, texts)
+        plan, chosen = read_plan(self.plan or recipe.plan), self._texts(teacher, tokenizer, recipe, texts)
         student: PreTrainedModel | None = None
         if self.start is not None:
             student = start_student(teacher, plan, self.start, ratio=self.ratio)
@@ -142,7 +146,13 @@ class StudentOptions:
             rate = DENSE_RATE if type(student) in FACTORED_CLASSES else FACTORED_RATE
             arguments.learning_rate = rate_for_size(rate, student.config.hidden_size)
 
-    def _texts(self, recipe: Recipe, texts: Sequence[Text] | None) -> Sequence[Text] | None:
+    def _texts(
+        self,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        texts: Sequence[Text] | None,
+    ) -> Sequence[Text] | None:
         if self.start is not None and self.plan is not None:
             raise ValueError(f"--start {self.start} has its own plan, and --plan {self.plan} was given; leave one out")
         if self.calibration is None:
@@ -152,9 +162,10 @@ class StudentOptions:
             raise ValueError(
                 f"--start {self.start} has factors of its own, and --calibration would replace them; give one of both"
             )
-        if self.calibration_texts < 1:
-            raise ValueError(f"--calibration_texts {self.calibration_texts} must be at least 1; some hundred do well")
-        return TextSource((self.calibration,)).lines(self.calibration_texts)
+        number = self.calibration_texts
+        if number is not None and number < 1:
+            raise ValueError(f"--calibration_texts {number} must be at least 1; leave it out to have enough of them")
+        return calibration_lines(TextSource((self.calibration,)), teacher, tokenizer, number=number)
 
 
 @dataclass(kw_only=True)

@@ -96,7 +96,7 @@ def calibration_batches(
     if len(rows) < HELD_OUT:
         raise ValueError(
             f"calibration text of {len(texts)} texts gives {len(rows)} sequences of at most {length} tokens; at least "
-            f"{HELD_OUT} are needed, and some hundred sentences do well"
+            f"{HELD_OUT} are needed, and some thousand sentences do well"
         )
     rows.sort(key=lambda row: len(row.ids))
     held_out = rows[HELD_OUT // 2 :: HELD_OUT]

@@ -1,4 +1,5 @@
 import copy
+import re
 from collections import Counter
 
 import numpy as np
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from kronecker_transformers import compress, describe
+from kronecker_transformers import commands, compress, describe
 from kronecker_transformers.checkpoint.load import load_student
 from kronecker_transformers.cli import main
 from kronecker_transformers.compression import activations, calibration, search
@@ -495,6 +496,48 @@ def test_half_precision(dtype, tmp_path):
     result = compress(dense, BERT_PLAN, calibration=texts(), tokenizer=bert_tokenizer(tmp_path))
     assert {p.dtype for p in result.model.parameters()} == {dtype}
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
+
+
+def test_little_text_is_told(tmp_path, caplog):
+    dense, tokenizer = teacher(BertModel), bert_tokenizer(tmp_path)
+    wanted = 8 * 96
+    for number, tokens in ((40, "[0-9]+"), (150, None)):
+        caplog.clear()
+        compress(dense, ratio=2, calibration=texts(number), tokenizer=tokenizer)
+        search_plan(dense, texts(number), ratio=2, tokenizer=tokenizer)
+        told = re.findall(
+            rf"calibration text of {tokens} tokens is little: {wanted} are better, 8 for each", caplog.text
+        )
+        assert len(told) == (2 if tokens else 0)
+
+
+def test_as_much_text_is_read_as_the_teacher_needs(tmp_path, monkeypatch, capsys):
+    teacher(BertModel, intermediate_size=1024).save_pretrained(tmp_path / "bert")
+    bert_tokenizer(tmp_path).save_pretrained(tmp_path / "bert")
+    (tmp_path / "lines.txt").write_text("\n".join(texts(3000)))
+    seen = []
+
+    def stop(*args, **options):
+        seen.append(options.get("calibration") or args[1])
+        raise ValueError("seen")
+
+    for name in ("compress", "search_plan"):
+        monkeypatch.setattr(commands, name, stop)
+    command = [
+        str(tmp_path / "bert"),
+        "--calibration",
+        str(tmp_path / "lines.txt"),
+        "--output",
+        str(tmp_path / "a.yaml"),
+    ]
+    for arguments in (["compress", *command], ["search", *command, "--ratio", "2"]):
+        assert main(arguments) == 1
+        assert main([*arguments, "--calibration-texts", "30"]) == 1
+    tokens = [sum(map(len, bert_tokenizer(tmp_path)(found).input_ids)) for found in seen]
+    for enough, asked in (tokens[:2], tokens[2:]):
+        assert enough == pytest.approx(8 * 1024, rel=0.1)
+        assert asked < 700
+    assert seen[1] == texts(3000)[:30]
 
 
 def test_command_line(tmp_path, capsys):

@@ -32,8 +32,8 @@ from kronecker_transformers.tasks.glue import glue_task
 
 LOG = RunLog("base_rates")
 RATIO, MINUTES = 7.7, 20.0
-TASKS = ("cola", "mrpc")
-RATES = (2.5e-4, 5e-4, 7e-4, 1e-3, 1.5e-3)
+TASK = "cola"
+RATES = (1e-4, 2.5e-4, 7e-4)
 
 
 @dataclass(frozen=True)
@@ -96,35 +96,31 @@ def rows() -> dict[str, list[Any]]:
     """Teacher and dense student, then the rates."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in LOG.lines():
-        task = line["task"]
         for name, row in (("teacher", "teacher"), ("dense", f"{LAYERS[BASE]} of 12 layers, dense")):
-            found[row][f"{task} near"] = [line["correlations"][name]]
-            found[row][f"{task} score"] = [line["scores"][name]]
-        found["start"][f"{task} near"] = [line["training"]["curve"]["values"][0]]
-        row = Run(task, line["muon"], line["rate"], line["seed"]).name
-        found[row][f"{task} steps"].append(line["training"]["steps"])
-        found[row][f"{task} near"].append(line["correlations"]["student"])
-        found[row][f"{task} score"].append(line["scores"]["student"])
-    columns = [f"{task} {kind}" for task in TASKS for kind in ("steps", "near", "score")]
-    return {name: [spread(values[column]) for column in columns] for name, values in found.items()}
+            found[row]["near"] = [line["correlations"][name]]
+            found[row]["score"] = [line["scores"][name]]
+        found["start"]["near"] = [line["training"]["curve"]["values"][0]]
+        row = Run(line["task"], line["muon"], line["rate"], line["seed"]).name
+        found[row]["steps"].append(line["training"]["steps"])
+        found[row]["near"].append(line["correlations"]["student"])
+        found[row]["score"].append(line["scores"]["student"])
+    return {name: [spread(values[kind]) for kind in ("steps", "near", "score")] for name, values in found.items()}
 
 
 def main() -> None:
     """Run what is missing, then show it."""
     parser = runs_parser("Learning rates at BERT-base's size.", "teachers, dense students and starts")
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS, help="(default: both)")
     parser.add_argument("--rates", nargs="*", type=float, default=RATES, help="(default: %(default)s)")
     parser.add_argument("--adamw", action="store_true", help="AdamW for the factors of linear layers too, not Muon")
     options = parser.parse_args()
     disable_progress_bar()
     disable_progress_bars()
     if not options.table:
-        runs = [Run(task, not options.adamw, rate, 0) for task in options.tasks for rate in options.rates]
-        LOG.finish(runs, perform, options)
-    headings = [f"{task}\n{what}" for task in TASKS for what in ("steps", "correlation", glue_task(task).headline)]
+        LOG.finish([Run(TASK, not options.adamw, rate, 0) for rate in options.rates], perform, options)
+    headings = ["steps", "correlation", glue_task(TASK).headline]
     console = Console(width=150)
     console.print(LOG.environments(), highlight=False)
-    console.print(results_table(f"{BASE} on tasks, students of {RATIO:g}x, per cent", headings, rows()))
+    console.print(results_table(f"{BASE} on CoLA, students of {RATIO:g}x, per cent", headings, rows()))
 
 
 if __name__ == "__main__":

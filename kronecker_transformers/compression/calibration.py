@@ -159,10 +159,10 @@ def check_text(teacher: PreTrainedModel, batches: Sequence[CalibrationBatch], mo
 
 
 def warn_of_little_text(batches: Sequence[CalibrationBatch], modules: Iterable[nn.Module]) -> None:
-    """Say so where layers will fit the text, and not what it is a sample of."""
+    """Say so where layers will fit the text, and not what it is a sample of; a tenth less is none the worse."""
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
     wanted = TOKENS_PER_INPUT * largest_inputs(modules)
-    if tokens < wanted:
+    if tokens < 0.9 * wanted:
         logger.warning(
             "calibration text of %s tokens is little: %s are better, %d for each input of the largest layer, or the "
             "factors fit this text better than any other; give %.1f times as much",

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -212,6 +211,8 @@ def check_compiler(passes: Iterable[Callable[[], Any]]) -> None:
     Raises:
         ValueError: it cannot be done here.
     """
+    from torch._dynamo.exc import TorchDynamoException  # takes a second
+
     try:
         with torch.inference_mode():
             for forward in passes:

@@ -359,7 +359,7 @@ def test_a_failing_evaluation_loses_no_result(workplace, monkeypatch):
 
 def test_a_table_that_cannot_be_shown_loses_no_figure(workplace, monkeypatch):
     teacher = save_teacher(workplace / "teacher", BertModel)
-    monkeypatch.setattr("kronecker_transformers.experiments.run.Console", lambda **_: 1 / 0)
+    monkeypatch.setattr("kronecker_transformers.experiments.run.console", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_example(
             "run_glue_kd", workplace / "out", teacher=teacher, task_name="sst2", data_dir=workplace / "glue",

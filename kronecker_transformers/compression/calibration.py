@@ -61,8 +61,8 @@ def calibrate(
     """Give a student, in place, the factors and biases that suit calibration text. Deterministic.
 
     Modules that text alone does not reach, those of cross-attention, keep their nearest factors. What is best layer by
-    layer need not be best for the model: where its outputs on held-out text do not come nearer to the teacher's, all
-    layers get their nearest factors back, with a warning.
+    layer need not be best for the model: where its outputs on held-out text, of a classifier its last hidden states, do
+    not come nearer to the teacher's, all layers get their nearest factors back, with a warning.
 
     Args:
         teacher: a dense model; it is not changed.
@@ -81,7 +81,7 @@ def calibrate(
     factored = [module for module in student.modules() if _is_factored(module)]
     nearest = {t: t.detach().clone() for module in factored for t in (*module.parameters(), *module.buffers())}
     with evaluating(teacher):
-        judged = HeldOutOutputs(teacher, batches)
+        judged = HeldOutOutputs(teacher, batches, states=True)
         before = judged.lost(student)
         errors = _calibrate(teacher.base_model, student.base_model, batches, progress, counts)
         after = judged.lost(student)

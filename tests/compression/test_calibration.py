@@ -220,6 +220,16 @@ def test_a_student_that_does_worse_as_a_whole_keeps_its_nearest_factors(family, 
     )
 
 
+def test_a_classifier_is_judged_by_its_hidden_states(tmp_path, caplog):
+    """Its logits on some held-out texts may say nothing."""
+    dense = teacher(BertForSequenceClassification)
+    with torch.no_grad():
+        dense.classifier.weight.zero_()
+    found = compress(dense, BERT_PLAN, calibration=texts(150), tokenizer=bert_tokenizer(tmp_path))
+    assert "no nearer" not in caplog.text
+    assert any(layer.output_error < layer.nearest_output_error for layer in found.report.layers)
+
+
 def test_outputs_are_compared_up_to_scale_and_mean(tmp_path):
     dense = teacher(BertModel)
     batches = calibration_batches(texts(), bert_tokenizer(tmp_path), dense)

@@ -140,7 +140,7 @@ def test_a_run_that_stopped_among_augmented_sentences_goes_on(workers, teacher, 
     (tmp_path / "plan.yaml").write_text("encoder.layer.*.attention.*: {m1: 8, n1: 8}\n")
     options = {
         "teacher": teacher, "train_text": [tmp_path / "train.txt"], "plan": tmp_path / "plan.yaml", "max_steps": 14,
-        "per_device_train_batch_size": 4, "save_steps": 7, "dataloader_num_workers": workers,
+        "per_device_train_batch_size": 4, "save_steps": 7, "dataloader_num_workers": workers, "apart": workers > 0,
     }  # fmt: skip
     for folder in ("whole", "parts"):
         run_example("run_embedding_kd", tmp_path / folder, **options)

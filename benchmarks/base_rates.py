@@ -104,7 +104,10 @@ def rows() -> dict[str, list[Any]]:
         found[row]["steps"].append(line["training"]["steps"])
         found[row]["near"].append(line["correlations"]["student"])
         found[row]["score"].append(line["scores"]["student"])
-    return {name: [spread(values[kind]) for kind in ("steps", "near", "score")] for name, values in found.items()}
+    return {
+        name: [spread(values["steps"], 0), spread(values["near"]), spread(values["score"])]
+        for name, values in found.items()
+    }
 
 
 def main() -> None:

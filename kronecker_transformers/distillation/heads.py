@@ -38,11 +38,11 @@ class Output(Head):
         if self.kind == "binary" and (labels.ndim != 2 or not labels.is_floating_point()):
             raise ValueError(
                 f"{self.labels} of shape {tuple(labels.shape)} and {labels.dtype} must be floating-point truth values "
-                "(examples, labels) for problem_type='multi_label_classification'; convert them, or set another"
+                "(examples, labels) for problem_type='multi_label_classification'; convert them, or set another type"
             )
         if self.kind in ("classes", "tokens", "next_token") and labels.is_floating_point():
             raise ValueError(
-                f"{self.labels} of {labels.dtype} must be the whole numbers of classes; convert them, or set the "
+                f"{self.labels} of {labels.dtype} must be integers, the numbers of classes; convert them, or set the "
                 "config's problem_type to 'multi_label_classification' or 'regression' before the teacher is compressed"
             )
         if self.kind == "next_token":

@@ -98,8 +98,7 @@ def benchmark_sessions(
                 limit_milliseconds=middle * (1 - share_of_products(path, batch, length, words=words[key], dtype=dtype)),
                 peak_bytes=session_memory(path, batch, length, words[key], dtype),
             )  # fmt: skip
-    computed = dtype if dtype != "float32" or not int8 else ""
-    precision = ", ".join(filter(None, ["int8" if int8 else "", computed]))
+    precision = dtype if not int8 else "int8" if dtype == "float32" else f"int8, {dtype}"
     rates, machine = machine_rates(torch.float32), f"{environment()}, {engine} {version(engine)}"
     return Comparison(
         **measurements, batch=batch, length=length, dtype=precision, device="cpu", compiled=False,

@@ -163,7 +163,8 @@ def benchmark(
         rounds: in which both take turns, after two to warm up.
 
     Raises:
-        ValueError: an argument is out of range, or the sequence longer than a model takes.
+        ValueError: an argument is out of range, the sequence longer than a model takes, a classifier has no token for
+            padding, or there is no compiler for `compiled`.
         OSError: a model cannot be read.
     """
     check_sizes(batch, length, rounds)

@@ -9,36 +9,26 @@ from __future__ import annotations
 import ast
 import logging
 import os
-import re
-import shlex
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.load import REPORT_FILE, load_model
 from ..checkpoint.sentence_modules import read_modules
 from ..evaluation.cost import describe, recorded_errors
 from ..models import DENSE_CLASSES, FACTORED_CLASSES
 from ..models.kronecker_family import heads_of
-from .files import BENCHMARK_FILE, CARD, RESULTS_FILE, published_files, read_object, without_folders
+from .files import BENCHMARK_FILE, CARD, RESULTS_FILE, published_files
+from .records import as_recorded, is_hub_name, read_record, speed, told
 
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parent / "card.md"
 MADE = "<!-- Made by kronecker_transformers: a push makes it anew. Remove this line to keep what you write here. -->"
 """In every card."""
-_SIZE_AND_SPEED = ("megabytes", "examples per second")
-"""Rows of a record, of the factored model and not of its dense twin."""
-_DATA_FILES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet", ".gz")
-"""Endings that no name on the Hub has."""
-_SPLIT = re.compile(r"(.+?)(_(?:mis)?matched)?")
-"""A score, and which of MNLI's two validation sets it is of."""
 _SENTENCE = "The students were proud of what their teacher had taught them."
 
 
@@ -124,17 +114,17 @@ def model_card(
             "--with-dense-twin for its twin, or write a README.md of your own beside a dense model"
         )
     factored = load_model(records)[0] if twin_of else model
-    record = _read(records / RESULTS_FILE)
-    with _as_recorded(records / RESULTS_FILE):
-        told = _told(record, twin_of is not None)
-    with _as_recorded(folder / BENCHMARK_FILE):
-        speed = _speed(folder, model)
+    record = read_record(records / RESULTS_FILE)
+    with as_recorded(records / RESULTS_FILE):
+        found = told(record, twin_of is not None)
+    with as_recorded(folder / BENCHMARK_FILE):
+        time = speed(folder, model)
     options, training = record.get("options", {}), record.get("training", {})
-    source = options.get("teacher") or _read(records / REPORT_FILE).get("teacher")
+    source = options.get("teacher") or read_record(records / REPORT_FILE).get("teacher")
     given = {"base_model": base_model, "license": license, "language": language}
     known = {**folder_metadata(records), **folder_metadata(source), **{key: v for key, v in given.items() if v}}
-    teacher = base_model or (source if _is_hub_name(source) else Path(source).name if source else None)
-    base_model = known.get("base_model") or (source if _is_hub_name(source) else None)
+    teacher = base_model or (source if is_hub_name(source) else Path(source).name if source else None)
+    base_model = known.get("base_model") or (source if is_hub_name(source) else None)
     if look_up and isinstance(base_model, str) and not {"license", "language"} <= known.keys():
         known = {**look_up(base_model), **known}
     architecture = type(model).__name__.removeprefix("Kronecker")
@@ -142,7 +132,7 @@ def model_card(
     use = _USES[heads[0].kind if heads else None]
     modules = read_modules(folder)
     is_sentence_encoder = modules is not None and "Pooling" in modules.kinds
-    results: list[EvalResult] = told.pop("results")
+    results: list[EvalResult] = found.pop("results")
     data = ModelCardData(
         model_name=repo_id.rpartition("/")[2],
         base_model=base_model,
@@ -158,7 +148,7 @@ def model_card(
             *(["sentence-transformers"] if is_sentence_encoder else []),
             *(["dense-twin"] if twin_of else ["custom_code"]),
         ],
-        datasets=told.pop("datasets") or None,
+        datasets=found.pop("datasets") or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
         widget=[_SIMILARITY] if is_sentence_encoder else [_with_mask(example, tokenizer) for example in use.widget],
@@ -181,61 +171,11 @@ def model_card(
         only_factored=not training and bool(recorded_errors(records, describe(factored).factors_sha256)),
         trust="" if twin_of else ", trust_remote_code=True",
         **_costs(model, twin_of is not None),
-        **told,
-        speed=speed,
+        **found,
+        speed=time,
         figures=[file.name for file in published_files(folder) if file.name.endswith(".png")],
         code=[(file.name, _first_line(file.content()), file.sha256()) for file in code],
     )
-
-
-@contextmanager
-def _as_recorded(path: Path) -> Iterator[None]:
-    """Refuse a file of a common name that holds something else."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no record of this package ({type(error).__name__}: {error}); rename or remove it"
-        ) from error
-
-
-def _told(record: Mapping[str, Any], is_twin: bool) -> dict[str, Any]:
-    """What the record of a training says, for the template; `results` and `datasets` are for the metadata."""
-    options = record.get("options", {})
-    if is_twin:  # it has the same quality, but not the size and the speed of the factored model
-        rows = {name: row for name, row in record.get("rows", {}).items() if name not in _SIZE_AND_SPEED}
-        record = {**record, "rows": rows}
-    quality, models = _quality(record)
-    return {
-        "results": _eval_results(record, options),
-        "datasets": _datasets(options),
-        "has_rate": "examples per second" in record.get("rows", {}),
-        "quality": quality,
-        "quality_models": models,
-        "protocol": record.get("protocol"),
-        "data": _data(options),
-        "training": _training(record.get("training", {})),
-        "dense_training": _dense_training(record.get("dense_training", {})),
-        **_depth(record),
-        "environment": record.get("environment"),
-        "command": _command(options.get("command")),
-    }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_object(path, "write it again or remove it") if path.is_file() else {}
-
-
-def _is_hub_name(source: str | None) -> bool:
-    """Whether it may be a name on the Hub, perhaps with a configuration after a colon."""
-    if not source or os.path.exists(source):
-        return False
-    name, suffix = source.partition(":")[0], Path(source).suffix.lower()
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return suffix not in _DATA_FILES and len(name) > 1  # a single letter is a drive
 
 
 def has_own_card(folder: str | os.PathLike[str]) -> bool:
@@ -285,128 +225,6 @@ def _costs(model: Any, is_twin: bool) -> dict[str, Any]:
         "layers": sum(not layer.name.endswith(".frequent") for layer in base.layers),
         "plan": f"{len(entries)} entries, {len(shapes)} shapes (m1, n1, terms)",
     }
-
-
-def _speed(folder: Path, published: Any) -> str | None:
-    found = _read(folder / BENCHMARK_FILE)
-    if not found:
-        return None
-    model, against = found["model"], found["against"]
-    if model["parameters"] != (own := describe(published).factored.parameters):
-        raise ValueError(
-            f"{BENCHMARK_FILE} is of a model of {model['parameters']:,} parameters, and {str(folder)!r} has {own:,}; "
-            f"run `kronecker-transformers benchmark {folder} --against ...` again, or remove it"
-        )
-    return (
-        f"{model['milliseconds']:.1f} ms for {found['batch']} x {found['length']} tokens in {found['dtype']} on "
-        f"{found['device']}{_engine(found)}, {found['speedup']:.2f} times as fast as {Path(against['name']).name} with "
-        f"{against['milliseconds']:.1f} ms ({found['environment']})."
-    )
-
-
-def _engine(found: Mapping[str, Any]) -> str:
-    """What computed a benchmark, where it was not PyTorch as it is."""
-    runtime = found.get("runtime", "torch")
-    return f" with {runtime}" if runtime != "torch" else " with torch.compile" if found.get("compiled") else ""
-
-
-def _quality(record: Mapping[str, Any]) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """Rows of the table of quality, and the models it compares."""
-    rows, models = record.get("rows", {}), record.get("models", [])
-    shown = [
-        (label, ["-" if value is None else f"{value:.4g}" for value in values[: len(models)]])
-        for label, values in rows.items() if label != "parameters"
-    ]  # fmt: skip
-    return shown, models
-
-
-def _benchmark(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The public task that an example was run on, as `EvalResult` wants it; empty where the data were others."""
-    if options.get("train_file") or options.get("validation_file"):
-        return {}
-    if task := options.get("task_name"):
-        return {"task_type": "text-classification", "dataset_type": "nyu-mll/glue", "dataset_name": f"GLUE {task}",
-                "dataset_config": task}  # fmt: skip
-    if version := options.get("version"):
-        name = "rajpurkar/squad_v2" if version == "v2.0" else "rajpurkar/squad"
-        return {"task_type": "question-answering", "dataset_type": name, "dataset_name": f"SQuAD {version}"}
-    return {}
-
-
-def _eval_results(record: Mapping[str, Any], options: Mapping[str, Any]) -> list[EvalResult]:
-    """The student's scores on GLUE or SQuAD, as the Hub wants them; none of a part of the dev set."""
-    where = _benchmark(options)
-    if not where or options.get("max_eval_samples"):
-        return []
-    scores = record.get("metrics", {}).get("student", {})
-    found = []
-    for name, value in scores.items():
-        metric, split = _SPLIT.fullmatch(name).groups()  # type: ignore[union-attr]  # of any name
-        if "total" not in name:
-            found.append(
-                EvalResult(metric_type=metric, metric_value=value, dataset_split=f"validation{split or ''}", **where)
-            )
-    return found
-
-
-def _texts(options: Mapping[str, Any]) -> list[str]:
-    """What an example was trained on: files, or names of datasets on the Hub."""
-    return [*(options.get("train_text") or []), *filter(None, [options.get("train_file")])]
-
-
-def _datasets(options: Mapping[str, Any]) -> list[str]:
-    """Those on the Hub."""
-    task = _benchmark(options).get("dataset_type")
-    names = {name.partition(":")[0] for name in _texts(options) if _is_hub_name(name)}  # without a configuration
-    return sorted({*names, *([task] if task else [])})
-
-
-def _data(options: Mapping[str, Any]) -> str | None:
-    """What it was trained on."""
-    names = [name if _is_hub_name(name) else Path(name).name for name in _texts(options)]
-    known = options.get("data") or ", ".join(names) or _benchmark(options).get("dataset_name")
-    fraction, samples = options.get("fraction"), options.get("max_train_samples")
-    parts = [f"{100 * fraction:.3g}% of it"] if fraction and fraction != 1 else []
-    parts += [f"{samples:,} examples of it"] if samples else []
-    return known and ", ".join([known, *parts])
-
-
-def _training(training: Mapping[str, Any]) -> str | None:
-    """One sentence."""
-    if not training:
-        return None
-    terms = ", ".join(f"{weight:g} {name}" for name, weight in training["objective"].items())
-    optimizer = f" ({training['optimizer']})" if "optimizer" in training else ""
-    tokens = f"{training['tokens']:,} tokens, " if training["tokens"] is not None else ""
-    return (
-        f"{training['steps']:,} steps of {training['batch']} samples ({training['samples']:,} samples, "
-        f"{tokens}{training['seconds'] / 60:.1f} minutes), learning rate "
-        f"{training['learning_rate']:g}{optimizer}, {training['precision']}, seed {training['seed']}; "
-        f"objective: {terms}"
-    )
-
-
-def _depth(record: Mapping[str, Any]) -> dict[str, Any]:
-    """How many layers a student keeps that has fewer than its teacher, and how many times smaller than that it is."""
-    layers, parameters = record.get("dense_training", {}).get("layers"), record.get("rows", {}).get("parameters")
-    known = layers and parameters
-    return {"kept": len(layers), "whole": parameters[0] / parameters[-1]} if known else {"kept": 0, "whole": 0}
-
-
-def _dense_training(training: Mapping[str, Any]) -> str | None:
-    """The same for the dense student that was factored."""
-    if not training:
-        return None
-    layers = ", ".join(map(str, training["layers"]))
-    return f"layers {layers} of the teacher, counted from 0; {_training(training)}"
-
-
-def _command(command: list[str] | None) -> str | None:
-    """For a shell; of local paths only the last part."""
-    if not command:
-        return None
-    parts = (Path(part).name if part.startswith("/") else without_folders(part) for part in command)
-    return f"`{shlex.join(parts)}`"
 
 
 def _first_line(code: bytes) -> str:

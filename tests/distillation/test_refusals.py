@@ -102,7 +102,7 @@ def test_missing_labels_and_inputs_are_errors(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "labels", "message"),
     [
-        (None, [1.0, 0.0, 1.0], "labels of torch.float32 must be the whole numbers of classes; convert them, or set"),
+        (None, [1.0, 0.0, 1.0], "labels of torch.float32 must be integers, the numbers of classes; convert them, or"),
         ("multi_label_classification", 1, r"labels of shape \(8,\) and torch.int64 must be floating-point truth value"),
     ],
 )

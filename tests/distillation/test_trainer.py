@@ -169,6 +169,14 @@ def test_gradient_checkpointing_changes_nothing(dense_class, bf16, tmp_path):
     assert_same_step(checkpointed, one_step(dense_class, tmp_path, bf16=bf16))
 
 
+def test_a_config_that_asks_for_tuples_changes_nothing(tmp_path):
+    def changed(student):
+        student.config.return_dict = False
+
+    steps = [one_step(BertForSequenceClassification, tmp_path, change) for change in (changed, None)]
+    assert_same_step(*steps)
+
+
 def test_checkpointing_that_would_lose_the_gradient_is_refused(tmp_path):
     arguments = {**CHECKPOINTING[0], CHECKPOINTING[1]: {"use_reentrant": True}}
     with pytest.raises(RuntimeError, match=r"carries no gradient.*use_reentrant=False"):

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The versions that are installed; empty for the newest ones. An index for torch where the default one has other builds.
+# A .venv that is there stays as it is: `make clean` before another choice of these.
 CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 INSTALL = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .models.factor_plan import FactorPlan
-from .models.kronecker_layers import KroneckerLinear
+from .models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
 from .models.kronecker_matching import matched_plan
 
 
@@ -39,11 +39,32 @@ def lora_config(model: PreTrainedModel, **options: Any) -> LoraConfig:
 
     Returns:
         For `peft.get_peft_model` or the model's own `add_adapter`.
+
+    Raises:
+        ValueError: an option for which an embedding would have to be one matrix.
     """
+    _check_embeddings(model, options)
     if options.get("target_modules", "all-linear") == "all-linear":
         options["target_modules"] = sorted(_linear_layers(model))
     options.setdefault("fan_in_fan_out", any(isinstance(m, Conv1D) for m in model.modules()))  # of dense layers
     return _registered(LoraConfig(**options))
+
+
+def _check_embeddings(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    head: Any = model.get_output_embeddings()
+    refused = ["target_modules"] + ["modules_to_save"] * bool(getattr(head, "tied", None))
+    for name in (name for name, module in model.named_modules() if isinstance(module, KroneckerEmbedding)):
+        if options.get("trainable_token_indices"):
+            raise ValueError(
+                f"trainable_token_indices needs an embedding of one matrix, and {name} has factors; leave it out"
+            )
+        for option in refused:
+            given = options.get(option) or ()
+            if not isinstance(given, str) and any(f".{name}".endswith(f".{end}") for end in given):
+                raise ValueError(
+                    f"{option} names {name}, an embedding of factors, which takes no adapter, nor a copy of its own "
+                    "where an output head is tied to it; leave it out"
+                )
 
 
 def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], **options: Any) -> PeftModel:
@@ -58,20 +79,21 @@ def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], **optio
         ValueError: the adapter is not LoRA.
     """
     name = os.fspath(folder)
-    config: Any = PeftConfig.from_pretrained(name)
+    where = {key: options[key] for key in ("subfolder", "revision", "token", "cache_dir") if key in options}
+    config: Any = PeftConfig.from_pretrained(name, **where)
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{name!r} holds an adapter of kind {config.peft_type}; factored layers take LoRA alone")
     return PeftModel.from_pretrained(model, name, config=_registered(config), **options)
 
 
-def merge_adapter(model: PeftModel) -> PreTrainedModel:
+def merge_adapter(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     """The factored model with its adapter multiplied in, and the plan that it now has in its config.
 
     A product of rank R and one of rank r are one of rank R + r, so low-rank layers can be merged. No other sum has a
     single shape.
 
     Args:
-        model: with active adapters; it is used up.
+        model: with active adapters, of `get_peft_model` or of its own `add_adapter`; it is used up.
 
     Returns:
         The model without PEFT's layers; it can be saved.
@@ -80,7 +102,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
         ValueError: an adapted layer is not of low rank or would have too many terms (nothing is changed), or an
             adapter's numbers are not finite.
     """
-    merged: Any = model.get_base_model()
+    merged: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     adapted: list[tuple[str, Any]] = [(name, m) for name, m in merged.named_modules() if isinstance(m, LoraLayer)]
     for name, layer in adapted:
         if isinstance(base := layer.get_base_layer(), KroneckerLinear):
@@ -100,6 +122,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
             merged.set_submodule(name, layer.unload_and_optionally_merge_module(True, True, None))
     if "peft_config" in vars(merged):
         del merged.peft_config
+    merged._hf_peft_config_loaded = False  # else adapters alone would be saved
     base, plan = merged.base_model, {}
     layers = dict(base.named_modules())
     for name, entry in matched_plan(base, merged.config.factor_plan).items():

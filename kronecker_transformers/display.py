@@ -230,7 +230,8 @@ def check_picture(path: str | os.PathLike[str]) -> None:
 
     known = FigureCanvasBase.get_supported_filetypes()
     if (ending := Path(path).suffix.lower().removeprefix(".")) not in known:
-        raise ValueError(f"picture {str(path)!r} must not end in {ending!r}; give it one of {', '.join(sorted(known))}")
+        ending = f"must not end in {ending!r}" if ending else "has no ending that says its format"
+        raise ValueError(f"picture {str(path)!r} {ending}; give it one of {', '.join(sorted(known))}")
 
 
 def picture_axes(columns: int = 1) -> tuple[Any, Any]:
@@ -289,7 +290,7 @@ def distillation_table(steps: int, models: Iterable[str], rows: Mapping[str, Seq
         table.add_column(heading, justify="right", no_wrap=True)
     forms = {"parameters": "{:,.0f}", "megabytes": "{:,.1f}", "examples per second": "{:,.0f}"}
     for name, values in rows.items():
-        ratio = {"parameters": values[0] / values[-1], "megabytes": values[0] / values[-1]}.get(name)
+        ratio = values[0] / values[-1] if name in ("parameters", "megabytes") else None
         ratio = values[-1] / values[0] if name == "examples per second" else ratio
         form = forms.get(name, "{:.1%}" if name.endswith("as the teacher's") or "common" in name else "{:.4g}")
         table.add_row(name, *map(form.format, values), "" if ratio is None else f"{ratio:.2f}x")

@@ -156,6 +156,42 @@ def test_what_passes_the_factored_layers_by_is_told(caplog):
     assert isinstance(model.get_input_embeddings(), KroneckerEmbedding)
 
 
+def test_an_adapter_in_a_folder_of_its_folder_is_loaded(tmp_path):
+    model = student(KroneckerBertForSequenceClassification)
+    fresh = copy.deepcopy(model)
+    adapted = trained(model, task_type="SEQ_CLS")
+    adapted.save_pretrained(tmp_path / "inner")
+    loaded = load_adapter(fresh, tmp_path, subfolder="inner").eval()
+    torch.testing.assert_close(logits(loaded), logits(adapted))
+
+
+def test_an_adapter_of_the_models_own_is_merged(tmp_path):
+    model = low_rank_student()
+    model.add_adapter(lora_config(model, r=3, lora_alpha=6, init_lora_weights=False))
+    wanted = logits(model)
+    merged = merge_adapter(model)
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-5)
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"trainable_token_indices": [3, 4]},
+            "trainable_token_indices needs an embedding of one matrix, and .*wte has",
+        ),
+        ({"target_modules": ["wte", "c_attn"]}, "target_modules names transformer.wte, an embedding of factors"),
+        ({"modules_to_save": ["wte"]}, "modules_to_save names transformer.wte, an embedding of factors"),
+    ],
+)
+def test_what_embeddings_of_factors_do_not_take_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        lora_config(student(KroneckerGPT2LMHeadModel), r=2, **options)
+
+
 def test_variants_that_need_the_weight_are_refused():
     model = student(KroneckerBertForSequenceClassification)
     with pytest.raises(ValueError, match="unsupported variant"):

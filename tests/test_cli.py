@@ -11,12 +11,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from students import factored_modules
 from tiny import bert_tokenizer, gpt2_tokenizer, inputs, teacher
-from transformers import AutoTokenizer, BertForSequenceClassification, GPT2LMHeadModel
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel, GPT2LMHeadModel
 
 import kronecker_transformers as kt
-from kronecker_transformers import commands
+from kronecker_transformers import commands, compress
 from kronecker_transformers.checkpoint.files import new_folder
 from kronecker_transformers.cli import main
+from kronecker_transformers.compression.latency import Runtime
 
 
 @pytest.fixture
@@ -384,3 +385,78 @@ def test_help_and_version(capsys):
 def test_installed_command():
     command = Path(sys.executable).parent / "kronecker-transformers"
     assert "compress" in subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
+
+
+class ReachedError(Exception):
+    """In place of long work."""
+
+
+OPTIONS = [
+    (
+        "kronecker_transformers.experiments.distill.distill",
+        ["distill", "TEACHER", "--text", "a.txt", "--output", "out", "--plan", "low-rank", "--learning-rate", "2e-4",
+         "--seed", "7", "--text-column", "body", "--no-bf16", "--layers", "3", "--steps", "9", "--ratio", "4"],
+        {"plan": "low-rank", "learning_rate": 2e-4, "seed": 7, "column": "body", "bf16": False, "layers": 3, "steps": 9,
+         "ratio": 4.0, "minutes": None, "frequent_words": True, "task": None},
+    ),
+    (
+        "kronecker_transformers.experiments.distill.distill",
+        ["distill", "TEACHER", "--task", "rte", "--data", "glue", "--output", "out", "--minutes", "1.5", "--bf16",
+         "--layers", "1,4", "--no-frequent-words"],
+        {"task": "rte", "data_dir": "glue", "minutes": 1.5, "bf16": True, "layers": [1, 4], "frequent_words": False,
+         "plan": None, "seed": 0},
+    ),
+    (
+        "kronecker_transformers.commands.search_plan",
+        ["search", "TEACHER", "--calibration", "TEXT", "--output", "plan.yaml", "--parameters", "5000", "--size-bytes",
+         "9000", "--flops", "7e6", "--low-rank", "--milliseconds", "4", "--batch", "2", "--length", "16"],
+        {"parameters": 5000, "size_bytes": 9000, "flops": 7e6, "low_rank": True, "milliseconds": 4.0,
+         "runtime": Runtime(2, 16), "ratio": None},
+    ),
+    (
+        "kronecker_transformers.commands.benchmark",
+        ["benchmark", "A", "--against", "B", "--dtype", "bfloat16", "--device", "cuda", "--batch", "3",
+         "--length", "64"],
+        {"dtype": "bfloat16", "device": "cuda", "batch": 3, "length": 64, "compiled": False},
+    ),
+    (
+        "kronecker_transformers.export.onnx.export_graphs",
+        ["export", "TEACHER", "--format", "onnx", "--fp16", "--int4", "--output", "out"],
+        {3: ["fp32", "int4", "fp16"]},
+    ),
+    (
+        "kronecker_transformers.commands.push",
+        ["push", "STUDENT", "org/name", "--base-model", "org/own", "--revision", "trial", "--private"],
+        {"revision": "trial", "private": True, "create_pr": False},
+    ),
+    (
+        "kronecker_transformers.commands.push",
+        ["push", "STUDENT", "org/name", "--create-pr"],
+        {"revision": None, "private": None, "create_pr": True},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "arguments", "wanted"), OPTIONS, ids=[" ".join(a) for _, a, _ in OPTIONS])
+def test_options_reach_the_package(function, arguments, wanted, tmp_path, monkeypatch):
+    given = {}
+
+    def reached(*positional, **named):
+        given.update(enumerate(positional))
+        given.update(named)
+        raise ReachedError
+
+    source = tmp_path / "teacher"
+    teacher(BertModel).save_pretrained(source)
+    bert_tokenizer(source).save_pretrained(source)
+    compress(source, "7.7x").save_pretrained(tmp_path / "student")
+    (tmp_path / "text.txt").write_text("the quick brown fox\n" * 400)
+    names = {"TEACHER": source, "STUDENT": tmp_path / "student", "TEXT": tmp_path / "text.txt"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(function, reached)
+    monkeypatch.setattr("kronecker_transformers.commands.card_metadata", lambda name: {})
+    with pytest.raises(ReachedError):
+        main([str(names.get(argument, argument)) for argument in arguments])
+    assert {key: given[key] for key in wanted} == wanted
+    if "--base-model" in arguments:
+        assert given["card"].data.base_model == "org/own"

@@ -16,11 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import BERT_SIZES, GPT2_SIZES, bert_tokenizer, inputs, teacher
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification, pipeline
 
 import kronecker_transformers as kt
 from kronecker_transformers import KroneckerBertConfig, KroneckerGPT2Config, compress
 from kronecker_transformers.checkpoint.load import load_student, save_folder
+from kronecker_transformers.hub.files import published_files
 
 HARMLESS = {
     "collections", "contextlib", "dataclasses", "difflib", "fnmatch", "functools", "inspect", "math", "re",
@@ -37,9 +38,9 @@ def folder(tmp_path):
     return save_folder(tmp_path / "model", result.model, bert_tokenizer(tmp_path), result.report.to_dict())
 
 
-def change_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+def change_config(folder, name="config.json", /, **changes):
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**config, **changes}))
 
 
 @pytest.mark.parametrize("path", [path for path in HUB_SET if path.name != "__init__.py"], ids=lambda path: path.name)
@@ -181,6 +182,60 @@ def test_a_malicious_auto_map_does_nothing_with_the_package(folder, reference, t
     assert type(model) is kt.KroneckerBertForSequenceClassification
     model.save_pretrained(tmp_path / "again")  # and it is not handed on
     assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == config["auto_map"]
+
+
+def evil_repository(tmp_path):
+    """Code that leaves a mark when it is imported."""
+    repository, mark = tmp_path / "evil", tmp_path / "mark"
+    repository.mkdir()
+    (repository / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    return f"{repository}--code.Evil", mark
+
+
+def test_code_that_a_teachers_tokenizer_or_config_names_is_not_handed_on(tmp_path):
+    reference, mark = evil_repository(tmp_path)
+    source = tmp_path / "teacher"
+    teacher(BertForSequenceClassification).save_pretrained(source)
+    bert_tokenizer(source).save_pretrained(source)
+    change_config(source, custom_pipelines={"text-classification": {"impl": reference, "pt": ["AutoModel"]}})
+    change_config(source, "tokenizer_config.json", auto_map={"AutoTokenizer": [reference, None]})
+    own = AutoTokenizer.from_pretrained(source)
+    assert "auto_map" in own.init_kwargs
+    folders = [compress(source, "7.7x").save_pretrained(tmp_path / "student")]
+    folders.append(save_folder(tmp_path / "by hand", compress(source, "7.7x").model, own))
+    for folder in folders:
+        assert "custom_pipelines" not in json.loads((folder / "config.json").read_text())
+        assert "auto_map" not in json.loads((folder / "tokenizer_config.json").read_text())
+        assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("the fox").input_ids
+        classify = pipeline("text-classification", str(folder), trust_remote_code=True)
+        assert "label" in classify("the quick brown fox")[0]
+    assert "auto_map" in own.init_kwargs
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "custom_pipelines", {"text-classification": {"impl": "org/evil--code.Evil"}}),
+        ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["org/evil--code.Evil", None]}),
+    ],
+)
+def test_code_of_others_is_not_published(folder, name, key, value):
+    published_files(folder)
+    change_config(folder, name, **{key: value})
+    with pytest.raises(ValueError, match=f"{name} in .* has {key}=.*org/evil--code.Evil.* code that is not this model"):
+        published_files(folder)
+
+
+def test_a_teacher_of_an_unknown_family_is_refused_without_a_question(tmp_path, monkeypatch):
+    reference, mark = evil_repository(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    source = tmp_path / "teacher"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": reference}}))
+    with pytest.raises(ValueError, match="is of the family 'evil'; supported are bert"):
+        compress(source, "7.7x")
+    assert not mark.exists()
 
 
 SCALARS = st.one_of(

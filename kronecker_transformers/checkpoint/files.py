@@ -22,14 +22,17 @@ def check_file(path: str | os.PathLike[str]) -> Path:
         FileNotFoundError: its folder does not exist.
         PermissionError: nothing may be written there.
         IsADirectoryError: it is a folder.
+        FileExistsError: it is a device or a pipe.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder {str(path.parent)!r} of the file {path.name!r} does not exist; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"folder {str(path.parent)!r} may not be written; choose another one for {path.name!r}")
     if path.is_dir():
         raise IsADirectoryError(f"output {str(path)!r} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"output {str(path)!r} is no regular file; give the name of one")
     return path
 
 
@@ -52,8 +55,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.draft")
+    path = Path(path).resolve()
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         draft.write_text(text, encoding="utf-8")
         draft.replace(path)
@@ -69,7 +72,7 @@ def check_new_folder(folder: str | os.PathLike[str]) -> Path:
         Its absolute path, links resolved.
 
     Raises:
-        FileExistsError: it exists and is not an empty folder.
+        FileExistsError: it exists and is not an empty folder, or is a mount point, which cannot be replaced.
         PermissionError: it could not be made where it should be.
     """
     target = Path(folder).resolve()
@@ -79,6 +82,8 @@ def check_new_folder(folder: str | os.PathLike[str]) -> Path:
         raise FileExistsError(
             f"output {str(folder)!r} already holds something; choose another folder or remove it first"
         )
+    if os.path.ismount(target):
+        raise FileExistsError(f"output {str(folder)!r} is a mount point; name a new folder in it")
     existing = next(parent for parent in target.parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "compression.json"
 """Beside the weights: what was lost in compression, bound to the factors by their SHA-256."""
 _OLD_BUFFERS = (".position_ids", ".token_type_ids", ".attn.bias", ".attn.masked_bias")  # of earlier versions
+_TRUNCATION = "truncation_and_padding"  # attribute of a tokenizer
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 
 
@@ -45,10 +47,6 @@ def load_teacher(
     classes: dict[str, Any] = {cls.__name__: cls for cls in FACTORED_CLASSES}
     if config.model_type.startswith("kronecker_"):
         raise ValueError(f"teacher {str(source)!r} is compressed already; give the dense model it came from")
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"teacher {str(source)!r} is of the family {config.model_type!r}; supported are {supported_families()}"
-        )
     if getattr(config, "quantization_config", None):
         raise ValueError(f"teacher {str(source)!r} is quantized; give the weights from before its quantization")
     if getattr(config, "position_embedding_type", "absolute") != "absolute":
@@ -118,13 +116,16 @@ def _load_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
     if os.path.isdir(source):
         _check_config_file(Path(source))
     try:
-        return AutoConfig.from_pretrained(source)
+        model_type = str(PreTrainedConfig.get_config_dict(source)[0].get("model_type"))
+        if model_type in FAMILIES or model_type.startswith("kronecker_"):
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a value of a wrong type raises errors of many kinds
         if os.path.isdir(source):
             raise OSError(f"config.json in {source!r} cannot be used ({error}); correct it") from error
         raise OSError(
             f"{source!r} is neither a folder with a model nor a model on the Hub that can be reached: {error}"
         ) from error
+    raise ValueError(f"the model {source!r} is of the family {model_type!r}; supported are {supported_families()}")
 
 
 def _check_config_file(folder: Path) -> None:
@@ -229,7 +230,8 @@ def _load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase |
     if os.path.isdir(source) and not any((Path(source) / name).exists() for name in _TOKENIZER_FILES):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        remember_truncation(tokenizer)
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
         if os.path.isdir(source):
             raise OSError(
@@ -237,6 +239,7 @@ def _load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase |
             ) from error
         logger.warning("%s comes without a tokenizer that can be loaded: %s", source, error)
         return None
+    tokenizer.init_kwargs.pop("auto_map", None)  # code that is not used here, and would travel with every student
     return tokenizer
 
 
@@ -257,6 +260,32 @@ def save_folder(
     return Path(folder)
 
 
+def remember_truncation(tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Keep how a fast tokenizer cuts and pads by itself: each call says it anew, and the last one would be saved."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        vars(tokenizer).setdefault(_TRUNCATION, (backend.truncation, backend.padding))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """As it cut and padded when it came.
+
+    Without a reference to code that it was loaded without, and that would run for whoever trusts the student's.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.init_kwargs.pop("auto_map", None)
+    if _TRUNCATION in vars(tokenizer):
+        truncation, padding = vars(tokenizer)[_TRUNCATION]
+        backend: Any = tokenizer.backend_tokenizer  # of a fast one
+        backend.no_truncation()
+        backend.no_padding()
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+    tokenizer.save_pretrained(folder)
+
+
 def write_checkpoint(
     draft: Path,
     model: PreTrainedModel,
@@ -266,7 +295,7 @@ def write_checkpoint(
     """The files of `save_folder`, in a folder that is there."""
     model.save_pretrained(draft)
     if tokenizer is not None:
-        tokenizer.save_pretrained(draft)
+        save_tokenizer(tokenizer, draft)
     if modules := modules_of(model):
         modules.write(draft)
     if record is not None:

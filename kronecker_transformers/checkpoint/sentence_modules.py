@@ -49,6 +49,8 @@ KINDS = (
 )  # fmt: skip
 """Modules of sentence-transformers that may follow the encoder."""
 _ACTIVATIONS = ("activation_fn", "sbert_ce_default_activation_function")
+_CODE = ("auto_map", "custom_pipelines", "code_revision", "trust_remote_code", "activation_function",
+         "tokenizer_class", "tokenizer_name_or_path")  # fmt: skip
 _SHARED = "sentence_modules"  # attribute of a model
 
 
@@ -113,6 +115,8 @@ class SentenceModules:
                 f"truncate_dim={general['truncate_dim']} of the teacher would cut the embeddings, which are compared "
                 f"whole here; remove it from {SETTINGS_FILE} in a copy of the teacher"
             )
+        if not isinstance(general.get("prompts") or {}, dict):
+            raise ValueError(f"prompts={general['prompts']!r} in {SETTINGS_FILE} of the teacher must be an object")
         prompt = (general.get("prompts") or {}).get(general.get("default_prompt_name") or "") or ""
         if prompt and not self._pooling_settings().get("include_prompt", True):
             ids = tokenizer(prompt).input_ids
@@ -132,6 +136,8 @@ class SentenceModules:
                 f"processing_kwargs of the teacher's encoder has {other}, which a distillation does not follow; remove "
                 "it in a copy of the teacher"
             )
+        if not isinstance(longest, int):
+            raise ValueError(f"max_seq_length={longest!r} of the teacher's encoder must be an integer; correct it")
         is_unit = similarity == "cosine" or "Normalize" in self.kinds
         return EncoderSettings(pooling, prompt, None if longest >= LARGE_INTEGER else longest, is_unit)
 
@@ -269,9 +275,10 @@ def read_modules(source: str | os.PathLike[str], local: bool = False) -> Sentenc
                 )
     for name, content in found.items():
         if name.endswith(".json"):
-            refuse_code(
-                _parsed(content, name), name, ("activation_function", "tokenizer_class", "tokenizer_name_or_path")
-            )
+            settings = _parsed(content, name)
+            if not isinstance(settings, dict) and name != MODULES_FILE:
+                raise ValueError(f"{name} of the teacher holds {settings!r}, not an object; mend or remove it")
+            refuse_code(settings, name, _CODE)
     return SentenceModules(found, tuple(_kind(entry) for entry in entries[1:]))
 
 
@@ -354,10 +361,13 @@ def refuse_code(found: Any, name: str, others: Iterable[str] = ()) -> None:
     Raises:
         ValueError: an activation outside ``torch.nn``, or one of the other keys.
     """
+    for value in found if isinstance(found, list) else ():
+        refuse_code(value, name, others)
     for key, value in found.items() if isinstance(found, dict) else ():
         if key in (*_ACTIVATIONS, *others) and value and not str(value).startswith("torch.nn."):
             raise ValueError(
-                f"{key}={value!r} in {name} of the teacher must begin with torch.nn.; remove it from a copy"
+                f"{key}={value!r} in {name} of the teacher could run code (an activation must begin with torch.nn.); "
+                "remove it from a copy of the teacher"
             )
         refuse_code(value, name, others)
 

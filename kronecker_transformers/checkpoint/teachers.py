@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.kronecker_family import FACTORED_CLASSES, family_of, heads_of, supported_classes
 from .convert import model_like
-from .load import load_teacher
+from .load import load_teacher, remember_truncation
 
 
 def check_teacher(
@@ -27,6 +27,7 @@ def check_teacher(
     if not isinstance(teacher, PreTrainedModel):
         teacher, own_tokenizer = load_teacher(teacher)
         tokenizer = tokenizer or own_tokenizer
+    remember_truncation(tokenizer)
     if type(teacher) not in FACTORED_CLASSES:
         name = type(teacher).__name__
         raise ValueError(f"teacher of class {name} is not supported; supported are {supported_classes()}")
@@ -73,6 +74,20 @@ def check_pad_token(model: PreTrainedModel) -> None:
         raise ValueError(
             f"the {type(model).__name__} has no pad_token_id in its config, so it cannot read several texts at once; "
             "set model.config.pad_token_id, for instance to its eos_token_id, and save the model"
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, token: int) -> None:
+    """Refuse a token, the largest of a text, that the embedding does not have.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    embedding: Any = model.get_input_embeddings()
+    if token >= embedding.num_embeddings:
+        raise ValueError(
+            f"the tokenizer gives token {token}, but the model's embedding has {embedding.num_embeddings} rows; use "
+            "its own"
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoint.teachers import check_pad_token
+from ..checkpoint.teachers import check_pad_token, check_vocabulary
 from ..models.kronecker_family import family_of, longest_sequence
 
 Text = str | tuple[str, str]
@@ -92,7 +92,7 @@ def calibration_batches(
             rows += map(_Row, _pieces(single, tokenizer, length))
         if pairs := [text for text in texts if not isinstance(text, str)]:
             rows += _pairs(pairs, tokenizer, length, "token_type_ids" in inspect.signature(model.forward).parameters)
-    _check_vocabulary(model, max((max(row.ids) for row in rows), default=0))
+    check_vocabulary(model, max((max(row.ids) for row in rows), default=0))
     if len(rows) < HELD_OUT:
         raise ValueError(
             f"calibration text of {len(texts)} texts gives {len(rows)} sequences of at most {length} tokens; at least "
@@ -116,20 +116,11 @@ def word_counts(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, model
     left = chain.from_iterable(_parts(texts, "counted"))
     while some := list(islice(left, _COUNTED_AT_ONCE)):
         ids = list(chain.from_iterable(tokenizer(some, verbose=False)["input_ids"]))  # long texts too, as a whole
-        _check_vocabulary(model, max(ids, default=0))
+        check_vocabulary(model, max(ids, default=0))
         counts += torch.bincount(torch.tensor(ids, dtype=torch.long), minlength=len(counts))
     if not counts.any():
         raise ValueError("counted text has no words; give some ten thousand texts, or leave it out")
     return counts
-
-
-def _check_vocabulary(model: PreTrainedModel, token: int) -> None:
-    embedding: Any = model.get_input_embeddings()
-    if token >= embedding.num_embeddings:
-        raise ValueError(
-            f"the tokenizer gives token {token}, but the teacher's embedding has {embedding.num_embeddings} rows; use "
-            "its own"
-        )
 
 
 def _parts(texts: Iterable[Text], what: str) -> Iterator[tuple[str, ...]]:
@@ -168,7 +159,8 @@ def _pairs(
     pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, length: int, with_types: bool
 ) -> list[_Row]:
     """Pairs of texts, with the types of their tokens where tokenizer and model have them."""
-    encoded = tokenizer([one for one, _ in pairs], [other for _, other in pairs], truncation=True, max_length=length)
+    sides = [one for one, _ in pairs], [other for _, other in pairs]
+    encoded = tokenizer(*sides, truncation=True, max_length=length, verbose=False)
     types = encoded.get("token_type_ids") if with_types else None
     return [_Row(ids, types[i] if types else None) for i, ids in enumerate(encoded["input_ids"])]
 

@@ -147,8 +147,10 @@ def check_text(teacher: PreTrainedModel, batches: Sequence[CalibrationBatch], mo
     """Refuse, before long work, what `calibrate` would refuse for these layers of a student.
 
     Raises:
-        ValueError: too little text, or a feed-forward layer that computes in chunks.
+        ValueError: too little text, a model without layers, or a feed-forward layer that computes in chunks.
     """
+    if not teacher.config.num_hidden_layers:
+        raise ValueError("the teacher has no layers, so nothing of it can be calibrated; leave calibration out")
     if chunk := getattr(teacher.config, "chunk_size_feed_forward", 0):
         raise ValueError(
             f"chunk_size_feed_forward={chunk} must be 0 for calibration; set it so in the teacher's config and load "

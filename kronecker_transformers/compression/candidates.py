@@ -48,6 +48,8 @@ PROBE = 1 / 8
 """Size at which shapes are tried, and of the probes for influences."""
 SWEEPS = 2
 """Of a try."""
+NEGLIGIBLE = 1e-3
+"""Relative errors below it may be nothing but rounding: the ratio of two of them says nothing."""
 STEP = 1 / 4
 """How far a layer goes towards its probe where its influence is measured: small errors add up, large ones do not."""
 Shape = tuple[int, int]
@@ -237,7 +239,7 @@ def _try(W: Tensor, fit: Moments, held_out: Moments, shape: Shape, estimates: Te
     terms = min(max(1, _terms(W, *shape, PROBE)), len(estimates))
     found = calibrated_kronecker(W, fit, *shape, terms, sweeps=SWEEPS)
     error = held_out.relative_error(found.A, found.B, found.bias)
-    return estimates * (error / max(float(estimates[terms - 1]), 1e-9)), found, error
+    return estimates * (max(error, NEGLIGIBLE) / max(float(estimates[terms - 1]), NEGLIGIBLE)), found, error
 
 
 def _linear(

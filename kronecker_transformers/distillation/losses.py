@@ -48,7 +48,8 @@ def hidden_state_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (S,).
     """
-    return _mean_over_real((wide(student) - wide(teacher)).square().mean(-1), mask)
+    difference = (wide(student) - wide(teacher)).masked_fill(~mask.bool().unsqueeze(-1), 0)  # so is its gradient there
+    return _mean_over_real(difference.square().mean(-1), mask)
 
 
 def attention_scores(query: Tensor, key: Tensor, heads: int, scaling: float, bias: Tensor | None = None) -> Tensor:

@@ -53,7 +53,11 @@ class Progress(TrainerCallback, ExportableState):
         return self.max_minutes is not None and self.seconds() >= 60 * self.max_minutes
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start the clock; of a new training it may be another try, with smaller batches."""
+        """Start the clock; of a new training it may be another try, with smaller batches.
+
+        The limit is that of the arguments, not of a checkpoint.
+        """
+        self.max_minutes = args.max_minutes
         if not state.global_step:
             self.restore(TrainerState())
         self._started = time.monotonic()
@@ -82,14 +86,15 @@ class Progress(TrainerCallback, ExportableState):
         self._started = None
 
 
-def follow_time(scheduler: Any, steps: int, progress: Progress) -> None:
+def follow_time(scheduler: Any, steps: int, progress: Callable[[], Progress]) -> None:
     """Let a schedule over a number of steps advance by time where the steps come more slowly than planned.
 
-    Only schedules that are functions of the step follow; others stay as they are.
+    Only schedules that are functions of the step follow; others stay as they are. `progress` gives what counts the time
+    now: a resumed training may have made it anew from the checkpoint.
     """
     if isinstance(scheduler, LambdaLR) and steps:
         scheduler.lr_lambdas = [partial(_scheduled, shape, steps, progress) for shape in scheduler.lr_lambdas]
 
 
-def _scheduled(shape: Callable[[int], float], steps: int, progress: Progress, step: int) -> float:
-    return shape(max(step, min(steps, int(progress.share_of_time() * steps))))
+def _scheduled(shape: Callable[[int], float], steps: int, progress: Callable[[], Progress], step: int) -> float:
+    return shape(max(step, min(steps, int(progress().share_of_time() * steps))))

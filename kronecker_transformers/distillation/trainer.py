@@ -61,7 +61,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         **trainer: anything else that `transformers.Trainer` takes, but no `model_init` and no `compute_loss_func`.
 
     Raises:
-        ValueError: teacher and student do not fit together, or lack what a loss needs.
+        ValueError: teacher and student do not fit together, or lack what a loss needs; or weights in float16.
     """
 
     args: DistillationArguments
@@ -85,6 +85,11 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         own = (trainer.get("optimizers") or (None,))[0] is not None or trainer.get("optimizer_cls_and_kwargs")
         if args.muon and own:
             raise ValueError("muon=True and an optimizer of your own were given; leave one of them out")
+        if half := [str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype == torch.float16]:
+            raise ValueError(
+                f"{len(half)} of the student's parameters are in {half[0]}, as its teacher was saved, in which no step "
+                "is exact enough; call model.float(), and compute in half precision by bf16=True or fp16=True"
+            )
         check_tokenizers(trainer.get("processing_class"), teacher_processing_class)
         self.objective = Objective(
             model,
@@ -195,7 +200,7 @@ class DistillationTrainer(PublishingTrainer, SamplingTrainer):
         """As the base class; with `max_minutes` the schedule goes on by time where steps are slower than planned."""
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
         if self.args.max_minutes is not None:
-            follow_time(scheduler, num_training_steps, self.progress)
+            follow_time(scheduler, num_training_steps, lambda: self.progress)
         return scheduler
 
     def get_batch_samples(

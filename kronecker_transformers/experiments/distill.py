@@ -35,7 +35,7 @@ from ..compression.search import PlanSearch
 from ..display import has_pictures, plan_picture, training_picture
 from ..distillation import keep_layers
 from ..distillation.agreement import Judge, judge_for
-from ..evaluation.cost import Report
+from ..evaluation.cost import Report, describe
 from ..evaluation.timing import environment, in_turn
 from ..hub.card import folder_metadata, model_card
 from ..models.factor_plan import FactorPlan
@@ -238,18 +238,22 @@ def distill(
         "training": training,
         **({"dense_training": earlier} if earlier else {}),
         "protocol": _protocol(dense, tokenizer, lesson, number),
+        "factors_sha256": describe(student).factors_sha256,
         "environment": environment(),
     }
+    say("Comparison on held-out text")
+    stopped: BaseException | None = None
     with new_folder(target) as draft:
         write_checkpoint(draft, student, tokenizer)
         write_plan(draft / "plan.yaml", FactorPlan(student.config.factor_plan))
         rows: dict[str, list[float]] = {}
-        try:  # what was trained is not lost because it cannot be judged or drawn
+        try:  # what was trained is not lost because it cannot be judged or drawn, or nobody waits for that
             rows |= _compared(models, judge, lesson, batches, record)
             _draw(draft, result.search, watch, next(iter(watched(dense).values())))
-        except Exception as error:
+        except BaseException as error:
             logger.warning("the student is saved, but could not be judged or drawn: %r", error)
             record["evaluation_failed"] = f"{type(error).__name__}: {error}"
+            stopped = None if isinstance(error, Exception) else error
         write_text(draft / "results.json", to_json(record))
         try:
             own = folder_metadata(dense.config.name_or_path)  # of a teacher in a folder, whatever its name on the Hub
@@ -257,6 +261,8 @@ def distill(
             write_text(draft / "README.md", str(card))
         except Exception as error:
             logger.warning("the student is saved, but without a card: %r", error)
+    if stopped is not None:
+        raise stopped
     return Distilled(student.cpu(), tokenizer, result.report, rows, training, target, tuple(models))
 
 

@@ -38,6 +38,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from ..checkpoint.files import check_new_folder, new_folder
+from ..checkpoint.load import remember_truncation, save_tokenizer
 from ..checkpoint.sentence_modules import modules_of
 from ..checkpoint.teachers import check_finite, check_pad_token
 from ..models import DENSE_CLASSES
@@ -113,6 +114,7 @@ def export_graphs(
     heads_of(model)  # refuses other classes
     check_finite(model)
     check_new_folder(folder)
+    remember_truncation(tokenizer)
     model = copy.deepcopy(model).cpu().float().eval()
     model.config.output_hidden_states = model.config.output_attentions = False  # a graph has the usual outputs alone
     model.config.return_dict = True
@@ -121,14 +123,14 @@ def export_graphs(
             vars(module)["chunk_size_feed_forward"] = 0
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch)
-        write_graphs(model, made, forms)
         batches = text_batches(model, tokenizer, texts)
+        write_graphs(model, made, forms)
         found = [checked_graph(model, made, form, batches) for form in forms]
         stock_config(model).save_pretrained(made)
         if model.can_generate():
             model.generation_config.save_pretrained(made)
         if tokenizer is not None:
-            tokenizer.save_pretrained(made)
+            save_tokenizer(tokenizer, made)
         if modules := modules_of(model):
             modules.write(made)
         with new_folder(folder) as draft:
@@ -189,6 +191,8 @@ def stock_config(model: PreTrainedModel) -> Any:
     """The config of the dense model with these outputs, with its class as architecture."""
     factored = type(model) in DENSE_CLASSES
     config = model.config.to_dense_config() if factored else copy.deepcopy(model.config)
+    for name in ("auto_map", "custom_pipelines"):  # code that was not used here
+        vars(config).pop(name, None)
     config.architectures = [(DENSE_CLASSES[type(model)] if factored else type(model)).__name__]
     return config
 

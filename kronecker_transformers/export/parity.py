@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoint.teachers import check_vocabulary
 from ..models.kronecker_family import has_choices, heads_of, longest_sequence
 from .runtimes import open_session
 
@@ -64,7 +65,10 @@ def text_batches(
     Args:
         model: for which they are.
         tokenizer: without one, tokens are drawn at random, as many sequences as there are texts.
-        texts: at least one; of each the first `LENGTH` tokens are taken.
+        texts: at least one; of each the first `LENGTH` tokens are taken. Those without any token are left out.
+
+    Raises:
+        ValueError: no text has a token, or one is beyond the vocabulary.
     """
     longest = min(LENGTH, longest_sequence(model))
     if tokenizer is None:
@@ -72,7 +76,10 @@ def text_batches(
         lengths = [min(longest, 5 + 6 * i) for i in range(len(texts))]
         rows = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     else:
-        rows = [tokenizer(text, truncation=True, max_length=longest).input_ids for text in texts]
+        rows = [ids for text in texts if (ids := tokenizer(text, truncation=True, max_length=longest).input_ids)]
+        if not rows:
+            raise ValueError(f"texts={list(texts)[:3]} have no tokens to compare the graphs on; give some sentences")
+        check_vocabulary(model, max(map(max, rows)))
     batches = []
     for part in (rows[:1], *(rows[start : start + BATCH] for start in range(0, len(rows), BATCH))):
         ids, mask = torch.zeros(2, len(part), max(map(len, part)), dtype=torch.long)

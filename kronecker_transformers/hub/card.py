@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).parent / "card.md"
 MADE = "<!-- Made by kronecker_transformers: a push makes it anew. Remove this line to keep what you write here. -->"
 """In every card."""
+_LICENCE = ("license", "license_name", "license_link")
 _SENTENCE = "The students were proud of what their teacher had taught them."
 
 
@@ -114,7 +115,7 @@ def model_card(
             "--with-dense-twin for its twin, or write a README.md of your own beside a dense model"
         )
     factored = load_model(records)[0] if twin_of else model
-    record = read_record(records / RESULTS_FILE)
+    record = _of_these(read_record(records / RESULTS_FILE), describe(factored).factors_sha256, records / RESULTS_FILE)
     with as_recorded(records / RESULTS_FILE):
         found = told(record, twin_of is not None)
     with as_recorded(folder / BENCHMARK_FILE):
@@ -122,11 +123,12 @@ def model_card(
     options, training = record.get("options", {}), record.get("training", {})
     source = options.get("teacher") or read_record(records / REPORT_FILE).get("teacher")
     given = {"base_model": base_model, "license": license, "language": language}
-    known = {**folder_metadata(records), **folder_metadata(source), **{key: v for key, v in given.items() if v}}
     teacher = base_model or (source if is_hub_name(source) else Path(source).name if source else None)
-    base_model = known.get("base_model") or (source if is_hub_name(source) else None)
-    if look_up and isinstance(base_model, str) and not {"license", "language"} <= known.keys():
-        known = {**look_up(base_model), **known}
+    asked = base_model or (source if is_hub_name(source) else None)  # not the model that a teacher was made from
+    known = _first_of({key: value for key, value in given.items() if value}, *map(folder_metadata, (source, records)))
+    base_model = known.get("base_model") or asked
+    if look_up and isinstance(asked, str) and not {"license", "language"} <= known.keys():
+        known = _first_of(known, look_up(asked))
     architecture = type(model).__name__.removeprefix("Kronecker")
     heads = heads_of(model)
     use = _USES[heads[0].kind if heads else None]
@@ -140,6 +142,8 @@ def model_card(
         library_name="sentence-transformers" if is_sentence_encoder else "transformers",
         pipeline_tag="sentence-similarity" if is_sentence_encoder else use.pipeline_tag,
         license=known.get("license"),
+        license_name=known.get("license_name"),
+        license_link=known.get("license_link"),
         language=known.get("language"),
         tags=[
             "kronecker",
@@ -178,6 +182,18 @@ def model_card(
     )
 
 
+def _of_these(record: dict[str, Any], factors_sha256: str, path: Path) -> dict[str, Any]:
+    """A record, without its scores if it says that they are those of other factors."""
+    measured = record.get("factors_sha256")
+    if measured in (None, factors_sha256):
+        return record
+    logger.warning(
+        "%s was measured with other factors than these (trained since, or rounded): the card has none of its scores",
+        path,
+    )
+    return {key: value for key, value in record.items() if key not in ("rows", "models", "metrics", "protocol")}
+
+
 def has_own_card(folder: str | os.PathLike[str]) -> bool:
     """Whether a README.md lies there that this package has not made; a push leaves it as it is."""
     path = Path(folder) / CARD
@@ -194,7 +210,17 @@ def folder_metadata(source: str | os.PathLike[str] | None) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         logger.warning("the first lines of %s are not read (%s); mend them, or give licence and language", path, error)
         return {}
-    return {key: data[key] for key in ("base_model", "license", "language") if data.get(key)}
+    return {key: data[key] for key in ("base_model", "language", *_LICENCE) if data.get(key)}
+
+
+def _first_of(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Of metadata in several places what comes first; a licence with its own name and link, or with none."""
+    found: dict[str, Any] = {}
+    for source in reversed(sources):
+        if source.get("license"):
+            found = {key: value for key, value in found.items() if key not in _LICENCE}
+        found |= source
+    return found
 
 
 def _costs(model: Any, is_twin: bool) -> dict[str, Any]:

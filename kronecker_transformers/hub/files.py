@@ -110,13 +110,14 @@ def published_files(folder: str | os.PathLike[str]) -> list[PublishedFile]:
 
     Raises:
         FileNotFoundError: no folder, no config, no weights, or a file that the config or the index names is missing.
-        ValueError: config, index or a record are not readable, or they name files outside the folder; or modules of
-            sentence-transformers that may hold code.
+        ValueError: config, index or a record are not readable, or they name files outside the folder; or a pipeline, a
+            tokenizer or modules of sentence-transformers that may run other code.
     """
     folder = Path(folder)
     config = _read_json(folder, "config.json")
     names = {path.name for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, p) for p in PUBLISHED)}
     code = _code(folder, config)
+    _refuse_foreign_code(folder, config)
     if not names & {"model.safetensors", "model.safetensors.index.json"}:
         raise FileNotFoundError(f"folder {str(folder)!r} holds no model.safetensors; save the model there first")
     if "model.safetensors.index.json" in names:
@@ -156,6 +157,18 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{str(path)!r} holds {type(found).__name__}, not an object; {remedy}")
     return found
+
+
+def _refuse_foreign_code(folder: Path, config: dict[str, Any]) -> None:
+    """A pipeline or a tokenizer that runs code from elsewhere, for whoever trusts this model's."""
+    settings = {"config.json": config}
+    if (folder / "tokenizer_config.json").is_file():
+        settings["tokenizer_config.json"] = _read_json(folder, "tokenizer_config.json")
+    for name, key in (("config.json", "custom_pipelines"), ("tokenizer_config.json", "auto_map")):
+        if settings.get(name, {}).get(key):
+            raise ValueError(
+                f"{name} in {str(folder)!r} has {key}={settings[name][key]!r}, code that is not this model's; remove it"
+            )
 
 
 def _code(folder: Path, config: dict[str, Any]) -> set[str]:

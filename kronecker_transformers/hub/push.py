@@ -75,7 +75,7 @@ def push(
     Args:
         folder: of the checkpoint, as `compress`, the examples and `save_pretrained` write it.
         repo_id: "organisation/name", or a name of one's own.
-        private: of a new repository only.
+        private: make a new repository private; one that is there must be private already.
         revision: branch; default main.
         create_pr: propose the commit as a pull request instead.
         message: of the commit.
@@ -84,7 +84,8 @@ def push(
         token: default: that of `hf auth login`, or HF_TOKEN.
 
     Raises:
-        FileNotFoundError, ValueError: see `published_files`; or a name that the Hub does not allow.
+        FileNotFoundError, ValueError: see `published_files`; or a name that the Hub does not allow, or a public
+            repository with `private`.
         OSError: the Hub refuses, or cannot be reached; then nothing of the push is visible, and it can be made again.
     """
     check_branch(revision, create_pr)
@@ -149,12 +150,12 @@ def push_space(
         repo_id: of the Space.
         model: name on the Hub of the factored model.
         teacher: the same of its teacher.
-        private: of a new Space only.
+        private: make a new Space private; one that is there must be private already.
         token: default: that of `hf auth login`, or HF_TOKEN.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a name that the Hub does not allow.
+        ValueError: a name that the Hub does not allow, or a public Space with `private`.
         OSError: as `push`.
     """
     for name in (repo_id, model, teacher):
@@ -217,7 +218,13 @@ def _publish(
     """Make the repository with the options of `new` if there is none, and commit: name to path or content."""
     branch, kind = revision or constants.DEFAULT_REVISION, new.get("repo_type")
     repo_id = _tried(lambda: api.create_repo(repo_id, exist_ok=True, **new).repo_id, api, repo_id)
-    before = _tried(lambda: _head(api, repo_id, kind, branch), api, repo_id).sha
+    found = _tried(lambda: _head(api, repo_id, kind, branch), api, repo_id)
+    if new.get("private") and found.private is False:
+        raise ValueError(
+            f"repository {repo_id!r} is public, and private=True makes only a new one private; change its visibility "
+            "on the Hub first, choose another name, or leave private out"
+        )
+    before = found.sha
 
     def commit() -> Pushed:
         head = _head(api, repo_id, kind, branch)  # at a second try perhaps the commit of the first, unanswered one

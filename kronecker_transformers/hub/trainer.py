@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
 import tempfile
@@ -60,8 +61,14 @@ class PublishingTrainer(Trainer):
             The commit, `push.Pushed`; a future of it if not `blocking`.
 
         Raises:
+            TypeError: what `model_card` does not take, such as `finetuned_from` of the base class; nothing is sent.
             OSError: as `push.push`.
         """
+        if unknown := card.keys() - inspect.signature(model_card).parameters.keys():
+            raise TypeError(
+                f"push_to_hub has no argument {sorted(unknown)[0]!r}: the card says what was recorded; give arguments "
+                "of model_card, such as license, language and base_model"
+            )
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -70,7 +77,7 @@ class PublishingTrainer(Trainer):
             return None
         self._finish_current_push()
         draft = self._draft(Path(self.args.output_dir or ""), **card)
-        work = self._sent(draft, commit_message, {}, token=token or self.args.hub_token, revision=revision)
+        work = self._sent(draft, commit_message, {}, token or self.args.hub_token, revision, private)
         return work.result() if blocking else work
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -103,12 +110,17 @@ class PublishingTrainer(Trainer):
     def _draft(self, folder: Path, **card: Any) -> Path:
         """A folder of its own with what is to be sent: the other one may go before the push has ended."""
         draft = Path(tempfile.mkdtemp(prefix="push-"))
-        for file in published_files(folder):
-            if file.name not in (CARD, RESULTS_FILE):
-                file.write(draft)
-        (draft / RESULTS_FILE).write_text(to_json({**self.record(), "environment": environment()}), encoding="utf-8")
-        text = str(model_card(draft, self.hub_model_id, **{"look_up": self._look_up, **card}))
-        (draft / CARD).write_text(text, encoding="utf-8")
+        try:
+            for file in published_files(folder):
+                if file.name not in (CARD, RESULTS_FILE):
+                    file.write(draft)
+            record = {**self.record(), "environment": environment()}
+            (draft / RESULTS_FILE).write_text(to_json(record), encoding="utf-8")
+            text = str(model_card(draft, self.hub_model_id, **{"look_up": self._look_up, **card}))
+            (draft / CARD).write_text(text, encoding="utf-8")
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         return draft
 
     def _sent(
@@ -118,6 +130,7 @@ class PublishingTrainer(Trainer):
         also: Mapping[str, Path | bytes],
         token: str | None = None,
         revision: str | None = None,
+        private: bool | None = None,
     ) -> Future[Pushed]:
         """Push a draft in the background, one after the other."""
 
@@ -126,7 +139,7 @@ class PublishingTrainer(Trainer):
                 return push(
                     draft,
                     self.hub_model_id,
-                    private=self.args.hub_private_repo,
+                    private=self.args.hub_private_repo if private is None else private,
                     revision=revision or self.args.hub_revision,
                     message=message,
                     also=also,

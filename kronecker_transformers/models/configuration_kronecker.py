@@ -25,7 +25,14 @@ from .kronecker_family import Family, Head, supported_families
 _REFERENCE = r"([\w.-]+(/[\w.-]+)?--)?\w+\.\w+"  # [repository--]file.Class
 
 # Facts of the dense teacher's checkpoint that are not facts of the student's.
-_NOT_INHERITED = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+_NOT_INHERITED = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "custom_pipelines",
+    "transformers_version",
+    "_name_or_path",
+)
 
 
 LARGEST_SIZE, MOST_LAYERS, MOST_ENTRIES = 2**24, 1_000, 100_000

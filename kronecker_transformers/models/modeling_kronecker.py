@@ -65,6 +65,12 @@ class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, Pre
         with torch.device("meta") if empty else nullcontext():  # a dense skeleton on the meta device costs no memory
             super().__init__(config, *args, **kwargs)
             if self.base_model is self:
+                base_class = type(self).config_class.base_class
+                if not isinstance(self, base_class):
+                    raise TypeError(
+                        f"{type(self).__name__} has no base model when {type(config).__name__} is factored; derive it "
+                        f"from a class with a head, or from the stock class with a {base_class.__name__} in it"
+                    )
                 self._factor_layers()
             else:
                 setattr(self, self.base_model_prefix, self._make_base_model())
@@ -167,10 +173,11 @@ class KroneckerPreTrainedModel(FactoredEmbeddings, RefusesHollowCheckpoints, Pre
                 "config.tie_word_embeddings=False, but the output head is made of factors, and only a tied one can be; "
                 "set it to True, or set_output_embeddings(nn.Linear) with the head's to_dense() as its weight"
             )
-        if tied and factored != isinstance(embedding, KroneckerEmbedding):
+        is_shared = not factored or (head.tied is not None and head.tied[0] is embedding)
+        if tied and (factored != isinstance(embedding, KroneckerEmbedding) or not is_shared):
             raise ValueError(
-                "config.tie_word_embeddings=True, but only one of embedding and output head is made of factors; "
-                "call tie_weights(), or give the head its own weights by set_output_embeddings"
+                "config.tie_word_embeddings=True, but the output head is not made of the embedding's factors; call "
+                "tie_weights(), or give the head its own weights by set_output_embeddings"
             )
 
     @classmethod

@@ -15,10 +15,14 @@ class LabelOrder(NamedTuple):
     """False where one side has no names, so that both are taken to be in the same order."""
 
 
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name.casefold())
+
+
 def match_labels(teacher: Sequence[str], task: Sequence[str]) -> LabelOrder:
     """Find the classes of a task among those of a teacher.
 
-    Names are compared without case, spaces, underscores and hyphens.
+    Names are compared as they are, and if they differ, without case, spaces, underscores and hyphens.
 
     Args:
         teacher: names in the order of the teacher's ids.
@@ -32,10 +36,11 @@ def match_labels(teacher: Sequence[str], task: Sequence[str]) -> LabelOrder:
             f"the teacher has {len(teacher)} labels ({', '.join(teacher)}), where the task has {len(task)} "
             f"({', '.join(task)}); give one that was fine-tuned on it, or one without a classifier"
         )
-    mine, wanted = ([re.sub(r"[\s_-]", "", name.casefold()) for name in names] for names in (teacher, task))
-    if sorted(mine) == sorted(wanted) and len(set(mine)) == len(mine):
-        return LabelOrder(tuple(mine.index(name) for name in wanted), True)
-    if any(all(re.fullmatch(r"(label)?\d+", name) for name in names) for names in (mine, wanted)):
+    for plain in (str, _plain):
+        mine, wanted = [plain(name) for name in teacher], [plain(name) for name in task]
+        if sorted(mine) == sorted(wanted) and len(set(mine)) == len(mine):
+            return LabelOrder(tuple(mine.index(name) for name in wanted), True)
+    if any(all(re.fullmatch(r"(?i:label)?[\s_-]*\d+", name.strip()) for name in names) for names in (teacher, task)):
         return LabelOrder(tuple(range(len(task))), False)
     raise ValueError(
         f"the teacher has the labels {', '.join(teacher)}, where the task has {', '.join(task)}; give one that was "

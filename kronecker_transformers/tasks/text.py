@@ -163,7 +163,8 @@ class TextSource:
                 raise ValueError(
                     f"column {self.column!r} of {name!r} holds {value!r}, which is no text; write one text in each row"
                 )
-            lines = [] if value is None else map(str.strip, str(value).splitlines())
+            text = "" if value is None else str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            lines = map(str.strip, text.splitlines())  # without halves of characters, which JSON may hold
             if document := [line for line in lines if line]:
                 yield document
 

@@ -248,6 +248,24 @@ def test_outputs_are_compared_up_to_scale_and_mean(tmp_path):
     ours, theirs = ((x - x.mean(0)).ravel() for x in hidden)
     error = (1 - np.corrcoef(ours, theirs)[0, 1] ** 2) ** 0.5
     assert judged.lost(student)[0] == pytest.approx(error, rel=1e-4)
+    # the means of the tokens of each text, without padding, are the second kind
+    means = []
+    for model in (dense, student):
+        rows = [
+            model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state[i, : int(mask.sum())].mean(0)
+            for batch in batches
+            if batch.held_out
+            for i, mask in enumerate(batch.attention_mask)
+        ]
+        means.append(torch.stack(rows).detach().numpy())
+    ours, theirs = ((x - x.mean(0)).ravel() for x in means)
+    correlation = np.corrcoef(ours, theirs)[0, 1]
+    assert judged.lost(student)[1] == pytest.approx((1 - correlation**2) ** 0.5, rel=1e-4)
+    against = copy.deepcopy(student)
+    with torch.no_grad():
+        for layer in against.encoder.layer[-1].output.LayerNorm.parameters():
+            layer.mul_(-1)
+    assert judged.lost(against)[1] == pytest.approx((1 + correlation**2) ** 0.5, rel=1e-4)
     with torch.no_grad():
         for layer in student.encoder.layer[-1].output.LayerNorm.parameters():
             layer.mul_(3)
@@ -312,7 +330,7 @@ def test_layers_in_chunks_are_refused(tmp_path):
 def test_words_that_the_embedding_does_not_have_are_refused(tmp_path):
     tokenizer = bert_tokenizer(tmp_path)
     dense = teacher(BertModel, vocab_size=16)
-    with pytest.raises(ValueError, match="the tokenizer gives token 20, but the teacher's embedding has 16 rows; use"):
+    with pytest.raises(ValueError, match="the tokenizer gives token 20, but the model's embedding has 16 rows; use"):
         calibration_batches(texts(), tokenizer, dense)
 
 

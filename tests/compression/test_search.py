@@ -354,7 +354,7 @@ def test_bad_counted_text_is_refused_before_the_work(counted, error, message, be
             function(dense, calibration=texts(), ratio=2.5, counted=counted, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="counted text was given without calibration text"):
         compress(dense, "7.7x", counted=["the fox"], tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=r"the tokenizer gives token \d+, but the teacher's embedding has 6 rows"):
+    with pytest.raises(ValueError, match=r"the tokenizer gives token \d+, but the model's embedding has 6 rows"):
         word_counts(["the fox"], tokenizer, teacher(BertModel, vocab_size=6))
 
 
@@ -376,11 +376,42 @@ def test_the_teacher_is_unchanged_and_the_plan_the_same_twice(gpt2):
     dense, tokenizer, found = gpt2
     dense.train()
     before = {name: value.clone() for name, value in dense.state_dict().items()}
-    again = search_plan(dense, texts(), ratio=2.5, tokenizer=tokenizer)
-    assert dense.training
+    try:
+        again = search_plan(dense, texts(), ratio=2.5, tokenizer=tokenizer)
+        assert dense.training
+    finally:
+        dense.eval()  # other tests use it too
     assert again.plan == found.plan
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in dense.modules())
+
+
+def test_bytes_are_those_of_the_teachers_precision(tmp_path):
+    dense = teacher(BertModel, dtype=torch.bfloat16)
+    limit = size(dense) * 2 // 3
+    found = search_plan(dense, texts(), size_bytes=limit, tokenizer=bert_tokenizer(tmp_path))
+    student = compress(dense, found.plan).model
+    held = sum(p.nbytes for p in student.parameters())
+    assert 0.9 * limit < held <= limit
+    with pytest.raises(ValueError, match=r"size_bytes=100 cannot be met"):
+        search_plan(dense, texts(), size_bytes=100, tokenizer=bert_tokenizer(tmp_path))
+
+
+def test_a_shape_that_is_not_of_low_rank_is_found(tmp_path):
+    dense = teacher(BertModel)
+    with torch.no_grad():
+        for layer in dense.encoder.layer:  # shapes are tried in one of them, for all
+            W = layer.intermediate.dense.weight
+            blocks = [torch.kron(torch.randn(8, 8), torch.randn(len(W) // 8, W.shape[1] // 8)) for _ in range(2)]
+            W.copy_(sum(blocks) / 8)  # two terms, and a rank of 8
+    found = search_plan(dense, texts(), ratio=3, tokenizer=bert_tokenizer(tmp_path))
+    layers = [layer for layer in found.layers if layer.name.endswith("intermediate.dense")]
+    assert layers
+    for layer in layers:
+        errors = {(c.entry.m1, c.entry.n1, c.entry.terms): c.error for c in layer.candidates if c.entry}
+        assert errors[8, 8, 2] < 0.01
+        assert errors[8, 8, 1] > 0.3  # though the try, of three terms, leaves nothing to compare with
+        assert errors[96, 1, 3] > 0.3
 
 
 @pytest.mark.parametrize("name", ["plan.yaml", "plan.json"])

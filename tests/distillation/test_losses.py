@@ -241,9 +241,8 @@ def test_padding_does_not_count_whatever_it_holds(name, rubbish):
     real = MASK.bool()
     padded = ~(real[:, None, :, None] & real[:, None, None, :]) if name.startswith("attention") else ~real
     padded = padded.reshape(*padded.shape, *[1] * (s.ndim - padded.ndim)).expand_as(s)
-    assert s.grad.isfinite().all() or not math.isfinite(rubbish)
-    assert (s.grad[padded] == 0).all() or not math.isfinite(rubbish)
-    assert s.grad[~padded].isfinite().all()
+    assert s.grad.isfinite().all()
+    assert (s.grad[padded] == 0).all()
 
 
 @pytest.mark.parametrize("name", [*INPUTS, "logit_kl", "logit_binary_kl", "logit_mse"])

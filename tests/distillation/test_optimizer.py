@@ -213,6 +213,28 @@ def test_a_step_of_muon_is_as_long_as_one_of_adam_whatever_the_gradient(shape, s
             assert float(values.max() / values.min()) < 2
 
 
+def test_steps_of_muon_are_those_of_a_plain_loop_with_momentum():
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(24, 24, 24, 1, 5))  # of low rank, so A is the matrix (24, 5) and B (5, 24)
+    optimizer, rate = muon(model, 1e-2), 1e-2
+    wanted = {X: X.detach().double().reshape(X.shape[0], -1) for X in (model[0].A, model[0].B)}
+    rates = {X: rate * scale for X, scale in learning_rate_scales(model).items()}
+    momenta = {X: torch.zeros_like(value) for X, value in wanted.items()}
+    for step in range(4):
+        for X in wanted:
+            X.grad = torch.randn_like(X) * 3**step
+        gradients = {X: X.grad.double().reshape(X.shape[0], -1) for X in wanted}
+        optimizer.step()
+        for X, gradient in gradients.items():
+            momenta[X] = 0.95 * momenta[X] + 0.05 * gradient
+            U, _, V = torch.linalg.svd(0.05 * gradient + 0.95 * momenta[X], full_matrices=False)
+            wanted[X] = wanted[X] - 0.2 * max(gradient.shape) ** 0.5 * rates[X] * U @ V
+    for X, value in wanted.items():
+        start = value - X.detach().double().reshape(value.shape)
+        moved = 4 * 0.2 * rates[X]  # of an entry, about
+        assert float(start.square().mean().sqrt()) < 0.2 * moved  # five steps of Newton and Schulz are not exact
+
+
 def test_muon_leaves_all_but_linear_factors_to_adam():
     """One step from the same gradients."""
 

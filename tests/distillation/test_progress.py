@@ -70,6 +70,21 @@ def test_time_of_earlier_runs_counts(tmp_path, monkeypatch):
     assert trainer.training_summary()["samples"] == 2 * trainer.state.global_step
 
 
+@pytest.mark.parametrize("minutes", [1.0, 0.75])
+def test_the_limit_is_that_of_the_arguments_though_callbacks_come_from_the_checkpoint(minutes, tmp_path, monkeypatch):
+    train(tmp_path, Clock(monkeypatch, 10.0), max_steps=50, max_minutes=0.5, save_strategy="steps", save_steps=3)
+    teacher, student = pair(BertModel)
+    clock = Clock(monkeypatch, 5.0)
+    trainer = make_trainer(
+        student, teacher, tmp_path, callbacks=[clock], per_device_train_batch_size=2, warmup_steps=0, max_steps=50,
+        max_minutes=minutes, restore_callback_states_from_checkpoint=True,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=True)
+    spent = trainer.training_summary()["seconds"]
+    assert 60 * minutes <= spent <= 60 * minutes + 10
+    assert clock.rates[-1] < 0.2 * 1e-3  # the schedule follows the time of this run, too
+
+
 def test_what_comes_after_a_training_is_not_its_time(tmp_path, monkeypatch):
     clock = Clock(monkeypatch, 10.0)
     trainer, _ = train(tmp_path, clock, max_steps=3)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -15,8 +16,11 @@ from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import load_model
 from kronecker_transformers.cli import main
 from kronecker_transformers.distillation import TeacherMemory
+from kronecker_transformers.evaluation.cost import describe
 from kronecker_transformers.experiments.distill import _command, distill
+from kronecker_transformers.experiments.lessons import text_lesson
 from kronecker_transformers.models import FACTORED_CLASSES
+from kronecker_transformers.tasks.text import TextSource
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -55,6 +59,7 @@ def test_every_head(dense_class, tmp_path):
         assert (tmp_path / "student" / name).stat().st_size > 0
     record = json.loads((tmp_path / "student" / "results.json").read_text())
     assert record["options"]["teacher"] == str(teacher)
+    assert record["factors_sha256"] == describe(saved).factors_sha256
     first, _, last = found.rows[QUALITY[ending][0]]
     if "perplexity" in QUALITY[ending][0]:
         assert last < 10 * first
@@ -126,6 +131,22 @@ def test_a_student_is_not_lost_because_it_cannot_be_drawn(tmp_path, monkeypatch,
     record = json.loads((tmp_path / "student" / "results.json").read_text())
     assert record["evaluation_failed"].startswith("ZeroDivisionError")
     assert record["rows"]["labels as the teacher's"][0] == 1
+
+
+def test_a_student_is_not_lost_because_nobody_waits_for_its_comparison(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    teacher, said = saved_teacher(transformers.BertModel, tmp_path / "teacher"), []
+    monkeypatch.setattr("kronecker_transformers.experiments.distill._speeds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(teacher, text_file(tmp_path), tmp_path / "student", ratio=3, steps=2, show=said.append)
+    assert said[-1] == "Comparison on held-out text"
+    assert type(load_model(tmp_path / "student")[0]).__name__ == "KroneckerBertModel"
+    record = json.loads((tmp_path / "student" / "results.json").read_text())
+    assert record["evaluation_failed"].startswith("KeyboardInterrupt")
+    assert record["training"]["steps"] == 2
+    assert (tmp_path / "student" / "README.md").exists()
 
 
 def test_a_student_is_not_lost_because_of_the_card_of_its_teacher(tmp_path, monkeypatch, caplog):
@@ -324,6 +345,59 @@ def test_minutes_end_a_training_and_its_looks_tell_the_time(tmp_path):
     assert 60 * curve["minutes"][-1] <= found.training["seconds"] + 0.05  # which are rounded
     assert "Distillation: 0.02 minutes, 64 examples each" in lines
     assert "step     0 after 0.0 of 0.02 minutes: similarity" in lines[2]
+
+
+def test_looks_take_none_of_the_time_of_a_training(monkeypatch):
+    from kronecker_transformers.distillation import progress
+    from kronecker_transformers.experiments.watch import Watch
+
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def judge(model):
+        now[0] += 600
+        return {"fidelity": 0.5}
+
+    watch = Watch(judge, lambda line: None)
+    arguments = SimpleNamespace(max_minutes=3.0)
+    watch.progress.on_train_begin(arguments, transformers.TrainerState(), None)
+    now[0] += 60
+    watch.look(torch.nn.Linear(1, 1), 5, 100)
+    now[0] += 30
+    watch.look(torch.nn.Linear(1, 1), 9, 100)
+    assert watch.minutes == [1.0, 1.5]
+    assert watch.progress.seconds() == 90
+
+
+@pytest.mark.parametrize(
+    ("size", "factored", "rate"), [(32, True, 1e-3), (768, True, 2.5e-4), (32, False, 3e-4), (768, False, 7.5e-5)]
+)
+@pytest.mark.parametrize("minutes", [None, 0.5])
+def test_how_a_student_is_trained(size, factored, rate, minutes, tmp_path, monkeypatch):
+    from kronecker_transformers.experiments import training
+
+    given = {}
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(**arguments):
+        given.update(arguments)
+        raise StoppedError
+
+    dense, tokenizer = load_model(saved_teacher(transformers.BertForSequenceClassification, tmp_path / "teacher"))
+    lesson = text_lesson(dense, tokenizer, TextSource((str(text_file(tmp_path)),)), 0)
+    student = compress(dense, "7.7x").model if factored else dense
+    student.config.hidden_size = size
+    monkeypatch.setattr(training, "DistillationArguments", stop)
+    schedule = training.Schedule(minutes, None if minutes else 40, None, False, 7)
+    with pytest.raises(StoppedError):
+        training.train(student, dense, lesson, schedule, None, lambda line: None)
+    assert given["learning_rate"] == pytest.approx(rate)
+    assert (given["muon"], given["dropout"], given["warmup_steps"], given["seed"]) == (factored, 0.0, 0.1, 7)
+    assert (given["max_steps"], given["max_minutes"]) == ((1_000_000, 0.5) if minutes else (40, None))
+    assert given.get("balanced", False) == factored
+    assert given["supervised_weight"] == 0
 
 
 def test_the_recorded_command_writes_whole_numbers_plainly_and_names_as_they_are():

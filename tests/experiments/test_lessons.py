@@ -44,6 +44,36 @@ def test_what_is_held_out_is_not_learnt_from(taught):
     assert not set(lesson.counted) & set(lesson.sentences)
 
 
+@pytest.mark.parametrize(
+    "dense_class",
+    [transformers.BertForMaskedLM, transformers.BertForTokenClassification, transformers.BertForMultipleChoice,
+     transformers.GPT2LMHeadModel],
+)  # fmt: skip
+def test_with_other_heads_too_what_is_held_out_is_not_learnt_from(dense_class, tmp_path):
+    model, tokenizer = load_model(saved_teacher(dense_class, tmp_path / "teacher"))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(LINES))
+    lesson = text_lesson(model, tokenizer, TextSource((str(path),)), 3)
+
+    def words_of(examples):
+        found = []
+        for example in examples:
+            ids = example["input_ids"]
+            rows = ids if isinstance(ids[0], list) else [ids]
+            found += [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return " | ".join(found)
+
+    train, held_out = words_of(lesson.examples(3, WHOLE)), words_of(lesson.held_out)
+    of_train, of_held_out = ({line for line in LINES if line in text} for text in (train, held_out))
+    assert len(of_held_out) > 5
+    assert len(of_train) > 150
+    if dense_class is transformers.GPT2LMHeadModel:  # a line may also stand in another place, across two others
+        assert len(of_train & of_held_out) < 0.1 * len(of_held_out)
+    else:
+        assert not of_train & of_held_out
+
+
 def test_a_prompt_stays_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(augmentation, "REPLACED", 1.0)
     model, tokenizer = load_model(saved_teacher(transformers.BertModel, tmp_path / "teacher"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from students import CAN_EXPORT, MODELS, student
-from tiny import bert_tokenizer, inputs, model_type, teacher, tokenizer_for
+from tiny import bert_tokenizer, gpt2_tokenizer, inputs, model_type, teacher, tokenizer_for
 
 import kronecker_transformers as kt
 from kronecker_transformers.cli import main
@@ -116,6 +116,8 @@ def test_weights_are_constants_that_are_stored_once(model_class, exported):
             assert (kinds["Gelu"], kinds["Tanh"]) == (model.config.num_hidden_layers, 0)
         assert kinds["SkipLayerNormalization"] == kinds["BiasGelu"] == 0
     assert {matrix.dtype.name for matrix in matrices if matrix.size >= SMALLEST} == {"INT8"}
+    largest = [np.abs(matrix.numpy().astype(int)).max() for matrix in matrices if matrix.dtype.name == "INT8"]
+    assert max(largest) == 64  # sums of two products of 127 would overflow on processors without VNNI
 
 
 def test_text_is_generated_token_by_token(exported):
@@ -239,6 +241,11 @@ def test_refusals_come_before_the_work(monkeypatch, tmp_path):
         exporting.export_graphs(model, None, tmp_path / "a", [])
     with pytest.raises(ValueError, match=r"texts=\[\] leave nothing to compare"):
         exporting.export_onnx(model, None, tmp_path / "a", texts=[])
+    with pytest.raises(ValueError, match=r"texts=\['', ''\] have no tokens to compare the graphs on; give some sent"):
+        exporting.export_onnx(teacher(transformers.GPT2Model), gpt2_tokenizer(tmp_path), tmp_path / "a", texts=["", ""])
+    few = teacher(transformers.GPT2Model, vocab_size=9)
+    with pytest.raises(ValueError, match=r"the tokenizer gives token \d+, but the model's embedding has 9 rows"):
+        exporting.export_onnx(few, gpt2_tokenizer(tmp_path), tmp_path / "a")
     unpadded = teacher(transformers.GPT2ForSequenceClassification, pad_token_id=None)
     with pytest.raises(ValueError, match="GPT2ForSequenceClassification has no pad_token_id in its config"):
         exporting.export_onnx(unpadded, None, tmp_path / "a")

@@ -1,11 +1,13 @@
 """Cards are made from what is recorded and counted, are valid for the Hub, and say what was not measured."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -22,6 +24,7 @@ from transformers.pipelines import SUPPORTED_TASKS
 
 from kronecker_transformers import compress
 from kronecker_transformers.checkpoint.load import save_folder
+from kronecker_transformers.evaluation.cost import describe
 from kronecker_transformers.export.dense import to_dense
 from kronecker_transformers.hub.card import folder_metadata, model_card
 from kronecker_transformers.hub.files import without_local_paths
@@ -104,7 +107,7 @@ def test_a_twin_has_the_quality_of_the_factored_model_but_not_its_size_and_speed
 def test_only_a_model_that_is_as_it_was_factored_is_called_untrained(tmp_path):
     """Somebody may have trained it without our trainer, which leaves no record."""
     folder, model = student_folder(BertForMaskedLM, tmp_path)
-    assert "It has not been distilled, and is poor" in model_card(folder, "org/tiny").text
+    assert "It has not been distilled, so its quality is poor" in model_card(folder, "org/tiny").text
     perturb(model).save_pretrained(folder)
     text = model_card(folder, "org/tiny").text
     assert "It has not been distilled" not in text
@@ -123,7 +126,22 @@ def test_sizes_are_those_of_the_files(tmp_path):
     folder, _ = student_folder(BertForMaskedLM, tmp_path)
     with safe_open(folder / "model.safetensors", "pt") as file:
         parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 - no mapping
-    assert f"| {parameters:,} |" in model_card(folder, "org/tiny").text
+    text = model_card(folder, "org/tiny").text
+    dense = teacher(BertForMaskedLM).num_parameters()
+    megabytes = [f"{4 * number / 1e6:,.1f}" for number in (dense, parameters)]
+    assert f"| parameters | {dense:,} | {parameters:,} | {dense / parameters:.2f}x |" in text
+    assert f"| megabytes of weights | {megabytes[0]} | {megabytes[1]} | {dense / parameters:.2f}x |" in text
+
+
+def test_code_is_listed_with_the_hashes_of_the_files(tmp_path):
+    folder, _ = student_folder(BertForMaskedLM, tmp_path)
+    text = model_card(folder, "org/tiny").text
+    files = sorted(folder.glob("*.py"))
+    assert len(files) > 5
+    for path in files:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in next(
+            line for line in text.splitlines() if f"`{path.name}`" in line
+        )
 
 
 def test_a_twin_that_was_not_distilled_says_so_too(tmp_path):
@@ -133,10 +151,10 @@ def test_a_twin_that_was_not_distilled_says_so_too(tmp_path):
     def of_twin():
         return model_card(twin, "org/tiny-dense", twin_of="org/tiny", records=folder).text
 
-    assert "**It has not been distilled, and is poor as it is.** Distil the factored model before use." in of_twin()
+    assert "**It has not been distilled, so its quality is poor.** Distil the factored model before use." in of_twin()
     assert "Only factored, not trained" in of_twin()
     write(folder, "results.json", RECORD)
-    assert "distilled, and is poor" not in of_twin()
+    assert "distilled, so its" not in of_twin()
 
 
 def test_a_model_without_a_tokenizer_names_none(tmp_path):
@@ -275,8 +293,16 @@ def test_unreadable_records(tmp_path, name):
         model_card(folder, "org/tiny")
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "model_cards").glob("*.md")), ids=lambda p: p.stem)
-def test_shipped_cards(path):
+CARDS = ("kronecker-minilm-7.7x", "kronecker-mpnet-7.7x", "kronecker-mpnet-21x")
+
+
+def test_all_shipped_cards_are_looked_at():
+    assert {path.stem for path in (Path(__file__).parents[2] / "model_cards").glob("*.md")} - {"README"} == set(CARDS)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_shipped_cards(name):
+    path = Path(__file__).parents[2] / "model_cards" / f"{name}.md"
     card = ModelCard.load(path)
     assert card.data.model_name == path.stem
     assert (card.data.library_name, card.data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
@@ -342,6 +368,39 @@ def test_a_teacher_in_a_folder_is_named_by_it_whatever_it_was_made_from(tmp_path
     assert "org/grand" not in card.text
     assert (card.data.base_model, card.data.license) == ("org/grand", "mit")
     assert "- Teacher: org/given\n" in model_card(folder, "org/tiny-new", base_model="org/given").text
+
+
+def test_the_licence_is_that_of_the_teacher_and_of_no_model_before_it(tmp_path):
+    folder, _ = student_folder(BertForMaskedLM, tmp_path)
+    source = tmp_path / "my-finetuned"
+    source.mkdir()
+    (source / "README.md").write_text("---\nbase_model: org/grand\n---\n")
+    write(folder, "results.json", {"options": {"teacher": str(source)}})
+    hub = {
+        "org/grand": {"license": "apache-2.0", "language": "en"},
+        "org/teacher": {"license": "other", "license_name": "own-1.0", "license_link": "LICENSE"},
+    }
+    card = model_card(folder, "org/tiny-new", look_up=hub.__getitem__)
+    assert (card.data.base_model, card.data.license, card.data.language) == ("org/grand", None, None)
+    write(folder, "results.json", {"options": {"teacher": "org/teacher"}})
+    named = model_card(folder, "org/tiny-new", look_up=hub.__getitem__).data
+    assert (named.license, named.license_name, named.license_link) == ("other", "own-1.0", "LICENSE")
+    own = model_card(folder, "org/tiny-new", license="mit", look_up=hub.__getitem__).data
+    assert (own.license, own.license_name, own.license_link) == ("mit", None, None)
+
+
+def test_scores_of_other_factors_are_left_out(tmp_path, caplog):
+    folder, model = student_folder(BertForMaskedLM, tmp_path)
+    write(folder, "results.json", {**RECORD, "factors_sha256": describe(model).factors_sha256})
+    whole = model_card(folder, "org/tiny-new")
+    assert whole.data.eval_results
+    assert not caplog.text
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith(".A")).mul_(0)
+    model.save_pretrained(folder)
+    card = model_card(folder, "org/tiny-new")
+    assert not card.data.eval_results
+    assert "was measured with other factors than these" in caplog.text
 
 
 def test_first_lines_that_are_not_yaml_are_left_out_with_a_warning(tmp_path, caplog):

@@ -74,7 +74,7 @@ def stranger(hub, jobs, tmp_path, offline=False):
     outputs = tmp_path / "outputs.pt"
     environment = {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "1" if offline else "0",
+        "HF_HUB_OFFLINE": "1" if offline else "0", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     environment.pop("HF_MODULES_CACHE", None)
     done = subprocess.run(
@@ -236,6 +236,16 @@ def test_branch_and_pull_request(hub, folder):
 def test_private(hub, folder, private):
     push(folder, "org/tiny", token=TOKEN, private=private)
     assert hub.repo("org/tiny").private is private
+
+
+def test_what_is_to_be_private_is_not_pushed_to_a_public_repository(hub, folder):
+    hub.repos["models/org/tiny"] = Hub.empty_repo()
+    with pytest.raises(ValueError, match="repository 'org/tiny' is public, and private=True makes only a new one"):
+        push(folder, "org/tiny", token=TOKEN, private=True)
+    assert hub.repo("org/tiny").files().keys() == {".gitattributes"}
+    hub.repos["models/org/tiny"] = Hub.empty_repo(private=True)
+    push(folder, "org/tiny", token=TOKEN, private=True)
+    assert hub.repo("org/tiny").files().keys() > FILES
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import pytest
@@ -145,6 +146,20 @@ def test_a_push_that_fails_does_not_stop_the_training(hub, tmp_path, caplog):
     assert "may not write to 'org/tiny'" in caplog.text
     assert "a training goes on" in caplog.text
     assert [message for _, _, message in hub.repo("org/tiny").log[1:]] == ["Training in progress, step 4"]
+
+
+def test_what_cannot_be_in_the_card_is_refused_and_nothing_is_left(hub, tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    trainer = trainer_for(tmp_path, hub_strategy="end")
+    with pytest.raises(
+        TypeError, match=r"push_to_hub has no argument 'finetuned_from'.*license, language and base_mod"
+    ):
+        trainer.push_to_hub(finetuned_from="org/teacher")
+    monkeypatch.setattr("kronecker_transformers.hub.trainer.model_card", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.push_to_hub()
+    assert [*(tmp_path / "scratch").iterdir()] == []
 
 
 def test_branch_privacy_and_waiting(hub, tmp_path):

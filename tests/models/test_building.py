@@ -11,12 +11,13 @@ from accelerate.big_modeling import init_on_device
 from students import ALL_MODELS, factored_modules, first_output, student
 from tiny import inputs
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertPreTrainedModel
 from transformers.initialization import no_init_weights
 
 import kronecker_transformers as kt
 from kronecker_transformers.models import DENSE_CLASSES
 from kronecker_transformers.models.kronecker_layers import KroneckerEmbedding, KroneckerLinear
+from kronecker_transformers.models.modeling_kronecker_bert import KroneckerBertPreTrainedModel
 
 LANGUAGE_MODELS = pytest.mark.parametrize(
     "model_class", [kt.KroneckerBertForMaskedLM, kt.KroneckerBertForPreTraining, kt.KroneckerGPT2LMHeadModel]
@@ -279,6 +280,16 @@ class TestHeads:
         model.save_pretrained(tmp_path)
         assert_same(model_class.from_pretrained(tmp_path), model)
 
+    def test_a_head_that_is_tied_to_another_embedding_is_refused(self, model_class, tmp_path):
+        model = student(model_class)
+        table = KroneckerEmbedding(model.config.vocab_size, model.config.hidden_size, model.config.vocab_size, 4)
+        model.set_input_embeddings(table)
+        with pytest.raises(ValueError, match=r"head is not made of the embedding's factors; call tie_weights\(\), or"):
+            model.save_pretrained(tmp_path)
+        model.tie_weights()
+        model.save_pretrained(tmp_path)
+        assert_same(model_class.from_pretrained(tmp_path), model)
+
     def test_a_layer_that_is_not_in_the_plan_is_refused(self, model_class, tmp_path):
         model = student(model_class)
         name = next(n for n in factored_modules(model.config) if n.endswith(("intermediate.dense", "c_fc")))
@@ -307,6 +318,27 @@ class TestHeads:
         model.resize_token_embeddings(61, pad_to_multiple_of=multiple)
         assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == size
         assert torch.equal(model.get_input_embeddings().to_dense()[:60], before)
+
+
+def test_a_class_that_makes_its_own_base_model_is_refused_with_the_remedy():
+    class Mine(KroneckerBertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = kt.KroneckerBertModel(config)
+
+    config = student(kt.KroneckerBertModel).config
+    with pytest.raises(
+        TypeError, match="Mine has no base model when KroneckerBertConfig is factored; derive it from a"
+    ):
+        Mine(config)
+
+    class Own(BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = kt.KroneckerBertModel(config)
+            self.post_init()
+
+    assert Own(config).bert.encoder.layer[0].attention.self.query.A.isfinite().all()
 
 
 def test_papers_sizes_without_embeddings():

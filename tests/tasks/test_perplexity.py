@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -129,6 +130,7 @@ def test_perplexity_refuses(options, message, language_model):
 
 def test_a_text_needs_a_token_to_begin_with(language_model):
     model, tokenizer = language_model
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="tokenizer has neither a bos nor an eos token for the text to begin with"):
         perplexity(model, tokenizer, "the fox", window=12, stride=5)

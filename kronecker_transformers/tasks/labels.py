@@ -40,7 +40,7 @@ def match_labels(teacher: Sequence[str], task: Sequence[str]) -> LabelOrder:
         mine, wanted = [plain(name) for name in teacher], [plain(name) for name in task]
         if sorted(mine) == sorted(wanted) and len(set(mine)) == len(mine):
             return LabelOrder(tuple(mine.index(name) for name in wanted), True)
-    if any(all(re.fullmatch(r"(?i:label)?[\s_-]*\d+", name.strip()) for name in names) for names in (teacher, task)):
+    if any(all(re.fullmatch(r"(?i:label[\s_-]*)?\d+", name.strip()) for name in names) for names in (teacher, task)):
         return LabelOrder(tuple(range(len(task))), False)
     raise ValueError(
         f"the teacher has the labels {', '.join(teacher)}, where the task has {', '.join(task)}; give one that was "

@@ -306,6 +306,12 @@ def test_types_count_by_the_text_and_positions_all_the_same(monkeypatch, tmp_pat
     assert errors["embeddings.token_type_embeddings"].calibrated < errors["embeddings.token_type_embeddings"].nearest
 
 
+def test_a_model_without_layers_is_refused(tmp_path):
+    dense = teacher(BertModel, num_hidden_layers=0)
+    with pytest.raises(ValueError, match="the teacher has no layers, so nothing of it can be calibrated; leave"):
+        compress(dense, {"pooler.dense": (8, 8)}, calibration=texts(), tokenizer=bert_tokenizer(tmp_path))
+
+
 def test_cross_attention_keeps_its_nearest_factors(tmp_path):
     dense = teacher(BertModel, is_decoder=True, add_cross_attention=True)
     plan = {"encoder.layer.*.attention.self.*": (8, 16), "encoder.layer.*.crossattention.self.*": (8, 16)}

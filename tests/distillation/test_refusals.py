@@ -65,6 +65,12 @@ def test_attention_needs_equal_heads_only_where_it_is_compared(tmp_path):
     make_trainer(student, teacher, tmp_path, hidden_mse_weight=1.0, attention_mse_weight=0.0).train()
 
 
+def test_a_student_in_float16_is_refused(tmp_path):
+    teacher, student = pair(BertModel)
+    with pytest.raises(ValueError, match=r"parameters are in torch.float16, as its teacher was saved.*model.float\(\)"):
+        make_trainer(student.half(), teacher, tmp_path)
+
+
 def test_frozen_student_and_shared_parameters_are_refused(tmp_path):
     teacher, student = pair(BertForSequenceClassification)
     with pytest.raises(ValueError, match="teacher shares parameters with the student"):

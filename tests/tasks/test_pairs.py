@@ -57,7 +57,7 @@ NLI = ("entailment", "neutral", "contradiction")
         (("LABEL_1", "LABEL_0"), ("LABEL_0", "LABEL_1"), (1, 0), True),
         (("1", "0", "-1"), ("-1", "0", "1"), (2, 1, 0), True),
         (("A-", "A", "B"), ("A", "A-", "B"), (1, 0, 2), True),
-        (("LABEL_0", "LABEL_1"), ("-1", "1"), (0, 1), False),
+        (("LABEL_0", "label 1"), ("-1", "1"), (0, 1), False),
     ],
 )
 def test_labels_are_matched(teacher, task, ids, certain):

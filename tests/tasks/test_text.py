@@ -300,6 +300,13 @@ def test_what_is_no_text_is_refused(name, content, message, tmp_path):
         TextSource((str(tmp_path / name),)).lines()
 
 
+def test_half_of_a_character_is_replaced_and_two_halves_are_joined(tmp_path):
+    (tmp_path / "a.jsonl").write_text(r'{"text": "cut \ud83d off"}' + "\n" + r'{"text": "whole \ud83d\ude00"}')
+    source = TextSource((str(tmp_path / "a.jsonl"),))
+    assert source.lines() == ["cut \ufffd off", "whole \U0001f600"]
+    assert len(source.part(0, 0.5).lines() + source.part(0.5, 1).lines()) == 2
+
+
 def test_a_folder_is_no_text(tmp_path):
     with pytest.raises(FileNotFoundError, match="is a folder; name the files in it"):
         TextSource((str(tmp_path),))

@@ -1,4 +1,4 @@
-"""Whether students lack steps or texts: how near they are to their teachers on texts that they have seen, and on others.
+"""Whether students lack steps or texts: how near they are to their teachers on texts that they know and on others.
 
     python benchmarks/seen_texts.py --data DIR --work WORK > benchmarks/logs/seen_texts.txt
 

@@ -151,12 +151,12 @@ def test_tokens_are_in_no_record(tmp_path):
             ValueError,
             "earlier has factors of its own",
         ),
-        ({"plan": "kngpt2"}, ValueError, "kngpt2"),
+        ({"plan": "kngpt2"}, ValueError, "plan='kngpt2' is not a preset for bert"),
         ({"ratio": 2.0}, ValueError, r"ratio=2\.0 was given beside a plan"),
         ({"start": "earlier", "plan": None, "ratio": 2.0}, ValueError, r"its own plan, and ratio=2\.0 was given"),
         ({"start": "earlier"}, ValueError, r"--start earlier has its own plan, and --plan .* was given; leave one out"),
         ({"plan": "search"}, ValueError, '"search" needs calibration text'),
-        ({"plan": "search", "calibration": "text.txt", "ratio": 1e6}, ValueError, "ratio"),
+        ({"plan": "search", "calibration": "text.txt", "ratio": 1e6}, ValueError, r"ratio=1,?000,?000.* cannot be met"),
     ],
 )
 def test_what_a_student_cannot_start_from(options, error, message, tmp_path, monkeypatch):

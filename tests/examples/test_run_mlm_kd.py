@@ -174,7 +174,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(teacher, workplace):
     expected, found = (load_file(workplace / out / "student" / "model.safetensors") for out in ("whole", "stopped"))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
-    with pytest.raises(FileExistsError, match="student"):
+    with pytest.raises(FileExistsError, match="student' already holds something"):
         run(workplace, teacher, out="stopped", resume_from_checkpoint=True, **options)
 
 

@@ -78,8 +78,8 @@ def test_a_dense_student_comes_nearer_before_it_is_factored(tmp_path):
             r"layers=\[2\] alone makes the model .* times smaller, and ratio=1.01 is no more",
         ),
         ({"layers": 2, "only": "nothing"}, "only='nothing' needs a ratio"),
-        ({"layers": 2, "only": "nothing", "ratio": 3}, "nothing"),
-        ({"layers": 2, "plan": "9x"}, "9x"),
+        ({"layers": 2, "only": "nothing", "ratio": 3}, "only='nothing' matches no module that can be factored"),
+        ({"layers": 2, "plan": "9x"}, "plan='9x' is not a preset for bert; choose '7.7x' or '21x'"),
     ],
 )
 def test_layers_that_cannot_be_are_refused_before_any_training(options, message, tmp_path, monkeypatch):

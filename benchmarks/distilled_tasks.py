@@ -7,9 +7,10 @@ all-mpnet-base-v2 (base.py fetches it), fine-tuned once for each task (examples/
 is made by the package's `distill`: a dense one with half of the layers first, then one whose plan is searched on it and
 whose factors are calibrated on the task's texts; trained for so many minutes in all (--minutes). The runs of the log
 had one thread each, other work on the other core, and were calibrated on 512 texts (CoLA with the larger teacher: 541,
-for 60 minutes 2,170), where `distill` reads more of short ones now; those of the smaller teacher on the first texts of the training set, where
-`distill` takes them from all over it. Of the larger teacher MRPC, RTE and STS-B are older: these students learned
-labels too, on texts as they are, by AdamW, and have plans of the search as it was before task_plans.py.
+for 60 minutes 2,170), where `distill` reads more of short ones now; those of the smaller teacher on the first texts of
+the training set, where `distill` takes them from all over it. Of the larger teacher MRPC, RTE and STS-B are older:
+these students learned labels too, on texts as they are, by AdamW, and have plans of the search as it was before
+task_plans.py.
 WORK keeps the teachers; finished runs are lines of logs/distilled_tasks.jsonl, and are not made again. --table shows
 them without a run, and the curves of students on a fifth of the dev set.
 """

@@ -345,6 +345,28 @@ def test_settings_that_are_no_object_are_refused(tmp_path):
         compress(teacher, "7.7x")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "config_sentence_transformers.json",
+            {"prompts": ["query: "]},
+            r"prompts=\['query: '\] in .* must be an object",
+        ),
+        (
+            "sentence_bert_config.json",
+            {"max_seq_length": "9"},
+            "max_seq_length='9' of the teacher's encoder must be an",
+        ),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused(name, changes, message, tmp_path):
+    teacher = encoder(tmp_path / "teacher")
+    edit(teacher / name, lambda c: c.update(changes))
+    with pytest.raises(ValueError, match=message):
+        encoder_settings(*load_teacher(teacher))
+
+
 @pytest.mark.parametrize("changes", [{"sentence_transformers": {"activation_fn": "platform.node"}},
                                      {"sbert_ce_default_activation_function": "platform.node"}])  # fmt: skip
 def test_code_in_the_config_of_a_cross_encoder_is_refused(changes, tmp_path):

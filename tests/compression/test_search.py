@@ -25,6 +25,7 @@ from kronecker_transformers.display import plan_picture, plan_table
 from kronecker_transformers.evaluation.cost import REPORT_LENGTH
 from kronecker_transformers.models import FACTORED_CLASSES
 from kronecker_transformers.models.factor_plan import FactorEntry, FactorPlan
+from kronecker_transformers.models.kronecker_blocks import BLOCK
 from kronecker_transformers.models.kronecker_contraction import multiplications
 from kronecker_transformers.models.kronecker_family import family_of
 from kronecker_transformers.models.kronecker_layers import kronecker_linear
@@ -370,6 +371,19 @@ def test_times_are_measured(family, request):
     for layer in found.layers:
         embedding = layer.name.startswith(("embeddings.", "wte", "wpe"))
         assert all(c.milliseconds >= 0 if embedding else c.milliseconds > 0 for c in layer.candidates)
+
+
+def test_the_rest_is_the_time_of_a_pass_for_each_block(monkeypatch):
+    def milliseconds(work, device):
+        assert work().last_hidden_state.shape == (rows, 8, 32)
+        return 1.5
+
+    dense = teacher(BertModel)
+    monkeypatch.setattr(latency, "_milliseconds", milliseconds)
+    rows = 1
+    assert LatencyTable(dense, Runtime(1, 8)).rest(dense) == 1.5
+    rows = BLOCK // (8 * 32)  # as many values at once as an encoder computes on a CPU
+    assert LatencyTable(dense, Runtime(4 * rows, 8)).rest(dense) == pytest.approx(4 * 1.5)
 
 
 def test_the_teacher_is_unchanged_and_the_plan_the_same_twice(gpt2):

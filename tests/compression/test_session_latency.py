@@ -92,6 +92,14 @@ def test_every_layer_is_timed_as_the_model_uses_it(monkeypatch):
         assert [c.milliseconds for c in found[name]] == pytest.approx([0, 2, 2.5, 3, 3.5, 4])
 
 
+def test_the_rest_is_what_the_products_leave(monkeypatch):
+    dense = teacher(BertModel)
+    monkeypatch.setattr(session_latency, "in_turn", lambda passes, rounds: {key: [0.02, 0.01, 0.03] for key in passes})
+    monkeypatch.setattr(session_latency, "share_of_products", lambda *_, **__: 0.7)
+    table = latency_table(dense, Runtime(1, 16, "onnxruntime"))
+    assert table.rest(dense) == pytest.approx(20 * 0.3)
+
+
 @pytest.mark.slow
 def test_a_causal_model(tmp_path):
     found = search_plan(

@@ -93,11 +93,13 @@ def test_options_that_do_not_go_together(options, message, capsys):
 def test_the_name_of_a_precision_says_both_of_weights_and_of_activations(int8, dtype, name, dense, monkeypatch):
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
-    for slow, value in (("in_turn", {"model": [1.0] * 4, "against": [1.0] * 4}), ("share_of_products", 0.5),
+    for slow, value in (("in_turn", {"model": [1.0] * 4, "against": [1.0] * 4}), ("share_of_products", 0.2),
                         ("session_memory", None), ("machine_rates", (1.0, 1.0))):  # fmt: skip
         monkeypatch.setattr(sessions, slow, lambda *_, found=value, **__: found)
     found = benchmark_sessions(dense, dense, length=8, engine="openvino", int8=int8, dtype=dtype)
     assert found.dtype == name
+    assert found.model.milliseconds == pytest.approx(1000)
+    assert found.model.limit_milliseconds == pytest.approx(800)  # if a fifth of it, the products, took no time
 
 
 def test_refusals_come_before_the_export(dense):

@@ -17,6 +17,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from base_rates import RATIO, ratio_of_rest
 from common import GLUE_TASKS, RunLog, runs_parser, spread
 from datasets import disable_progress_bars
 from distilled_tasks import BASE, LAYERS, SMALL, fine_tune
@@ -32,7 +33,6 @@ from kronecker_transformers.experiments.lessons import Lesson, task_lesson
 from kronecker_transformers.experiments.training import Schedule, kept_layers, shallow, train
 
 LOG = RunLog("assistants")
-RATIO = 7.7
 MINUTES = {SMALL: 15.0, BASE: 20.0}
 GUIDES = ("teacher", "dense student")
 
@@ -60,8 +60,7 @@ def prepared(run: Run, options: Any) -> tuple[PreTrainedModel, PreTrainedModel, 
         student, _ = shallow(teacher, kept, lesson, schedule, *watching(teacher, lesson))
         student.save_pretrained(folder / "dense")
         tokenizer.save_pretrained(folder / "dense")
-        sizes = [sum(p.numel() for p in model.base_model.parameters()) for model in (student, teacher)]
-        ratio = RATIO * sizes[0] / sizes[1]
+        ratio = ratio_of_rest(teacher, student)
         start = compress(student, "search", ratio=ratio, calibration=lesson.calibration, tokenizer=tokenizer)
         start.save_pretrained(folder / "start")
     dense = load_teacher(str(folder / "dense"))[0].float().eval()

@@ -231,7 +231,6 @@ def _load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase |
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        remember_truncation(tokenizer)
     except Exception as error:  # a broken tokenizer.json raises a bare Exception
         if os.path.isdir(source):
             raise OSError(
@@ -239,7 +238,8 @@ def _load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase |
             ) from error
         logger.warning("%s comes without a tokenizer that can be loaded: %s", source, error)
         return None
-    tokenizer.init_kwargs.pop("auto_map", None)  # code that is not used here, and would travel with every student
+    remember_truncation(tokenizer)
+    tokenizer.init_kwargs.pop("auto_map", None)  # code that is not used here, and would travel with every checkpoint
     return tokenizer
 
 
@@ -261,16 +261,17 @@ def save_folder(
 
 
 def remember_truncation(tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Keep how a fast tokenizer cuts and pads by itself: each call says it anew, and the last one would be saved."""
+    """Keep how a fast tokenizer truncates and pads by itself: each call sets both, and the last would be saved."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         vars(tokenizer).setdefault(_TRUNCATION, (backend.truncation, backend.padding))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """As it cut and padded when it came.
+    """Save a tokenizer that truncates and pads as it did when it was loaded.
 
-    Without a reference to code that it was loaded without, and that would run for whoever trusts the student's.
+    A reference to code of its own, which it was loaded without, is left out: it would run for whoever trusts the
+    student's.
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.init_kwargs.pop("auto_map", None)

@@ -116,7 +116,9 @@ class SentenceModules:
                 f"whole here; remove it from {SETTINGS_FILE} in a copy of the teacher"
             )
         if not isinstance(general.get("prompts") or {}, dict):
-            raise ValueError(f"prompts={general['prompts']!r} in {SETTINGS_FILE} of the teacher must be an object")
+            raise ValueError(
+                f"prompts={general['prompts']!r} in {SETTINGS_FILE} of the teacher must be an object; mend it"
+            )
         prompt = (general.get("prompts") or {}).get(general.get("default_prompt_name") or "") or ""
         if prompt and not self._pooling_settings().get("include_prompt", True):
             ids = tokenizer(prompt).input_ids
@@ -136,10 +138,10 @@ class SentenceModules:
                 f"processing_kwargs of the teacher's encoder has {other}, which a distillation does not follow; remove "
                 "it in a copy of the teacher"
             )
-        if not isinstance(longest, int):
-            raise ValueError(f"max_seq_length={longest!r} of the teacher's encoder must be an integer; correct it")
+        if not isinstance(longest, (int, float)):  # of some tokenizers it is 1e30
+            raise ValueError(f"max_seq_length={longest!r} of the teacher's encoder must be a number; correct it")
         is_unit = similarity == "cosine" or "Normalize" in self.kinds
-        return EncoderSettings(pooling, prompt, None if longest >= LARGE_INTEGER else longest, is_unit)
+        return EncoderSettings(pooling, prompt, None if longest >= LARGE_INTEGER else int(longest), is_unit)
 
 
 _OLD_MODES = {

@@ -150,7 +150,7 @@ def check_text(teacher: PreTrainedModel, batches: Sequence[CalibrationBatch], mo
         ValueError: too little text, a model without layers, or a feed-forward layer that computes in chunks.
     """
     if not teacher.config.num_hidden_layers:
-        raise ValueError("the teacher has no layers, so nothing of it can be calibrated; leave calibration out")
+        raise ValueError("num_hidden_layers=0 of the teacher leaves no layer to calibrate; leave calibration out")
     if chunk := getattr(teacher.config, "chunk_size_feed_forward", 0):
         raise ValueError(
             f"chunk_size_feed_forward={chunk} must be 0 for calibration; set it so in the teacher's config and load "

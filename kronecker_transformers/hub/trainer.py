@@ -146,7 +146,7 @@ class PublishingTrainer(Trainer):
                     card=ModelCard.load(draft / CARD),
                     token=token,
                 )
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 logger.warning("%s; a training goes on, and the next push sends everything", error)
                 raise
             finally:

@@ -356,7 +356,7 @@ def test_settings_that_are_no_object_are_refused(tmp_path):
         (
             "sentence_bert_config.json",
             {"max_seq_length": "9"},
-            "max_seq_length='9' of the teacher's encoder must be an",
+            "max_seq_length='9' of the teacher's encoder must be a num",
         ),
     ],
 )
@@ -365,6 +365,15 @@ def test_settings_of_a_wrong_type_are_refused(name, changes, message, tmp_path):
     edit(teacher / name, lambda c: c.update(changes))
     with pytest.raises(ValueError, match=message):
         encoder_settings(*load_teacher(teacher))
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(1e30, None), (7.0, 7)])
+def test_a_length_of_the_tokenizer_may_be_a_float(length, wanted, tmp_path):
+    teacher = encoder(tmp_path / "teacher")
+    edit(teacher / "sentence_bert_config.json", lambda c: c.pop("max_seq_length", None))
+    model, tokenizer = load_teacher(teacher)
+    tokenizer.model_max_length = length
+    assert encoder_settings(model, tokenizer).max_length == wanted
 
 
 @pytest.mark.parametrize("changes", [{"sentence_transformers": {"activation_fn": "platform.node"}},

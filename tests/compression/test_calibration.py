@@ -308,7 +308,7 @@ def test_types_count_by_the_text_and_positions_all_the_same(monkeypatch, tmp_pat
 
 def test_a_model_without_layers_is_refused(tmp_path):
     dense = teacher(BertModel, num_hidden_layers=0)
-    with pytest.raises(ValueError, match="the teacher has no layers, so nothing of it can be calibrated; leave"):
+    with pytest.raises(ValueError, match="num_hidden_layers=0 of the teacher leaves no layer to calibrate; leave"):
         compress(dense, {"pooler.dense": (8, 8)}, calibration=texts(), tokenizer=bert_tokenizer(tmp_path))
 
 
